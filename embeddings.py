@@ -1,0 +1,124 @@
+"""Where tokens come from and where they are: patch embedding, rotary positions, resized position embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+from fusion.token_state import TokenState, join_cls, split_cls
+
+
+class PatchEmbed(nn.Module):
+    """Image (B, C, H, W) -> patch tokens (B, rows * cols, D) in raster order, by a convolution of `patch_size` and
+    `stride`.
+
+    The grid is ((H - patch) // stride + 1, (W - patch) // stride + 1). An image of another size than `img_size` is an
+    error, unless `dynamic`: then it is padded at the right and bottom to a multiple of the patch.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        patch_size: int,
+        stride: int,
+        in_chans: int,
+        embed_dim: int,
+        dynamic: bool = False,
+    ) -> None:
+        super().__init__()
+        self.img_size, self.patch_size, self.stride = to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(stride)
+        self.dynamic = dynamic
+        if any(size < patch for size, patch in zip(self.img_size, self.patch_size)):
+            raise ValueError(f"img_size is {self.img_size}; wanted at least one patch of {self.patch_size}.")
+        self.grid_size = self.grid_of(*self.img_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, cols) of the token grid of an image, padded first where that is allowed."""
+        sides = zip((height, width), self.patch_size, self.stride)
+        if self.dynamic:
+            rows, cols = (-(-side // patch) for side, patch, _ in sides)
+        else:
+            rows, cols = ((side - patch) // stride + 1 for side, patch, stride in sides)
+        return rows, cols
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Returns the tokens and their grid (rows, cols)."""
+        if x.ndim != 4 or x.shape[1] != self.proj.in_channels:
+            raise ValueError(
+                f"Images have shape {tuple(x.shape)}; wanted (batch, {self.proj.in_channels}, height, width)."
+            )
+        height, width = x.shape[2:]
+        if self.dynamic:
+            if height < self.patch_size[0] or width < self.patch_size[1]:
+                raise ValueError(f"Images are {height} x {width}; wanted at least one patch, {self.patch_size}.")
+            x = F.pad(x, (0, -width % self.patch_size[1], 0, -height % self.patch_size[0]))
+        elif (height, width) != self.img_size:
+            raise ValueError(
+                f"Images are {height} x {width}; this model wanted {self.img_size[0]} x {self.img_size[1]}."
+            )
+        x = self.proj(x)
+        return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
+
+
+class RotaryEmbedding2d(nn.Module):
+    """Rotates channel pairs of the patch tokens by their grid position: rows turn the first half, columns the second.
+
+    Su et al. 2021 (arXiv:2104.09864), extended to a grid as in EVA-02 (arXiv:2303.11331): positions are scaled to
+    `pretrain_side`.
+    """
+
+    def __init__(self, dim: int, grid: tuple[int, int], pretrain_side: int, theta: float = 10000.0) -> None:
+        super().__init__()
+        if dim % 4:
+            raise ValueError(f"embed_dim is {dim}; wanted a multiple of 4 for the rotary embedding.")
+        frequencies = theta ** (-torch.arange(0, dim // 2, 2) / (dim // 2))
+        rows, cols = (torch.arange(n)[:, None] / n * pretrain_side * frequencies for n in grid)
+        angles = torch.cat([rows[:, None].expand(-1, grid[1], -1), cols[None].expand(grid[0], -1, -1)], -1)
+        angles = angles.flatten(0, 1).repeat_interleave(2, -1)
+        self.register_buffer("freqs_cos", angles.cos(), persistent=False)
+        self.register_buffer("freqs_sin", angles.sin(), persistent=False)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        # published checkpoints hold the tables, which follow from the grid
+        for name in ("freqs_cos", "freqs_sin"):
+            state_dict.pop(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Tensor, state: TokenState) -> Tensor:
+        """Turn the patch tokens of x (B, L, D), which stand where `state` says; class tokens pass."""
+        cos, sin = self.freqs_cos, self.freqs_sin
+        if state.positions is not None:
+            cos, sin = cos[state.positions], sin[state.positions]
+        classes, patches = split_cls(x, state.cls_index)
+        even, odd = patches.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([-odd, even], -1).flatten(-2)
+        return join_cls(classes, (patches * cos + turned * sin).to(x.dtype), state.cls_index)
+
+
+def resize_pos_embed(
+    pos_embed: Tensor,
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    class_token_positions: Callable[[int], tuple[int, ...]],
+) -> Tensor:
+    """Resize (1, L, D) from one token grid to another, bicubically; class-token rows keep their value and their right
+    place.
+
+    (The Vim release resizes as if the class token came first, which shifts and mixes the rows of a middle token.)
+    """
+    old_cls = class_token_positions(old_grid[0] * old_grid[1])
+    if pos_embed.shape[1] != old_grid[0] * old_grid[1] + len(old_cls):
+        raise ValueError(
+            f"pos_embed has {pos_embed.shape[1]} rows; wanted those of a grid of {old_grid} and the class tokens."
+        )
+    classes, patches = split_cls(pos_embed, old_cls)
+    patches = patches.transpose(1, 2).unflatten(2, old_grid)
+    patches = F.interpolate(patches.float(), size=new_grid, mode="bicubic", align_corners=False).to(pos_embed.dtype)
+    return join_cls(classes, patches.flatten(2).transpose(1, 2), class_token_positions(new_grid[0] * new_grid[1]))

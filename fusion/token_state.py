@@ -1,0 +1,114 @@
+"""What travels between the sites of a Vision Mamba, and the shape of a method that acts there.
+
+A *site* is one encoder layer (in paired models two). A method sees the token sequence before and after a site, and may
+hand arguments to the mixer inside it; see `SiteMethod`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TokenState:
+    """The token sequence between two sites.
+
+    `hidden` (B, L, D) is the last mixer's output, `residual` (B, L, D) the residual stream it has not been added to yet
+    (None before the first site). `cls_index` says where the class tokens are: a tuple of 0, 1 or 2 indices shared by
+    the batch, or a long tensor (B,) once images differ. `grid` is (rows, cols) while the patch tokens still fill it.
+    `token_mask` (B, L) is 1 for tokens that take part and 0 for tokens kept only to keep the length (training with
+    pruning). `positions` (B, M) holds the original raster index of every patch token. `groups` (B, M0), kept only on
+    request, maps each original patch to the patch token it now lives in. `decisions` and `block_policy` collect what
+    pruning chose, stage by stage and layer by layer.
+    """
+
+    hidden: Tensor
+    residual: Tensor | None = None
+    cls_index: tuple[int, ...] | Tensor = ()
+    grid: tuple[int, int] | None = None
+    token_mask: Tensor | None = None
+    positions: Tensor | None = None
+    groups: Tensor | None = None
+    decisions: tuple[Tensor, ...] = ()
+    block_policy: tuple[Tensor, ...] = ()
+
+    def replace(self, **changes: Any) -> TokenState:
+        """A copy with the named fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def num_tokens(self) -> int:
+        """Length L of the sequence, class tokens included."""
+        return self.hidden.shape[1]
+
+    @property
+    def num_cls(self) -> int:
+        """How many class tokens the sequence holds: 0, 1 or 2."""
+        return 1 if isinstance(self.cls_index, Tensor) else len(self.cls_index)
+
+
+def split_cls(x: Tensor, cls_index: tuple[int, ...] | Tensor) -> tuple[Tensor, Tensor]:
+    """Part class tokens from patch tokens: x (B, L, C) -> class tokens (B, K, C), patch tokens (B, L - K, C), in
+    order."""
+    if isinstance(cls_index, Tensor):
+        batch, length, channels = x.shape
+        index = cls_index.view(batch, 1)
+        patches = torch.arange(length - 1, device=x.device).expand(batch, -1)
+        patches = patches + (patches >= index)
+        return (
+            x.gather(1, index.unsqueeze(-1).expand(-1, -1, channels)),
+            x.gather(1, patches.unsqueeze(-1).expand(-1, -1, channels)),
+        )
+    if not cls_index:
+        return x[:, :0], x
+    first, last = cls_index[0], cls_index[-1]
+    parts = [x[:, :first], x[:, first + 1 : last], x[:, last + 1 :]]
+    parts = [part for part in parts if part.shape[1]]
+    classes = (
+        x[:, first : first + 1] if first == last else torch.cat([x[:, first : first + 1], x[:, last : last + 1]], 1)
+    )
+    return classes, parts[0] if len(parts) == 1 else torch.cat(parts, 1) if parts else x[:, :0]
+
+
+def join_cls(classes: Tensor, patches: Tensor, cls_index: tuple[int, ...] | Tensor) -> Tensor:
+    """Put class tokens (B, K, C) among patch tokens (B, M, C) so that they stand at `cls_index`; inverse of
+    `split_cls`."""
+    if isinstance(cls_index, Tensor):
+        batch, count, channels = patches.shape
+        index = cls_index.view(batch, 1)
+        slots = torch.arange(count + 1, device=patches.device).expand(batch, -1)
+        # slot i takes patch i before the class token, patch i - 1 behind it, and the class token, stored last, at its
+        # place
+        source = torch.where(slots == index, count, slots - (slots > index).long())
+        return torch.cat([patches, classes], 1).gather(1, source.unsqueeze(-1).expand(-1, -1, channels))
+    if not cls_index:
+        return patches
+    first = cls_index[0]
+    pieces = [patches[:, :first], classes[:, :1]]
+    if len(cls_index) == 1:
+        pieces.append(patches[:, first:])
+    else:
+        last = cls_index[1]
+        pieces += [patches[:, first : last - 1], classes[:, 1:], patches[:, last - 1 :]]
+    return torch.cat(pieces, 1)
+
+
+class SiteMethod:
+    """A method that acts at the sites of a model; the identity unless a subclass says otherwise.
+
+    `attach(model)` runs once, when the model is built, and adds whatever parameters the method owns. The call wraps a
+    site: `run(state, **mixer_args)` runs site `index`, handing `mixer_args` to its mixers, so that a method may change
+    the sequence before it, what its mixers see, and the sequence after it.
+    """
+
+    def attach(self, model: nn.Module) -> None:
+        """Add the method's parameters to `model`; none by default."""
+
+    def __call__(self, index: int, state: TokenState, run: Callable[..., TokenState]) -> TokenState:
+        return run(state)

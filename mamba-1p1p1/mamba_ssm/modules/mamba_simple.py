@@ -1,0 +1,341 @@
+"""The Mamba mixer: one class for one-directional Mamba and both bidirectional variants of Vision Mamba.
+
+Gu and Dao 2023 (arXiv:2312.00752), section 3.4; Zhu et al. 2024 (arXiv:2401.09417), algorithm 1, for
+`bimamba_type="v2"`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+from torch import Tensor, nn
+
+
+class TokenPooling(Protocol):
+    """A map from tokens to scan groups and back, handed to the mixer; every tensor is channel-last."""
+
+    def order(self, x: Tensor) -> Tensor:
+        """(B, L, C) tokens in the order the convolution and the groups run in."""
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Inverse of `order`."""
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """(B, L, C) tokens -> (B, G, C) groups."""
+
+    def expand(self, y: Tensor) -> Tensor:
+        """(B, G, C) groups -> (B, L, C), every token its group's value."""
+
+
+DirectionGate = Callable[[Tensor], Tensor]
+
+
+class _Direction(NamedTuple):
+    """The parameters one scan direction runs with. v1 shares all but A, and convolves forward in both."""
+
+    conv: nn.Conv1d
+    x_proj: nn.Linear
+    dt_proj: nn.Linear
+    A_log: Tensor
+    D: Tensor
+    reverse_conv: bool
+    reverse_scan: bool
+
+
+class Mamba(nn.Module):
+    """Selective state-space mixer, (B, L, d_model) -> (B, L, d_model).
+
+    `bimamba_type` "none" scans forward only; "v1" adds a backward scan that shares every parameter but A; "v2" gives
+    the backward direction its own convolution, projections, A and D. `if_divide_out` halves the sum of the two (also
+    accepted under its published spelling `if_devide_out`). `dt_rank="auto"` is ceil(d_model / 16). `init_layer_scale`
+    adds a learned scale on the output, `use_norm_after_ssm` a LayerNorm on the summed scans before the gate silu(z), as
+    FastVim has. `use_fast_path` is accepted for published code: the operators choose their backend themselves.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device=None,
+        dtype=None,
+        bimamba_type: str = "none",
+        if_divide_out: bool = False,
+        init_layer_scale: float | None = None,
+        if_devide_out: bool | None = None,
+        use_norm_after_ssm: bool = False,
+    ) -> None:
+        super().__init__()
+        if bimamba_type not in ("none", "v1", "v2"):
+            raise ValueError(f"bimamba_type is {bimamba_type!r}; wanted 'none', 'v1' or 'v2'.")
+        factory = {"device": device, "dtype": dtype}
+        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
+        self.d_inner = int(expand * d_model)
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+        self.use_fast_path, self.layer_idx, self.bimamba_type = use_fast_path, layer_idx, bimamba_type
+        self.if_divide_out = if_divide_out if if_devide_out is None else if_devide_out
+
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
+        self._add_direction("", conv_bias, factory)
+        self._init_dt(self.dt_proj, dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+        if bimamba_type == "v1":
+            self.A_b_log = self._new_A_log(device)
+        elif bimamba_type == "v2":
+            self._add_direction("_b", conv_bias, factory)
+        self.layernorm = nn.LayerNorm(self.d_inner, **factory) if use_norm_after_ssm else None
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
+        if init_layer_scale is not None:
+            self.gamma = nn.Parameter(init_layer_scale * torch.ones(d_model, **factory))
+        self.init_layer_scale = init_layer_scale
+
+    def _new_A_log(self, device) -> nn.Parameter:
+        """log(1 .. d_state) for every channel (S4D-real), float32, kept out of weight decay."""
+        states = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=device)
+        parameter = nn.Parameter(states.log().repeat(self.d_inner, 1))
+        parameter._no_weight_decay = True
+        return parameter
+
+    def _add_direction(self, suffix: str, conv_bias: bool, factory: dict) -> None:
+        conv = nn.Conv1d(
+            self.d_inner,
+            self.d_inner,
+            self.d_conv,
+            groups=self.d_inner,
+            padding=self.d_conv - 1,
+            bias=conv_bias,
+            **factory,
+        )
+        D = nn.Parameter(torch.ones(self.d_inner, device=factory["device"]))
+        D._no_weight_decay = True
+        setattr(self, f"conv1d{suffix}", conv)
+        setattr(
+            self, f"x_proj{suffix}", nn.Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False, **factory)
+        )
+        setattr(self, f"dt_proj{suffix}", nn.Linear(self.dt_rank, self.d_inner, bias=True, **factory))
+        setattr(self, f"A{suffix}_log", self._new_A_log(factory["device"]))
+        setattr(self, f"D{suffix}", D)
+
+    @staticmethod
+    def _init_dt(proj: nn.Linear, dt_min: float, dt_max: float, init: str, scale: float, floor: float) -> None:
+        """Weights of +-dt_rank^-0.5, and a bias whose softplus is log-uniform in [dt_min, dt_max] (Gu and Dao 2023,
+        3.6)."""
+        bound = proj.in_features**-0.5 * scale
+        if init == "constant":
+            nn.init.constant_(proj.weight, bound)
+        elif init == "random":
+            nn.init.uniform_(proj.weight, -bound, bound)
+        else:
+            raise ValueError(f"dt_init is {init!r}; wanted 'constant' or 'random'.")
+        log_min, log_max = math.log(dt_min), math.log(dt_max)
+        dt = torch.exp(torch.rand(proj.out_features, device=proj.bias.device) * (log_max - log_min) + log_min).clamp(
+            min=floor
+        )
+        with torch.no_grad():
+            # softplus(x) = dt  <=>  x = dt + log(1 - exp(-dt))
+            proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        proj.bias._no_reinit = True
+
+    @property
+    def directions(self) -> tuple[_Direction, ...]:
+        """Forward first, then backward where there is one."""
+        forward = _Direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, False, False)
+        if self.bimamba_type == "v1":
+            return forward, forward._replace(A_log=self.A_b_log, reverse_scan=True)
+        if self.bimamba_type == "v2":
+            return forward, _Direction(
+                self.conv1d_b,
+                self.x_proj_b,
+                self.dt_proj_b,
+                self.A_b_log,
+                self.D_b,
+                reverse_conv=True,
+                reverse_scan=True,
+            )
+        return (forward,)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        inference_params=None,
+        *,
+        pooling: TokenPooling | None = None,
+        token_mask: Tensor | None = None,
+        direction_gate: DirectionGate | None = None,
+    ) -> Tensor:
+        """Mix tokens: hidden_states (B, L, d_model) -> (B, L, d_model).
+
+        `pooling` lets the scan run over groups of tokens (Kapse et al. 2025, FastVim). `token_mask` (B, L), 1 or 0,
+        zeroes tokens before and after the convolution, so that they feed nothing into the state of others;
+        `direction_gate` maps xz (B, L, 2 * d_inner) to one factor per image and direction (B, 2) (Wu et al. 2025,
+        DyVM). With `inference_params` (one-directional mixers only) the states for `step` are kept.
+        """
+        if inference_params is not None:
+            return self._decode(hidden_states, inference_params)
+        xz = self.in_proj(hidden_states)
+        gates = None if direction_gate is None else direction_gate(xz)
+        if pooling is not None:
+            xz = pooling.order(xz)
+        x, z = xz.chunk(2, dim=-1)
+        # A LayerNorm or pooling stands between scan and gate; without them the scan applies the gate itself.
+        gate_last = pooling is not None or self.layernorm is not None
+        y = None
+        for number, direction in enumerate(self.directions):
+            gate = None if gates is None else gates[:, number]
+            part = self._gated(direction, x, None if gate_last else z, token_mask, pooling, gate)
+            y = part if y is None else y + part
+        if self.if_divide_out and len(self.directions) == 2:
+            y = y / 2
+        if self.layernorm is not None:
+            y = self.layernorm(y)
+        if gate_last:
+            y = y * F.silu(z)
+        if pooling is not None:
+            y = pooling.restore(y)
+        out = self.out_proj(y)
+        return out if self.init_layer_scale is None else out * self.gamma
+
+    def _gated(
+        self,
+        direction: _Direction,
+        x: Tensor,
+        z: Tensor | None,
+        token_mask: Tensor | None,
+        pooling: TokenPooling | None,
+        gate: Tensor | None,
+    ) -> Tensor:
+        """One direction times its gate (B,). In eval mode images with gate 0 are left out of the work, not only of the
+        sum."""
+        if gate is None:
+            return self._scan(direction, x, z, token_mask, pooling)
+        if self.training:
+            return self._scan(direction, x, z, token_mask, pooling) * gate.view(-1, 1, 1)
+        chosen = gate.nonzero().squeeze(1)
+        if len(chosen) == len(x):
+            return self._scan(direction, x, z, token_mask, pooling) * gate.view(-1, 1, 1).to(x.dtype)
+        out = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        if len(chosen):
+            some = [None if t is None else t[chosen] for t in (x, z, token_mask)]
+            out[chosen] = self._scan(direction, *some, pooling) * gate[chosen].view(-1, 1, 1).to(x.dtype)
+        return out
+
+    def _scan(
+        self,
+        direction: _Direction,
+        x: Tensor,
+        z: Tensor | None,
+        token_mask: Tensor | None,
+        pooling: TokenPooling | None,
+    ) -> Tensor:
+        """One direction, channel-last: x, z (B, L, d_inner) -> (B, L, d_inner), before the sum."""
+        if token_mask is not None:
+            token_mask = token_mask.unsqueeze(-1).to(x.dtype)
+            x = x * token_mask
+        u = causal_conv1d_fn(
+            x.transpose(1, 2),
+            direction.conv.weight.squeeze(1),
+            direction.conv.bias,
+            "silu",
+            reverse=direction.reverse_conv,
+        ).transpose(1, 2)
+        if token_mask is not None:
+            u = u * token_mask
+        seen = u if pooling is None else pooling.reduce(u)
+        dt, B, C = direction.x_proj(seen).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        y = selective_scan_fn(
+            seen.transpose(1, 2),
+            F.linear(dt, direction.dt_proj.weight).transpose(1, 2),
+            -torch.exp(direction.A_log.float()),
+            B.transpose(1, 2),
+            C.transpose(1, 2),
+            direction.D.float() if pooling is None else None,
+            None if z is None else z.transpose(1, 2),
+            delta_bias=direction.dt_proj.bias.float(),
+            delta_softplus=True,
+            reverse=direction.reverse_scan,
+        ).transpose(1, 2)
+        return y if pooling is None else pooling.expand(y) + direction.D.to(u.dtype) * u
+
+    def _decode(self, hidden_states: Tensor, inference_params) -> Tensor:
+        """Causal inference with cached states: the whole prompt first, then one token at a time through `step`."""
+        if self.bimamba_type != "none":
+            raise ValueError(f"Step-wise decoding is causal; wanted bimamba_type 'none', got {self.bimamba_type!r}.")
+        conv_state, ssm_state = self._states_from_cache(inference_params, hidden_states.shape[0])
+        if inference_params.seqlen_offset > 0:
+            return self.step(hidden_states, conv_state, ssm_state)[0]
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        length = x.shape[1]
+        conv_state.copy_(F.pad(x.transpose(1, 2), (self.d_conv - length, 0)))
+        u = causal_conv1d_fn(x.transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
+        dt, B, C = self.x_proj(u.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        y, last_state = selective_scan_fn(
+            u,
+            F.linear(dt, self.dt_proj.weight).transpose(1, 2),
+            -torch.exp(self.A_log.float()),
+            B.transpose(1, 2),
+            C.transpose(1, 2),
+            self.D.float(),
+            z.transpose(1, 2),
+            delta_bias=self.dt_proj.bias.float(),
+            delta_softplus=True,
+            return_last_state=True,
+        )
+        ssm_state.copy_(last_state)
+        return self._project(y.transpose(1, 2), z=None)
+
+    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One recurrent step: hidden_states (B, 1, d_model), conv_state (B, d_inner, d_conv) and ssm_state (B, d_inner,
+        d_state), both updated in place. Returns (out (B, 1, d_model), conv_state, ssm_state).
+        """
+        if hidden_states.shape[1] != 1:
+            raise ValueError(
+                f"hidden_states has {hidden_states.shape[1]} tokens; wanted 1, decoding goes token by token."
+            )
+        x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)
+        x = causal_conv1d_update(x.contiguous(), conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt = F.softplus(self.dt_proj(dt).float())
+        A = -torch.exp(self.A_log.float())
+        ssm_state.copy_(ssm_state * torch.exp(dt.unsqueeze(-1) * A) + (dt * x).unsqueeze(-1) * B.unsqueeze(1))
+        y = torch.einsum("bdn,bn->bd", ssm_state.float(), C.float()) + self.D.float() * x
+        return self._project(y.to(x.dtype), z).unsqueeze(1), conv_state, ssm_state
+
+    def _project(self, y: Tensor, z: Tensor | None) -> Tensor:
+        if z is not None:
+            y = y * F.silu(z)
+        out = self.out_proj(y)
+        return out if self.init_layer_scale is None else out * self.gamma
+
+    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None, **kwargs) -> tuple[Tensor, Tensor]:
+        """Zeroed (conv_state (B, d_inner, d_conv), ssm_state (B, d_inner, d_state)) for `step`; the length does not
+        matter."""
+        device = self.out_proj.weight.device
+        conv_dtype = self.conv1d.weight.dtype if dtype is None else dtype
+        return (
+            torch.zeros(batch_size, self.d_inner, self.d_conv, device=device, dtype=conv_dtype),
+            torch.zeros(batch_size, self.d_inner, self.d_state, device=device, dtype=torch.float32),
+        )
+
+    def _states_from_cache(self, inference_params, batch_size: int) -> tuple[Tensor, Tensor]:
+        if self.layer_idx is None:
+            raise ValueError("layer_idx is None; wanted this mixer's number, by which its decoding states are cached.")
+        cache = inference_params.key_value_memory_dict
+        if self.layer_idx not in cache:
+            cache[self.layer_idx] = self.allocate_inference_cache(batch_size, 0)
+        return cache[self.layer_idx]
