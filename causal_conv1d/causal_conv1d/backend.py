@@ -1,0 +1,100 @@
+"""The one place that chooses which implementation of an operator runs.
+
+A *kernel set* is a module (or any object) whose attributes are an operator package's kernels, all with the same
+signatures. Each package keeps one `Backends` table and asks it for a kernel set at every call:
+
+| name | device | what |
+|---|---|---|
+| `cuda` | cuda | CUDA C++ compiled at first use |
+| `cpp` | cpu | the C++ library built at install time |
+| `torch` | any | vectorised torch operations; always there |
+
+The first that loads is taken; if a faster one fails to load, one warning says why and the next is used.
+`use("torch")`, or `KERNEL_BACKEND=torch` in the environment, forces one by name.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+NAMES = ("auto", "cuda", "cpp", "torch")
+ENVIRONMENT_VARIABLE = "KERNEL_BACKEND"
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _checked(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"kernel backend is {name!r}, wanted one of {', '.join(NAMES)}")
+    return name
+
+
+_forced = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto") or "auto")
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Force one backend ("cuda", "cpp", "torch"; "auto" restores the choice) inside a `with` block, process-wide.
+
+    A forced backend that cannot run on a tensor's device is passed over for "torch"; one that fails to load raises.
+    """
+    global _forced
+    previous, _forced = _forced, _checked(name)
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+class Backends:
+    """The kernel sets of one package, best first for each device type.
+
+    Args:
+        package: the package's name, for messages.
+        fallback: the kernel set that runs on every device and dtype.
+    """
+
+    def __init__(self, package: str, fallback: Any):
+        self.package = package
+        self.fallback = fallback
+        self._loaders: dict[str, tuple[str, Callable[[], Any]]] = {}
+        self._loaded: dict[str, Any] = {}
+
+    def add(self, name: str, device_type: str, load: Callable[[], Any]) -> None:
+        """Register backend `name` for `device_type`; `load()` returns its kernel set or raises the reason it cannot."""
+        self._loaders[device_type] = (_checked(name), load)
+
+    def available(self, device_type: str) -> str:
+        """Name of the backend that runs on `device_type` when none is forced."""
+        name, _ = self._loaders.get(device_type, ("torch", None))
+        return "torch" if self._load(device_type) is self.fallback else name
+
+    def pick(self, tensor: torch.Tensor) -> Any:
+        """Kernel set for operators whose first argument is `tensor`."""
+        if _forced == "torch" or tensor.dtype not in KERNEL_DTYPES:
+            return self.fallback
+        device_type = tensor.device.type
+        if _forced != "auto" and self._loaders.get(device_type, ("",))[0] != _forced:
+            return self.fallback
+        return self._loaded.get(device_type) or self._load(device_type)
+
+    def _load(self, device_type: str) -> Any:
+        if device_type in self._loaded:
+            return self._loaded[device_type]
+        kernels = self.fallback
+        if device_type in self._loaders:
+            name, load = self._loaders[device_type]
+            try:
+                kernels = load()
+            except Exception as error:
+                if _forced == name:
+                    raise
+                message = f"{self.package}: the {name} kernels are not available ({error}); using the slower torch path"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+        self._loaded[device_type] = kernels
+        return kernels

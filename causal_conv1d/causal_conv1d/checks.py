@@ -1,0 +1,44 @@
+"""Argument checks shared by the kernel packages: a failure is one sentence with argument, given and wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+STATE_DTYPES = (torch.float32, torch.float64)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}, wanted a torch.Tensor")
+
+
+def check_ndim(name: str, tensor: Tensor, layout: str) -> None:
+    """Raise ValueError unless `tensor` has as many dimensions as `layout`, such as "(batch, dim, seqlen)"."""
+    if tensor.dim() != layout.count(",") + 1:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, wanted {layout}")
+
+
+def check_shape(name: str, tensor: Tensor, wanted: Sequence[int], layout: str) -> None:
+    """Raise ValueError unless `tensor` has shape `wanted`; `layout` names the dimensions."""
+    if tensor.dim() != len(wanted) or any(given != want for given, want in zip(tensor.shape, wanted)):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, wanted {layout} = {tuple(wanted)}")
+
+
+def check_dtype(name: str, tensor: Tensor, wanted: Sequence[torch.dtype]) -> None:
+    """Raise TypeError unless the dtype of `tensor` is one of `wanted`."""
+    if tensor.dtype not in wanted:
+        raise TypeError(f"{name} has dtype {_names([tensor.dtype])}, wanted {_names(wanted)}")
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    """Raise ValueError unless `tensor` is on the device of `like`."""
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, wanted {like.device}, the device of {like_name}")

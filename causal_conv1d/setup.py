@@ -1,0 +1,37 @@
+"""Build of the `causal_conv1d` package; the C++ part is optional and free of torch's headers and ABI."""
+
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+
+SOURCES = sorted(str(path) for path in Path("causal_conv1d/csrc").glob("*.cpp"))
+COMPILE_ARGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+
+# One portable library: it is loaded with ctypes, picks AVX-512, AVX2 or plain code at run time, and links no OpenMP.
+extensions = [
+    Extension(
+        "causal_conv1d._cpu",
+        sources=SOURCES,
+        depends=sorted(str(path) for path in Path("causal_conv1d/csrc").glob("*.h")),
+        include_dirs=["causal_conv1d/csrc"],
+        extra_compile_args=COMPILE_ARGS,
+        extra_link_args=[] if sys.platform == "darwin" else ["-ldl", "-lpthread"],
+        language="c++",
+        optional=True,
+    )
+]
+
+setup(
+    name="causal_conv1d",
+    version="1.1.1+portable",
+    description="Causal depthwise 1-D convolution for state-space models, on CPU and CUDA",
+    python_requires=">=3.10",
+    install_requires=["torch>=2.6"],
+    packages=find_packages(include=["causal_conv1d", "causal_conv1d.*"]),
+    # The explicit root makes an editable install a plain path entry, which a same-named folder cannot shadow.
+    package_dir={"": "."},
+    package_data={"causal_conv1d": ["csrc/*"]},
+    ext_modules=extensions if SOURCES and sys.platform != "win32" else [],
+    zip_safe=False,
+)

@@ -1,0 +1,1 @@
+"""Operators: the selective scan, and what the published mixers compute around it."""

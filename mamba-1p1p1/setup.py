@@ -1,0 +1,51 @@
+"""Build of the `mamba_ssm` package; the C++ part is optional and free of torch's headers and ABI."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+
+SOURCES = sorted(str(path) for path in Path("mamba_ssm/csrc").glob("*.cpp"))
+COMPILE_ARGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+
+
+def shared_headers() -> str | None:
+    """The header folder of `causal_conv1d`: of the installed package, else of the checkout beside this one."""
+    spec = find_spec("causal_conv1d")
+    candidates = [Path(folder) / "csrc" for folder in (spec.submodule_search_locations or [])] if spec else []
+    candidates.append(Path(__file__).resolve().parent.parent / "causal_conv1d" / "causal_conv1d" / "csrc")
+    return next((str(folder) for folder in candidates if (folder / "parallel.h").is_file()), None)
+
+
+headers = shared_headers()
+if SOURCES and headers is None:
+    print("mamba_ssm: causal_conv1d is not installed, so the C++ kernels are not built", file=sys.stderr)
+
+extensions = [
+    Extension(
+        "mamba_ssm._cpu",
+        sources=SOURCES,
+        depends=sorted(str(path) for path in Path("mamba_ssm/csrc").glob("*.h")),
+        include_dirs=["mamba_ssm/csrc", headers],
+        extra_compile_args=COMPILE_ARGS,
+        extra_link_args=[] if sys.platform == "darwin" else ["-ldl", "-lpthread"],
+        language="c++",
+        optional=True,
+    )
+]
+
+setup(
+    name="mamba_ssm",
+    version="1.1.1+portable",
+    description="Selective state-space operators and the Mamba mixer, on CPU and CUDA",
+    python_requires=">=3.10",
+    # The local version keeps pip from taking another project's package of the same name.
+    install_requires=["torch>=2.6", "causal_conv1d==1.1.1+portable"],
+    packages=find_packages(include=["mamba_ssm", "mamba_ssm.*"]),
+    # The explicit root makes an editable install a plain path entry.
+    package_dir={"": "."},
+    package_data={"mamba_ssm": ["csrc/*"]},
+    ext_modules=extensions if SOURCES and headers and sys.platform != "win32" else [],
+    zip_safe=False,
+)
