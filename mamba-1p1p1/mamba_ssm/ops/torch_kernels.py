@@ -3,7 +3,7 @@
 The scan walks time in chunks. Within a chunk all decays and inputs are computed at once, the recurrence is one fused
 multiply-add per step over (batch, dim, dstate), and everything else is vectorised over the chunk again. Nothing is
 divided by a running product of decays, so nothing overflows that the recurrence itself would not. Memory beyond inputs
-and outputs is bounded by `CHUNK_ELEMENTS`, whatever the sequence length, plus one state per chunk for the backward pass.
+and outputs is bounded by `CHUNK_ELEMENTS`, whatever the sequence length, plus one state per chunk for backward.
 """
 
 from __future__ import annotations
