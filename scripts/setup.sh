@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Make .venv with everything pinned in vim_requirements.txt and both kernel packages, unless it already holds exactly that.
+# Run it, or source it: afterwards $PYTHON is the interpreter to use.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python3.10 python; do
+        if "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "No Python with venv found; wanted Python 3.10 or newer (on Debian: apt install python3 python3-venv)." >&2
+    exit 2
+}
+
+if [ ! -x .venv/bin/python ]; then
+    "$(find_python)" -m venv .venv
+fi
+PYTHON=$PWD/.venv/bin/python
+export PYTHON
+
+# everything an install depends on; a change of any of these installs again
+stamp=.venv/installed-$(cat vim_requirements.txt scripts/setup.sh {causal_conv1d,mamba-1p1p1}/{setup.py,pyproject.toml} \
+    causal_conv1d/causal_conv1d/csrc/*.{cpp,h} mamba-1p1p1/mamba_ssm/csrc/*.{cpp,h} 2>/dev/null | cksum | tr ' ' '-')
+if [ ! -e "$stamp" ]; then
+    echo "Installing into .venv (torch is large: this takes some minutes the first time) ..."
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r vim_requirements.txt
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+        -e ./causal_conv1d
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+        -e ./mamba-1p1p1
+    rm -f .venv/installed-*
+    touch "$stamp"
+fi
