@@ -179,7 +179,7 @@ class VisionMamba(nn.Module):
             **(ssm_cfg or {}),
         )
         # layer 0 never drops, since it starts the residual; layer 1 takes the first rate, the final add the last
-        rates = [0.0, *torch.linspace(0, drop_path_rate, depth).tolist()]
+        rates = [0.0, *(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))]
         self.layers = nn.ModuleList(
             Block(new_mixer(layer_idx=i), norm_layer(), rates[i], fused_add_norm, residual_in_fp32)
             for i in range(depth)

@@ -40,6 +40,6 @@ launch() {
         command+=(--data-path "$data_path")
     fi
     # argparse keeps the last of a repeated flag, so the caller's come last
-    command+=("$@" "${extra[@]}")
+    command+=("$@" ${extra[@]+"${extra[@]}"})
     exec "${command[@]}"
 }
