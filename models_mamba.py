@@ -286,11 +286,25 @@ class VisionMamba(nn.Module):
             state = _reorder(state, torch.arange(state.num_tokens - 1, -1, -1))
         return state
 
+    @property
+    def pos_embed_grid(self) -> tuple[int, int]:
+        """(rows, cols) of the position embedding: the token grid, or for colwise pooling the transposed one, since
+        FastVim's release transposes the grid before adding positions."""
+        rows, cols = self.patch_embed.grid_size
+        return (cols, rows) if self._colwise else (rows, cols)
+
+    @property
+    def _colwise(self) -> bool:
+        return self.methods.pooling is not None and self.methods.pooling.scanpath_type == "colwise"
+
     def pos_embed_for(self, grid: tuple[int, int]) -> Tensor:
-        """The position embedding (1, L, D), resized bicubically where the grid is not the one it was made for."""
-        if grid == self.patch_embed.grid_size:
-            return self.pos_embed
-        return resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid, self.class_token_positions)
+        """The position embedding (1, L, D) of a token grid in raster order, resized bicubically where the grid is not
+        the one it was made for."""
+        pos_embed = self.pos_embed
+        new_grid = grid[::-1] if self._colwise else grid
+        if new_grid != self.pos_embed_grid:
+            pos_embed = resize_pos_embed(pos_embed, self.pos_embed_grid, new_grid, self.class_token_positions)
+        return pos_embed.unflatten(1, new_grid).transpose(1, 2).flatten(1, 2) if self._colwise else pos_embed
 
     def run_site(self, index: int, state: TokenState, **mixer_args: Any) -> TokenState:
         """Run site `index`: one layer, or in paired models one forward and one on the reversed sequence."""
@@ -433,7 +447,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VisionMamba) -> d
         raise ValueError(
             f"pos_embed has {num_patches} patch rows; wanted a square number, to know the grid it was made for."
         )
-    resized = resize_pos_embed(pos_embed, (side, side), model.patch_embed.grid_size, model.class_token_positions)
+    resized = resize_pos_embed(pos_embed, (side, side), model.pos_embed_grid, model.class_token_positions)
     return state_dict | {"pos_embed": resized}
 
 

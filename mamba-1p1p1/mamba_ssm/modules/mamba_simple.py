@@ -27,10 +27,10 @@ class TokenPooling(Protocol):
         """Inverse of `order`."""
 
     def reduce(self, x: Tensor) -> Tensor:
-        """(B, L, C) tokens -> (B, G, C) groups."""
+        """(B, L, C) ordered tokens -> (B, G, C) groups."""
 
-    def expand(self, y: Tensor) -> Tensor:
-        """(B, G, C) groups -> (B, L, C), every token its group's value."""
+    def expand_add(self, x: Tensor, groups: Tensor) -> Tensor:
+        """(B, L, C) ordered tokens, each plus its group's value out of (B, G, C)."""
 
 
 DirectionGate = Callable[[Tensor], Tensor]
@@ -188,89 +188,98 @@ class Mamba(nn.Module):
         """
         if inference_params is not None:
             return self._decode(hidden_states, inference_params)
+        if pooling is not None:
+            if direction_gate is not None:
+                raise ValueError("Pooled groups mix both directions: wanted pooling without direction_gate.")
+            # every projection is position-wise, so the narrowest tensors are the ones to reorder
+            hidden_states = pooling.order(hidden_states)
         xz = self.in_proj(hidden_states)
         gates = None if direction_gate is None else direction_gate(xz)
-        if pooling is not None:
-            xz = pooling.order(xz)
         x, z = xz.chunk(2, dim=-1)
         # A LayerNorm or pooling stands between scan and gate; without them the scan applies the gate itself.
         gate_last = pooling is not None or self.layernorm is not None
-        y = None
-        for number, direction in enumerate(self.directions):
-            gate = None if gates is None else gates[:, number]
-            part = self._gated(direction, x, None if gate_last else z, token_mask, pooling, gate)
-            y = part if y is None else y + part
-        if self.if_divide_out and len(self.directions) == 2:
-            y = y / 2
+        if pooling is not None:
+            y = self._pooled(x, token_mask, pooling)
+        else:
+            y = None
+            for number, direction in enumerate(self.directions):
+                gate = None if gates is None else gates[:, number]
+                part = self._gated(direction, x, None if gate_last else z, token_mask, gate)
+                y = part if y is None else y + part
+            if self.if_divide_out and len(self.directions) == 2:
+                y = y / 2
         if self.layernorm is not None:
             y = self.layernorm(y)
         if gate_last:
             y = y * F.silu(z)
-        if pooling is not None:
-            y = pooling.restore(y)
         out = self.out_proj(y)
+        if pooling is not None:
+            out = pooling.restore(out)
         return out if self.init_layer_scale is None else out * self.gamma
 
     def _gated(
-        self,
-        direction: _Direction,
-        x: Tensor,
-        z: Tensor | None,
-        token_mask: Tensor | None,
-        pooling: TokenPooling | None,
-        gate: Tensor | None,
+        self, direction: _Direction, x: Tensor, z: Tensor | None, token_mask: Tensor | None, gate: Tensor | None
     ) -> Tensor:
         """One direction times its gate (B,). In eval mode images with gate 0 are left out of the work, not only of the
         sum."""
         if gate is None:
-            return self._scan(direction, x, z, token_mask, pooling)
+            return self._run(direction, x, z, token_mask)
         if self.training:
-            return self._scan(direction, x, z, token_mask, pooling) * gate.view(-1, 1, 1)
+            return self._run(direction, x, z, token_mask) * gate.view(-1, 1, 1)
         chosen = gate.nonzero().squeeze(1)
         if len(chosen) == len(x):
-            return self._scan(direction, x, z, token_mask, pooling) * gate.view(-1, 1, 1).to(x.dtype)
+            return self._run(direction, x, z, token_mask) * gate.view(-1, 1, 1).to(x.dtype)
         out = torch.zeros_like(x, memory_format=torch.contiguous_format)
         if len(chosen):
             some = [None if t is None else t[chosen] for t in (x, z, token_mask)]
-            out[chosen] = self._scan(direction, *some, pooling) * gate[chosen].view(-1, 1, 1).to(x.dtype)
+            out[chosen] = self._run(direction, *some) * gate[chosen].view(-1, 1, 1).to(x.dtype)
         return out
 
-    def _scan(
-        self,
-        direction: _Direction,
-        x: Tensor,
-        z: Tensor | None,
-        token_mask: Tensor | None,
-        pooling: TokenPooling | None,
-    ) -> Tensor:
+    def _run(self, direction: _Direction, x: Tensor, z: Tensor | None, token_mask: Tensor | None) -> Tensor:
         """One direction, channel-last: x, z (B, L, d_inner) -> (B, L, d_inner), before the sum."""
+        return self._scan(direction, self._convolve(direction, x, token_mask), direction.D.float(), z)
+
+    def _pooled(self, x: Tensor, token_mask: Tensor | None, pooling: TokenPooling) -> Tensor:
+        """Both directions scanning groups of tokens, summed: x (B, L, d_inner) -> (B, L, d_inner).
+
+        D * u needs no scan, so it stays with the tokens; the scans meet it once, as the sum of both over the groups.
+        """
+        directions = self.directions
+        share = 0.5 if self.if_divide_out and len(directions) == 2 else 1.0
+        tokens = groups = None
+        for direction in directions:
+            u = self._convolve(direction, x, token_mask)
+            y = self._scan(direction, pooling.reduce(u), None, None) * share
+            D = (direction.D * share).to(u.dtype)
+            tokens = u * D if tokens is None else torch.addcmul(tokens, u, D)
+            groups = y if groups is None else groups + y
+        return pooling.expand_add(tokens, groups)
+
+    def _convolve(self, direction: _Direction, x: Tensor, token_mask: Tensor | None) -> Tensor:
+        """Causal convolution and silu of x (B, L, d_inner); token_mask (B, L) before and after."""
         if token_mask is not None:
             token_mask = token_mask.unsqueeze(-1).to(x.dtype)
             x = x * token_mask
-        u = causal_conv1d_fn(
-            x.transpose(1, 2),
-            direction.conv.weight.squeeze(1),
-            direction.conv.bias,
-            "silu",
-            reverse=direction.reverse_conv,
-        ).transpose(1, 2)
-        if token_mask is not None:
-            u = u * token_mask
-        seen = u if pooling is None else pooling.reduce(u)
-        dt, B, C = direction.x_proj(seen).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y = selective_scan_fn(
-            seen.transpose(1, 2),
+        weight = direction.conv.weight.squeeze(1)
+        u = causal_conv1d_fn(x.transpose(1, 2), weight, direction.conv.bias, "silu", reverse=direction.reverse_conv)
+        u = u.transpose(1, 2)
+        return u if token_mask is None else u * token_mask
+
+    def _scan(self, direction: _Direction, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+        """Projections and scan of u (B, L, d_inner), in the direction's order."""
+        dt, B, C = direction.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return selective_scan_fn(
+            u.transpose(1, 2),
             F.linear(dt, direction.dt_proj.weight).transpose(1, 2),
             -torch.exp(direction.A_log.float()),
             B.transpose(1, 2),
             C.transpose(1, 2),
-            direction.D.float() if pooling is None else None,
+            D,
             None if z is None else z.transpose(1, 2),
             delta_bias=direction.dt_proj.bias.float(),
             delta_softplus=True,
             reverse=direction.reverse_scan,
         ).transpose(1, 2)
-        return y if pooling is None else pooling.expand(y) + direction.D.to(u.dtype) * u
 
     def _decode(self, hidden_states: Tensor, inference_params) -> Tensor:
         """Causal inference with cached states: the whole prompt first, then one token at a time through `step`."""
