@@ -1,0 +1,480 @@
+"""Saving, resuming, and reading every published checkpoint format.
+
+`python checkpoints.py IN OUT [--ema]` turns any readable checkpoint into bare weights, as `.safetensors` or `.pth`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+import tempfile
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors.torch
+import torch
+from timm.scheduler import PlateauLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import utils
+from embeddings import resize_pos_embed
+from utils import Meters, UsageError
+
+_logger = logging.getLogger(__name__)
+
+EMA_ENTRIES = ("model_ema", "state_dict_ema", "ema_state_dict")
+WEIGHT_ENTRIES = ("model", "state_dict", "model_state_dict")
+EMA_PREFIXES = ("model_ema.", "ema_model.", "ema.")
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
+# Lightning checkpoints carry settings of these packages beside the weights; they are read as inert stand-ins.
+INERT_PACKAGES = ("omegaconf", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "pathlib")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of checkpoints."""
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument("--output_dir", "--output-dir", default="", metavar="DIR", help="where checkpoints and logs go")
+    group.add_argument(
+        "--resume", default="", metavar="FILE", help="go on from FILE, or from the newest of --output_dir (auto)"
+    )
+    group.add_argument(
+        "--finetune", default="", metavar="FILE", help="start from FILE's weights, at any image size and class count"
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse checkpoint flags that contradict each other or name no file."""
+    model_path = getattr(args, "model_path", "")
+    for flag, value in (("--resume", args.resume), ("--finetune", args.finetune), ("--model-path", model_path)):
+        if value and not is_url(value) and not (flag == "--resume" and value == "auto") and not Path(value).is_file():
+            raise UsageError(f"{flag} {value} is no file.")
+    if args.resume == "auto" and not args.output_dir:
+        raise UsageError("--resume auto looks in --output_dir, which is missing.")
+    if args.eval and not (args.resume or args.finetune or model_path):
+        raise UsageError("--eval wants weights: --resume FILE, --finetune FILE or --model-path FILE.")
+    if args.output_dir and Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise UsageError(f"--output_dir {args.output_dir} is a file; wanted a folder.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def is_url(path: str) -> bool:
+    """Whether `path` is an address rather than a file."""
+    return "://" in path
+
+
+class _OnlyHttps(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if not newurl.startswith("https://"):
+            raise UsageError(f"{req.full_url} redirects to {newurl}; wanted https all the way.")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def download(url: str) -> Path:
+    """Fetch `url` once into torch.hub's cache; returns the file.
+
+    A name such as `vim-0123abcd.pth` carries the start of its SHA-256, which is then checked. Raises UsageError for
+    anything but https, a wrong hash, or a failed transfer.
+    """
+    if not url.startswith("https://"):
+        raise UsageError(f"{url} is not fetched; wanted a file or an https:// address.")
+    target = Path(torch.hub.get_dir(), "checkpoints", url.partition("?")[0].rpartition("/")[2] or "checkpoint.pth")
+    if target.is_file():
+        return target
+    digest = hashlib.sha256()
+
+    def copy(file: IO[bytes]) -> None:
+        with urllib.request.build_opener(_OnlyHttps).open(url, timeout=60) as response:
+            while chunk := response.read(1 << 20):
+                digest.update(chunk)
+                file.write(chunk)
+        wanted = re.search(r"-([0-9a-f]{8,64})\.", target.name)
+        if wanted and not digest.hexdigest().startswith(wanted[1]):
+            raise UsageError(f"{url} has SHA-256 {digest.hexdigest()[:12]}...; wanted {wanted[1]}.")
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write_atomically(target, copy)
+    except OSError as error:
+        raise UsageError(f"{url} cannot be fetched: {error}.") from error
+    return target
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in the place of `path` once it is whole on the
+    disk."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def save(path: Path, checkpoint: dict[str, Any]) -> bool:
+    """Write `checkpoint` to `path`, replacing it only once the new file is whole; False, with a warning, if that
+    fails."""
+    try:
+        write_atomically(path, lambda file: torch.save(checkpoint, file))
+    except (OSError, RuntimeError) as error:
+        _logger.warning("%s could not be written (%s); the one before it stays.", path, str(error).splitlines()[0])
+        return False
+    return True
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, at once and without writing it again where the file system allows."""
+    try:
+        temporary = target.with_name(f".{target.name}.link.tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+            os.replace(temporary, target)
+        except OSError:
+            with open(source, "rb") as whole:
+                write_atomically(target, lambda file: shutil.copyfileobj(whole, file))
+    except OSError as error:
+        _logger.warning("%s could not be written (%s); the one before it stays.", target, error)
+
+
+def read(path: str) -> Any:
+    """What the checkpoint at `path`, a file or an https URL, holds; nothing in it is run.
+
+    Raises UsageError for a file that is broken or whose pickle calls anything but tensors, plain values and
+    `argparse.Namespace`.
+    """
+    file = download(path) if is_url(path) else Path(path)
+    if file.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(file)
+        except Exception as error:  # safetensors raises its own error class, and OSError
+            raise UsageError(f"{path} is no whole safetensors file: {error}.") from error
+    try:
+        return _load_pickle(file)
+    except pickle.UnpicklingError as error:
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if foreign:
+            raise UsageError(f"{path} is refused: its pickle calls {foreign[1]}, which could run code.") from error
+        raise UsageError(f"{path} is no whole checkpoint, or holds more than weights.") from error
+    except Exception as error:  # a truncated or flipped file trips torch's reader in any way
+        raise UsageError(f"{path} is no whole checkpoint: {_first_line(error)}.") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _load_pickle(file: Path) -> Any:
+    stand_ins: list[Any] = [argparse.Namespace]
+    with contextlib.suppress(ValueError, RuntimeError):  # raised for files without an archive, which have none to list
+        for name in torch.serialization.get_unsafe_globals_in_checkpoint(file):
+            if name.partition(".")[0] in INERT_PACKAGES:
+                stand_ins.append((type(name.rpartition(".")[2], (_Inert,), {}), name))
+    with torch.serialization.safe_globals(stand_ins):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+class _Inert:
+    """Stands for an object of a package that is not needed; keeps nothing and does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def find_weights(checkpoint: Any, path: str, *, ema: bool = False) -> tuple[dict[str, Tensor], str]:
+    """The model's weights in what `read` returned, with wrappers' prefixes stripped, and where they were found.
+
+    Known are DeiT's and Vim's dictionaries (`model`, `model_ema`), timm's, bare state dicts, and Lightning's, where
+    averaged weights are taken if there are any. `ema` asks for the averaged weights of the others too.
+    """
+    if not isinstance(checkpoint, dict):
+        raise UsageError(f"{path} holds a {type(checkpoint).__name__}; wanted a dictionary of weights.")
+    found, origin = checkpoint, "bare weights"
+    averaged = [name for name in EMA_ENTRIES if isinstance(checkpoint.get(name), dict)]
+    plain = [name for name in WEIGHT_ENTRIES if isinstance(checkpoint.get(name), dict)]
+    if averaged and (ema or not plain):
+        found, origin = checkpoint[averaged[0]], averaged[0]
+    elif ema:
+        raise UsageError(f"{path} holds no averaged weights.")
+    elif plain:
+        found, origin = checkpoint[plain[0]], plain[0]
+    weights = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if not weights:
+        raise UsageError(f"{path} holds no weights.")
+    for prefix in EMA_PREFIXES:
+        chosen = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if chosen:
+            weights, origin = chosen, f"{origin}, averaged weights under {prefix}"
+            break
+    stripped = ""
+    while True:
+        counts = {prefix: sum(name.startswith(prefix) for name in weights) for prefix in WRAPPER_PREFIXES}
+        prefix = max(counts, key=counts.__getitem__)
+        if counts[prefix] * 2 <= len(weights):
+            break
+        weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        stripped += prefix
+    return weights, f"{origin} without prefix {stripped}" if stripped else origin
+
+
+def load_strictly(
+    model: nn.Module, weights: dict[str, Tensor], path: str, name: str, *, may_miss: Callable[[str], bool] | None = None
+) -> None:
+    """Load `weights` into `model`; raises UsageError with the first differences unless every key and shape agrees.
+
+    Keys for which `may_miss` is true keep their initial value if `weights` lack them.
+    """
+    own = model.state_dict()
+    shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    found = model.load_state_dict({key: value for key, value in weights.items() if key not in shapes}, strict=False)
+    missing = [key for key in found.missing_keys if key not in shapes and not (may_miss and may_miss(key))]
+    unexpected = found.unexpected_keys
+    told = (
+        [f"{key} is missing" for key in missing[:2]]
+        + [f"{key} is unknown" for key in unexpected[:2]]
+        + [f"{key} is {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}" for key in shapes[:2]]
+    )
+    if told:
+        more = len(missing) + len(unexpected) + len(shapes) - len(told)
+        raise UsageError(
+            f"{path} is no checkpoint of {name}: {', '.join(told)}{f', and {more} more differences' if more else ''}."
+        )
+
+
+def class_positions(model: nn.Module, num_patches: int) -> tuple[int, ...]:
+    """Where class tokens stand in a sequence of `num_patches` patch tokens; timm's models hold them in front."""
+    if hasattr(model, "class_token_positions"):
+        return tuple(model.class_token_positions(num_patches))
+    return tuple(range(getattr(model, "num_prefix_tokens", 0)))
+
+
+def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict[str, Tensor], Callable[[str], bool]]:
+    """Fit `weights` to `model`'s image size and class count.
+
+    The position embedding is resized, a head for another number of classes is left out, and both are said. Returns the
+    weights and a test for the keys that may be missing from them.
+    """
+    own, weights = model.state_dict(), dict(weights)
+    dropped = [
+        key
+        for key in own
+        if key.startswith(("head.", "head_dist.")) and key in weights and weights[key].shape != own[key].shape
+    ]
+    if dropped:
+        heads = {key.partition(".")[0] for key in dropped}
+        classes = weights[dropped[0]].shape[0]
+        _logger.info("%s: its head for %d classes is left out; the new one starts afresh.", path, classes)
+        weights = {key: value for key, value in weights.items() if key.partition(".")[0] not in heads}
+        dropped = [key for key in own if key.partition(".")[0] in heads]
+    name = "pos_embed"
+    if name in own and name in weights and own[name].shape[1] != weights[name].shape[1]:
+        new_grid = tuple(model.patch_embed.grid_size)
+        count = len(class_positions(model, new_grid[0] * new_grid[1]))
+        patches = weights[name].shape[1] - count
+        side = round(patches**0.5)
+        if side * side != patches:
+            raise UsageError(f"{path} has a position embedding of {patches} patches; wanted a square grid to resize.")
+        weights[name] = resize_pos_embed(weights[name], (side, side), new_grid, lambda n: class_positions(model, n))
+        _logger.info("%s: position embedding resized from %dx%d to %dx%d.", path, side, side, *new_grid)
+    return weights, lambda key: key in dropped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+@dataclass
+class Run:
+    """Everything that changes while a model trains, and what it is trained with; a checkpoint holds the former.
+
+    `epoch` is the epoch to train next or now, `step` how many of its steps are done, `updates` how many steps were
+    taken in all, `seconds` the time spent on the epoch so far.
+    """
+
+    model: nn.Module
+    trained: nn.Module  # `model`, or the wrapper around it that shares gradients among processes
+    criterion: nn.Module
+    optimizer: Optimizer
+    scheduler: Scheduler | None
+    autocast: Callable[[], contextlib.AbstractContextManager]
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None
+    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    device: torch.device
+    epoch: int = 0
+    step: int = 0
+    updates: int = 0
+    best_accuracy: float = 0.0
+    seconds: float = 0.0
+    meters: Meters = field(default_factory=Meters)
+
+    def end_epoch(self) -> None:
+        """Go to the beginning of the next epoch."""
+        self.epoch, self.step, self.seconds, self.meters = self.epoch + 1, 0, 0.0, Meters()
+
+    def capture(self, args: argparse.Namespace, log: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The checkpoint of this moment; `log` is the line of the epoch that just ended. Every process must call this
+        together."""
+        own = {"random": utils.random_state(self.device), "meters": self.meters.state_dict()}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": _scheduler_state(self.scheduler),
+            "scaler": self.scaler.state_dict(),
+            "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "args": dict(vars(args)),
+            "epoch": self.epoch - 1,  # the last whole one, as DeiT counts
+            "step": self.step,
+            "updates": self.updates,
+            "best_accuracy": self.best_accuracy,
+            "seconds": self.seconds,
+            "log": log,
+            "processes": utils.gather_objects(own),
+        }
+
+    def restore(self, checkpoint: dict[str, Any], path: str, name: str) -> None:
+        """Go on where `capture` left off, or from the weights alone where another program saved less."""
+        weights, origin = find_weights(checkpoint, path)
+        load_strictly(self.model, weights, path, name)
+        averaged = checkpoint.get("model_ema")
+        if self.ema is not None:
+            if averaged is None:
+                self.ema.set(self.model)
+            else:
+                load_strictly(self.ema.module, find_weights(checkpoint, path, ema=True)[0], path, name)
+        if "optimizer" not in checkpoint or "epoch" not in checkpoint:
+            _logger.warning("%s holds %s and no state of a run: training starts from these weights.", path, origin)
+            return
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            _load_scheduler_state(self.scheduler, checkpoint.get("lr_scheduler") or {})
+            if checkpoint.get("scaler"):
+                self.scaler.load_state_dict(checkpoint["scaler"])
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise UsageError(f"{path} was trained with another optimiser: {_first_line(error)}.") from error
+        self.epoch = checkpoint["epoch"] + 1
+        self.step, self.updates = checkpoint.get("step", 0), checkpoint.get("updates", 0)
+        self.best_accuracy, self.seconds = checkpoint.get("best_accuracy", 0.0), checkpoint.get("seconds", 0.0)
+        processes = checkpoint.get("processes", [])
+        if len(processes) == utils.world_size():
+            own = processes[utils.rank()]
+            utils.set_random_state(own["random"], self.device)
+            self.meters.load_state_dict(own["meters"])
+        else:
+            _logger.warning("%s was saved by %d processes: random states start afresh.", path, len(processes))
+
+
+def _scheduler_state(scheduler: Scheduler | None) -> dict[str, Any]:
+    # timm leaves most of the state of 'plateau' out
+    if isinstance(scheduler, PlateauLRScheduler):
+        return {"plateau": scheduler.lr_scheduler.state_dict(), "restore_lr": scheduler.restore_lr}
+    return scheduler.state_dict() if scheduler is not None else {}
+
+
+def _load_scheduler_state(scheduler: Scheduler | None, state: dict[str, Any]) -> None:
+    if isinstance(scheduler, PlateauLRScheduler) and "plateau" in state:
+        scheduler.lr_scheduler.load_state_dict(state["plateau"])
+        scheduler.restore_lr = state["restore_lr"]
+    elif scheduler is not None and not isinstance(scheduler, PlateauLRScheduler):
+        scheduler.load_state_dict(state)
+
+
+def newest_whole(output_dir: Path) -> tuple[str, dict[str, Any]] | None:
+    """The newest checkpoint in `output_dir` that can be read, and what it holds; None if there is none at all.
+
+    Raises UsageError if there are checkpoints and none of them is whole, since going on from nothing would bury them.
+    """
+    files = sorted(output_dir.glob("*checkpoint*.pth"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in files:
+        try:
+            return str(file), read(str(file))
+        except UsageError as error:
+            _logger.warning("%s Trying the one before it.", error)
+    if files:
+        raise UsageError(f"--resume auto: no checkpoint in {output_dir} is whole; wanted one, or an empty folder.")
+    return None
+
+
+def repair_log(file: Path, epoch: int, last: dict[str, Any] | None) -> None:
+    """Make log.txt end with epoch `epoch` - 1, whose line is `last`: a killed run may have written a line too many or
+    too few."""
+    lines = []
+    if file.exists():
+        for text in file.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line that a kill cut short
+                lines.append(json.loads(text))
+    lines = [line for line in lines if line.get("epoch", epoch) < epoch]
+    if last is not None and not any(line["epoch"] == last["epoch"] for line in lines):
+        lines.append(last)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    if text or file.exists():
+        write_atomically(file, lambda stream: stream.write(text.encode()))
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove the temporary files of writes that were killed."""
+    for file in output_dir.glob(".*.tmp"):
+        file.unlink(missing_ok=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Convert a checkpoint to bare weights."""
+    parser = utils.Parser(description="Turn any readable checkpoint into bare weights.")
+    parser.add_argument("source", help="a file or an https URL")
+    parser.add_argument("target", type=Path, help="a .safetensors or .pth file")
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights")
+    args = parser.parse_args(argv)
+    weights, origin = find_weights(read(args.source), args.source, ema=args.ema)
+    weights = {name: value.clone().contiguous() for name, value in weights.items()}
+    if args.target.suffix == ".safetensors":
+        data = safetensors.torch.save(weights)
+        write_atomically(args.target, lambda file: file.write(data))
+    else:
+        write_atomically(args.target, lambda file: torch.save(weights, file))
+    _logger.info("%s: %d tensors from %s.", args.target, len(weights), origin)
+
+
+if __name__ == "__main__":
+    utils.setup_logging()
+    try:
+        main()
+    except UsageError as error:
+        raise SystemExit(f"{error}") from None

@@ -1,0 +1,425 @@
+"""Data sets and how they reach the model in batches."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.machinery
+import importlib.util
+import itertools
+import json
+import logging
+import math
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+
+import utils
+from augment import build_transform, mixes
+from samplers import SeededDataset, SeededSampler
+from utils import UsageError, nearest, number
+
+_logger = logging.getLogger(__name__)
+
+DATA_SETS = ("CIFAR", "CIFAR10", "IMNET", "INAT", "INAT19", "DIGITS")
+INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+REPEATS = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of data sets and loaders."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-path", default="", metavar="DIR", help="where the data set lies")
+    group.add_argument(
+        "--data-set", default="DIGITS", metavar="NAME", help=f"{', '.join(DATA_SETS)} or timm/NAME (default: DIGITS)"
+    )
+    group.add_argument("--inat-category", default="name", choices=INAT_CATEGORIES, help="what INAT's classes are")
+    group.add_argument("--train-split", default="train", help="training split of a timm/ data set (default: train)")
+    group.add_argument("--val-split", default="validation", help="its evaluation split (default: validation)")
+    group.add_argument(
+        "--num-classes", type=number(int, 1), default=None, help="classes of a timm/ set that does not say"
+    )
+    utils.add_switch(
+        group, ["--repeated-aug"], ["--no-repeated-aug"], default=True, help="repeat each image 3 times in a row"
+    )
+    group.add_argument("--eval-crop-ratio", type=number(float, 0, 1, above=True), default=0.875, help="default: 0.875")
+    group.add_argument("--dist-eval", action="store_true", help="share the evaluation set among the processes")
+    group.add_argument("--num_workers", "--num-workers", type=number(int, 0), default=10, help="default: 10")
+    utils.add_switch(group, ["--pin-mem"], ["--no-pin-mem"], default=True, help="page-locked batches for faster copies")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse an unknown data set or a path that cannot hold it, before anything is read."""
+    name, path = args.data_set, Path(args.data_path)
+    if not name.startswith("timm/"):
+        if name not in DATA_SETS:
+            close = nearest(name.upper(), DATA_SETS)
+            raise UsageError(f"--data-set {name!r} is unknown; wanted {', '.join(DATA_SETS)} or timm/NAME{close}.")
+        if args.num_classes is not None:
+            raise UsageError(f"--num-classes is for timm/ data sets; {name} says itself how many it has.")
+    if name == "DIGITS" or (name.startswith("timm/") and not args.data_path):
+        return
+    if not args.data_path:
+        raise UsageError(f"--data-path is missing; wanted the folder of {name}.")
+    if name in ("CIFAR", "CIFAR10"):
+        return
+    if not path.exists():
+        raise UsageError(f"--data-path {path} does not exist; wanted the folder of {name}.")
+    if path.is_dir() and not any(path.iterdir()):
+        raise UsageError(f"--data-path {path} is empty; wanted the folder of {name}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def load_image(path: str) -> Image.Image:
+    """The image in file `path` as RGB; 16-bit greys are scaled down. Raises UsageError, naming the file, if
+    unreadable."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                values = np.asarray(image, dtype=np.float32)
+                highest = 65535.0 if image.mode.startswith("I;16") else max(float(values.max()), 255.0)
+                return Image.fromarray((values.clip(0) * (255 / highest)).astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's readers raise whatever a broken file makes them trip over
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"Image {path} cannot be read: {reason}.") from error
+
+
+class ImageArrays(Dataset):
+    """Images held in memory: `images` uint8 (N, H, W, 3) or grey (N, H, W), shown at `size` if it is given."""
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        targets: Sequence[int],
+        transform: Callable[[Image.Image], Any],
+        size: int | None = None,
+    ) -> None:
+        self.images, self.targets, self.transform, self.size = images, list(targets), transform, size
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = Image.fromarray(self.images[index]).convert("RGB")
+        if self.size is not None:
+            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        return self.transform(image), self.targets[index]
+
+
+class _KnownClasses(ImageFolder):
+    """An ImageFolder whose classes are those of another, so that a class number means the same in both."""
+
+    def __init__(self, root: str, class_to_idx: dict[str, int], **kwargs: Any) -> None:
+        self._known = class_to_idx
+        super().__init__(root, **kwargs)
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names, _ = super().find_classes(directory)
+        unknown = sorted(set(names) - set(self._known))
+        if unknown:
+            raise UsageError(f"{directory} has a class {unknown[0]!r} that the training set does not have.")
+        return names, {name: self._known[name] for name in names}
+
+
+class INatDataset(Dataset):
+    """iNaturalist 2018 and 2019: `{train,val}{year}.json`, `categories.json` and the images under `root`.
+
+    Classes are the values of `category`, numbered as they first come up in the training annotations. An image lies
+    where its `file_name` says, or there without the level of its super-category.
+    """
+
+    def __init__(self, root: Path, is_train: bool, year: int, category: str, transform: Callable[..., Any]) -> None:
+        self.transform = transform
+        train = _read_json(root / f"train{year}.json")
+        data = train if is_train else _read_json(root / f"val{year}.json")
+        catalogue = root / "categories.json"
+        entries = _read_json(catalogue) if catalogue.exists() else train.get("categories", [])
+        categories = {entry.get("id", place): entry for place, entry in enumerate(entries)}
+        try:
+            self.class_to_idx: dict[str, int] = {}
+            for annotation in train["annotations"]:
+                value = categories[int(annotation["category_id"])][category]
+                self.class_to_idx.setdefault(value, len(self.class_to_idx))
+            category_of = {entry["image_id"]: int(entry["category_id"]) for entry in data["annotations"]}
+            self.samples = [
+                (entry["file_name"], self.class_to_idx[categories[category_of[entry["id"]]][category]])
+                for entry in data["images"]
+            ]
+        except KeyError as error:
+            raise UsageError(
+                f"{root} is no iNaturalist {year} for --inat-category {category}: {error} is missing."
+            ) from None
+        self.root = root
+        self.targets = [target for _, target in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        name, target = self.samples[index]
+        path = self.root / name
+        if not path.exists():
+            parts = Path(name).parts
+            path = self.root.joinpath(*parts[:1], *parts[2:])
+        return self.transform(load_image(str(path))), target
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}.") from None
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles what CIFAR's files hold, numpy arrays and plain values, and nothing that could run code."""
+
+    allowed = ("_reconstruct", "ndarray", "dtype", "encode", "_frombuffer")
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in self.allowed and module.partition(".")[0] in ("numpy", "_codecs"):
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        raise pickle.UnpicklingError(f"it wants {module}.{name}")
+
+
+def _cifar_arrays(folder: Path, files: Sequence[str], label: bytes) -> tuple[np.ndarray, list[int]]:
+    images, targets = [], []
+    for name in files:
+        try:
+            with open(folder / name, "rb") as file:
+                entry = _ArrayUnpickler(file, encoding="bytes").load()
+            images.append(np.asarray(entry[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+            targets += [int(target) for target in entry[label]]
+        except Exception as error:  # a broken pickle can raise nearly anything
+            raise UsageError(f"{folder / name} is no CIFAR file: {error}.") from error
+    return np.ascontiguousarray(np.concatenate(images)), targets
+
+
+def _build_cifar(is_train: bool, args: argparse.Namespace, transform: Callable[..., Any]) -> tuple[Dataset, int]:
+    source = CIFAR100 if args.data_set == "CIFAR" else CIFAR10
+    label, classes = (b"fine_labels", 100) if args.data_set == "CIFAR" else (b"labels", 10)
+    files = [name for name, _ in (source.train_list if is_train else source.test_list)]
+    path = Path(args.data_path)
+    folder = path if path.name == source.base_folder or (path / files[0]).is_file() else path / source.base_folder
+    if not folder.is_dir():
+
+        def download() -> None:
+            _logger.info("%s is not there: downloading %s.", folder, source.url)
+            try:
+                source(folder.parent, download=True)
+            except Exception as error:  # network, disk and archive errors alike
+                raise UsageError(f"{folder} does not exist and {source.url} cannot be downloaded: {error}.") from error
+
+        utils.once_per_node(download)
+    return ImageArrays(*_cifar_arrays(folder, files, label), transform), classes
+
+
+def _build_digits(is_train: bool, args: argparse.Namespace, transform: Callable[..., Any]) -> tuple[Dataset, int]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    train, test = train_test_split(np.arange(len(images)), test_size=360, stratify=digits.target, random_state=0)
+    chosen = train if is_train else test
+    return ImageArrays(images[chosen], digits.target[chosen].tolist(), transform, args.input_size), 10
+
+
+def _build_folder(is_train: bool, args: argparse.Namespace, transform: Callable[..., Any]) -> tuple[Dataset, int]:
+    root = Path(args.data_path)
+    try:
+        if is_train or not (root / "train").is_dir():
+            part = root / ("train" if is_train else "val")
+            folder = ImageFolder(str(part), transform, loader=load_image)
+            return folder, len(folder.classes)
+        names = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
+        classes = {name: number for number, name in enumerate(names)}
+        return _KnownClasses(str(root / "val"), classes, transform=transform, loader=load_image), len(classes)
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"--data-path {root} wants train and val, with a folder of images per class: {error}."
+        ) from error
+
+
+def _import_huggingface() -> None:
+    """Give the name `datasets` to the Hugging Face package, which this file hides from timm's readers."""
+    here = Path(__file__).resolve().parent
+    paths = [path for path in sys.path if Path(path or ".").resolve() != here]
+    spec = importlib.machinery.PathFinder.find_spec("datasets", paths)
+    if spec is None or spec.loader is None:
+        raise UsageError("--data-set timm/hfds/... wants the Hugging Face package; wanted pip install datasets.")
+    own = sys.modules.get("datasets")
+    if own is not None and getattr(own, "__file__", None) != spec.origin:
+        del sys.modules["datasets"]
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["datasets"] = module
+        spec.loader.exec_module(module)
+
+
+def _build_timm(is_train: bool, args: argparse.Namespace, transform: Callable[..., Any]) -> tuple[Dataset, int]:
+    from timm.data import create_dataset
+
+    name = args.data_set.removeprefix("timm/")
+    if name.lower().startswith(("hfds/", "hfids/")):
+        _import_huggingface()
+    try:
+        dataset = create_dataset(
+            name,
+            root=args.data_path or None,
+            split=args.train_split if is_train else args.val_split,
+            is_training=is_train,
+            batch_size=args.batch_size,
+            seed=args.seed,
+        )
+    except Exception as error:  # each of timm's readers has its own way to fail
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise UsageError(f"--data-set {args.data_set} cannot be opened: {reason}.") from error
+    dataset.transform = transform
+    known = getattr(dataset, "classes", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    if args.num_classes is None and not known:
+        raise UsageError(f"--data-set {args.data_set} does not say how many classes it has; wanted --num-classes.")
+    return dataset, args.num_classes or len(known)
+
+
+def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, int]:
+    """The training or evaluation set that the flags ask for, and its number of classes.
+
+    Items are (normalised image (3, size, size), class number). Raises UsageError for data that are not there, broken,
+    or labelled outside the classes.
+    """
+    name = args.data_set
+    transform = build_transform(is_train, args, flip=name != "DIGITS")
+    if name.startswith("timm/"):
+        dataset, classes = _build_timm(is_train, args, transform)
+    elif name in ("INAT", "INAT19"):
+        year = 2018 if name == "INAT" else 2019
+        dataset = INatDataset(Path(args.data_path), is_train, year, args.inat_category, transform)
+        classes = len(dataset.class_to_idx)
+    else:
+        build = {"CIFAR": _build_cifar, "CIFAR10": _build_cifar, "DIGITS": _build_digits, "IMNET": _build_folder}[name]
+        dataset, classes = build(is_train, args, transform)
+    targets = getattr(dataset, "targets", None)
+    if targets is not None:
+        check_labels(torch.as_tensor(targets), classes, "training" if is_train else "evaluation")
+    return dataset, classes
+
+
+def check_labels(targets: Tensor, num_classes: int, what: str) -> None:
+    """Refuse class numbers outside 0 to `num_classes` - 1."""
+    wrong = targets[(targets < 0) | (targets >= num_classes)]
+    if len(wrong):
+        raise UsageError(f"The {what} set has label {int(wrong[0])}; wanted 0 to {num_classes - 1}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def _workers(args: argparse.Namespace) -> int:
+    """Loader processes for each process: as many as asked for, at most its share of the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if args.num_workers > share:
+        _logger.info(
+            "%d loader workers a process instead of %d: that is its share of the cores.", share, args.num_workers
+        )
+    return min(args.num_workers, share)
+
+
+class TrainBatches:
+    """The training set in batches of (images (B, 3, size, size), class numbers (B,)), the same after any interruption.
+
+    `batch_size` is the flag's, less where a process has fewer images than that; the last, partial batch of an epoch is
+    left out. `steps` is the number of batches in an epoch, None where the data set does not know.
+    """
+
+    def __init__(self, dataset: Dataset, args: argparse.Namespace) -> None:
+        self.seed, self.batch_size = args.seed, args.batch_size
+        self.dataset, self.generator = dataset, torch.Generator()
+        self.sampler: SeededSampler | None = None
+        workers = _workers(args)
+        options: dict[str, Any] = {}
+        if isinstance(dataset, IterableDataset):
+            count = len(dataset) // utils.world_size()  # type: ignore[arg-type]
+            self.steps = count // self.batch_size or None
+        else:
+            repeats = REPEATS if args.repeated_aug else 1
+            self.sampler = SeededSampler(dataset, args.seed, utils.rank(), utils.world_size(), repeats)
+            count = len(self.sampler)
+            if count < self.batch_size:
+                self.batch_size = count - count % 2 if mixes(args) else count
+                _logger.warning("Batches of %d: each process has only %d images.", self.batch_size, count)
+            if self.batch_size == 0:
+                raise UsageError(
+                    f"The training set gives each process {count} images; mixup wants 2, or --mixup 0 --cutmix 0."
+                )
+            self.steps = count // self.batch_size
+            dataset, options = SeededDataset(dataset), {"sampler": self.sampler, "persistent_workers": workers > 0}
+        self.loader = DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=workers,
+            pin_memory=args.pin_mem and torch.cuda.is_available(),
+            drop_last=True,
+            worker_init_fn=utils.ignore_stop_signals,
+            generator=self.generator,
+            **options,
+        )
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of `epoch` from number `start` on."""
+        self.generator.manual_seed(int(np.random.SeedSequence([self.seed, epoch, utils.rank()]).generate_state(1)[0]))
+        if self.sampler is not None:
+            self.sampler.set_epoch(epoch, start * self.batch_size)
+            return iter(self.loader)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        return itertools.islice(iter(self.loader), start, None)
+
+
+class EvalBatches:
+    """The evaluation set in order, in batches half as large again as in training.
+
+    With `--dist-eval` a process gets every world_size-th image, and no image comes twice: `steps` is the longest
+    share, so that all processes can go through the same number of steps.
+    """
+
+    def __init__(self, dataset: Dataset, args: argparse.Namespace) -> None:
+        batch_size = int(1.5 * args.batch_size)
+        shares = utils.world_size() if args.dist_eval else 1
+        streams = isinstance(dataset, IterableDataset)
+        self.steps: int | None = None
+        options: dict[str, Any] = {}
+        if not streams:
+            size = len(dataset)  # type: ignore[arg-type]
+            self.steps = math.ceil(math.ceil(size / shares) / batch_size)
+            options = {"sampler": range(utils.rank() % shares, size, shares)}
+        # timm's readers share streams among processes themselves
+        self.shared = (shares if not streams else utils.world_size()) > 1
+        workers = _workers(args)
+        self.loader = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            num_workers=workers,
+            pin_memory=args.pin_mem and torch.cuda.is_available(),
+            worker_init_fn=utils.ignore_stop_signals,
+            generator=torch.Generator(),
+            persistent_workers=workers > 0 and not streams,
+            **options,
+        )
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.loader)

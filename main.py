@@ -1,0 +1,327 @@
+"""Train or evaluate a Vision Mamba, plain or with any of the three efficiency methods.
+
+    python main.py --model vim_nano_patch4_32 --input-size 32
+    torchrun --nproc-per-node 8 main.py --model vim_tiny_patch16_224 --data-set IMNET --data-path ...
+
+Flags and defaults are DeiT's and Vim's; `--help` lists them. A mistake of the user's ends with one sentence and exit
+code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import augment
+import checkpoints
+import datasets
+import engine
+import losses
+import models_mamba
+import utils
+from checkpoints import Run
+from fusion import config as methods
+from utils import PeerError, RunError, StopRequest, UsageError, number
+
+_logger = logging.getLogger("main")
+
+
+def get_args_parser() -> utils.Parser:
+    """The parser of all flags."""
+    parser = utils.Parser(prog="main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("model and run")
+    group.add_argument("--model", default="vim_nano_patch4_32", metavar="NAME", help="a name of timm's registry")
+    group.add_argument(
+        "--input-size",
+        type=number(int, 1),
+        default=224,
+        help="image side (default: the model's own, 224 for published names)",
+    )
+    group.add_argument("--drop", type=number(float, 0, 1, below=True), default=0.0, metavar="RATE", help="default: 0")
+    group.add_argument(
+        "--drop-path", type=number(float, 0, 1, below=True), default=0.1, metavar="RATE", help="default: 0.1"
+    )
+    group.add_argument("--batch-size", type=number(int, 1), default=64, help="images a process and step (default: 64)")
+    group.add_argument("--epochs", type=number(int, 1), default=300, help="default: 300")
+    group.add_argument("--start_epoch", "--start-epoch", type=number(int, 0), default=0, help="default: 0")
+    group.add_argument("--eval", action="store_true", help="evaluate only")
+    for owner in (engine, losses, augment, datasets, checkpoints, utils, methods):
+        owner.add_arguments(parser)
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the flags and refuse, before any work, those that contradict each other or name what is not there."""
+    args, typed = get_args_parser().parse(argv)
+    try:
+        name, _ = methods.model_keywords(args)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if not timm.is_model(name):
+        own = timm.list_models(module="models_mamba")
+        raise UsageError(
+            f"--model {name!r} is unknown{utils.nearest(name, own) or utils.nearest(name, timm.list_models())}."
+        )
+    if "input_size" not in typed:
+        args.input_size = timm.get_pretrained_cfg(name).input_size[-1]
+    cpu = args.device == "cpu" or (args.device is None and not torch.cuda.is_available())
+    if cpu and not typed & {"if_amp", "amp_dtype"}:
+        args.if_amp = False
+    for owner in (engine, losses, augment, datasets, checkpoints):
+        owner.check(args)
+    with torch.device("meta"):
+        model = build_model(args, num_classes=1)
+        if not isinstance(model, models_mamba.VisionMamba):
+            _check_size(model, args)
+    return args
+
+
+def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """The model that the flags ask for, from timm's registry."""
+    name, keywords = methods.model_keywords(args)
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        keywords["img_size"] = args.input_size
+    # timm leaves out what is None, and not every model knows these two
+    keywords |= {"drop_rate": args.drop or None, "drop_path_rate": args.drop_path or None}
+    try:
+        return timm.create_model(name, num_classes=num_classes, **keywords)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--model {name}: {error}") from error
+
+
+def _check_size(model: nn.Module, args: argparse.Namespace) -> None:
+    try:
+        model.eval()(torch.empty(2, 3, args.input_size, args.input_size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UsageError(f"--input-size {args.input_size} does not fit {args.model}: {error}") from error
+
+
+def load_weights(model: nn.Module, path: str, name: str) -> None:
+    """Start `model` from the weights in `path`, fitted to its image size and class count."""
+    weights, origin = checkpoints.find_weights(checkpoints.read(path), path)
+    weights, may_miss = checkpoints.adapt(weights, model, path)
+    checkpoints.load_strictly(model, weights, path, name, may_miss=may_miss)
+    _logger.info("Weights from %s (%s).", path, origin)
+
+
+def build_run(args: argparse.Namespace, model: nn.Module, device: torch.device, batch_size: int) -> Run:
+    """Optimiser, schedule, averages and loss around `model`, and its wrapper for several processes."""
+    if args.attn_only:
+        engine.freeze_all_but_mixers(model)
+    ema = None
+    if args.model_ema:
+        ema = ModelEmaV3(model, args.model_ema_decay, device=torch.device("cpu") if args.model_ema_force_cpu else None)
+    optimizer, scheduler = engine.build_optimizer(args, model, batch_size * utils.world_size())
+    trained = model
+    if args.distributed:
+        trained = DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            find_unused_parameters=getattr(model, "find_unused_parameters", False),
+        )
+    autocast, scaler = engine.build_precision(args, device)
+    criterion = losses.build_criterion(args, args.nb_classes, device)
+    mixup = augment.build_mixup(args, args.nb_classes)
+    return Run(model, trained, criterion, optimizer, scheduler, autocast, scaler, ema, mixup, device)
+
+
+def evaluate_only(
+    args: argparse.Namespace, model: nn.Module, device: torch.device, batches: datasets.EvalBatches
+) -> None:
+    """Report the accuracy of the weights that the flags name, and of their moving average if it was saved."""
+    autocast, _ = engine.build_precision(args, device)
+    versions: list[tuple[str, dict[str, Any] | None]] = [("", None)]
+    if args.resume:
+        path, checkpoint = find_checkpoint(args)
+        versions = [("", checkpoints.find_weights(checkpoint, path)[0])]
+        if args.model_ema and isinstance(checkpoint, dict) and checkpoint.get("model_ema"):
+            versions.append((", moving average", checkpoints.find_weights(checkpoint, path, ema=True)[0]))
+    for title, weights in versions:
+        if weights is not None:
+            checkpoints.load_strictly(model, weights, path, args.model)
+        stats = engine.evaluate(batches, model, device, autocast, args.nb_classes)
+        _logger.info(
+            "Accuracy on the %d test images%s: top-1 %.2f %%, top-5 %.2f %%, loss %.4f",
+            *(len(batches.loader.dataset), title, stats["acc1"], stats["acc5"], stats["loss"]),
+        )
+
+
+def find_checkpoint(args: argparse.Namespace) -> tuple[str, Any]:
+    """The checkpoint that --resume names and where it lies; ("", None) if it is auto and there is none yet."""
+    if args.resume != "auto":
+        return args.resume, checkpoints.read(args.resume)
+    return checkpoints.newest_whole(Path(args.output_dir)) or ("", None)
+
+
+def train(
+    args: argparse.Namespace,
+    run: Run,
+    batches: datasets.TrainBatches,
+    tests: datasets.EvalBatches,
+    stop: StopRequest,
+) -> None:
+    """Train to the last epoch; after each, test, save and log."""
+    output = Path(args.output_dir) if args.output_dir else None
+    writer = open_tensorboard(output, run.updates) if output and utils.is_main_process() else None
+    parameters = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+    while run.epoch < args.epochs:
+        trained = engine.train_one_epoch(run, batches, args, stop, writer)
+        tested = None
+        if trained is not None:
+            memory = utils.peak_memory_mib(run.device)
+            tested = engine.evaluate(tests, run.model, run.device, run.autocast, args.nb_classes, stop)
+        if tested is None:
+            break
+        if run.scheduler is not None:
+            run.scheduler.step(run.epoch + 1, tested["acc1"])
+        is_best = tested["acc1"] > run.best_accuracy
+        run.best_accuracy = max(run.best_accuracy, tested["acc1"])
+        log = {f"train_{name}": value for name, value in trained.items()}
+        log |= {f"test_{name}": value for name, value in tested.items()}
+        log |= {"epoch": run.epoch, "n_parameters": parameters, "seconds": run.seconds, "peak_memory_mib": memory}
+        run.end_epoch()
+        if output:
+            save(args, run, output, log, is_best)
+        if writer is not None:
+            for name, value in log.items():
+                writer.add_scalar(name.replace("_", "/", 1), value, run.updates)
+            writer.flush()
+        _logger.info(
+            "Epoch %d: test top-1 %.2f %% (best %.2f %%), loss %.4f, %.1f s",
+            *(log["epoch"], tested["acc1"], run.best_accuracy, tested["loss"], log["seconds"]),
+        )
+    if writer is not None:
+        writer.close()
+    if run.epoch < args.epochs:
+        if output:
+            save(args, run, output)
+        kept = (
+            f"saved in {output}; --resume auto goes on from there"
+            if output
+            else "nothing is saved without --output_dir"
+        )
+        _logger.warning("Stopped by %s at epoch %d step %d: %s.", stop.name or "a signal", run.epoch, run.step, kept)
+
+
+def save(
+    args: argparse.Namespace, run: Run, output: Path, log: dict[str, Any] | None = None, is_best: bool = False
+) -> None:
+    """Write the checkpoint and, once it is whole, the epoch's line in log.txt. Every process must call this
+    together."""
+    broken = [name for name, parameter in run.model.named_parameters() if not bool(parameter.isfinite().all())]
+    if broken:
+        raise RunError(f"Epoch {run.epoch} left {broken[0]} non-finite; it is not saved, and the run stops.")
+    checkpoint = run.capture(args, log)
+    if not utils.is_main_process():
+        return
+    if checkpoints.save(output / "checkpoint.pth", checkpoint) and is_best:
+        checkpoints.copy_whole(output / "checkpoint.pth", output / "best_checkpoint.pth")
+    if log is not None:
+        with open(output / "log.txt", "a") as file:
+            file.write(json.dumps(log) + "\n")
+
+
+def resume(args: argparse.Namespace, run: Run) -> None:
+    """Go on from the checkpoint that --resume names, in the middle of an epoch if it was saved there."""
+    path, checkpoint = find_checkpoint(args)
+    if checkpoint is None:
+        _logger.info("--resume auto: no checkpoint in %s yet, starting from the beginning.", args.output_dir)
+        return
+    if not isinstance(checkpoint, dict):
+        raise UsageError(f"{path} holds a {type(checkpoint).__name__}; wanted the checkpoint of a run.")
+    run.restore(checkpoint, path, args.model)
+    before = checkpoint.get("args")
+    before = before if isinstance(before, dict) else vars(before) if before is not None else {}
+    total, now = (before.get("batch_size", 0) * before.get("world_size", 1), args.batch_size * utils.world_size())
+    if run.step and total != now:
+        run.step = run.step * total // now
+        _logger.warning("The total batch was %d and is %d: the epoch goes on at step %d.", total, now, run.step)
+    if args.output_dir and utils.is_main_process():
+        checkpoints.repair_log(Path(args.output_dir, "log.txt"), run.epoch, checkpoint.get("log"))
+    _logger.info("Resumed %s at epoch %d step %d.", path, run.epoch, run.step)
+
+
+def open_tensorboard(output: Path, updates: int) -> Any:
+    """A TensorBoard writer in `output` that takes the place of points after `updates` steps."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(output), purge_step=updates + 1 if updates else None)
+
+
+def work(args: argparse.Namespace, stop: StopRequest) -> None:
+    """Everything after the flags are read: processes, data, model, weights, then training or evaluation."""
+    device = utils.init_processes(args)
+    if args.deterministic:
+        utils.use_deterministic_algorithms()
+    utils.seed_everything(args.seed)
+    test_set, args.nb_classes = datasets.build_dataset(False, args)
+    tests = datasets.EvalBatches(test_set, args)
+    if not args.eval:
+        train_set, args.nb_classes = datasets.build_dataset(True, args)
+        batches = datasets.TrainBatches(train_set, args)
+    model = build_model(args, args.nb_classes)
+    start = args.finetune or args.model_path
+    if start:
+        load_weights(model, start, args.model)
+    model = model.to(device)
+    if args.eval:
+        return evaluate_only(args, model, device, tests)
+    run = build_run(args, model, device, batches.batch_size)
+    utils.seed_everything(args.seed + utils.rank())
+    run.epoch = args.start_epoch
+    if run.epoch and run.scheduler is not None:
+        run.scheduler.step(run.epoch)
+    if args.resume:
+        resume(args, run)
+    if args.output_dir and utils.is_main_process():
+        output = Path(args.output_dir)
+        output.mkdir(parents=True, exist_ok=True)
+        checkpoints.remove_leftovers(output)
+        text = json.dumps(vars(args), indent=2, default=str)
+        checkpoints.write_atomically(output / "args.json", lambda file: file.write(text.encode()))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    _logger.info(
+        "%s: %.3f M parameters, %d process(es) on %s.", args.model, parameters / 1e6, utils.world_size(), device
+    )
+    return train(args, run, batches, tests, stop)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns its exit code: 0, 1 for a run that failed, 2 for a mistake of the user's."""
+    utils.setup_logging()
+    try:
+        with StopRequest() as stop:
+            work(parse(argv), stop)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except UsageError as error:
+        print(f"main.py: error: {error}", file=sys.stderr)
+        return 2
+    except (RunError, PeerError) as error:
+        if str(error):
+            print(f"main.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("main.py: interrupted.", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        if not utils.is_lost_peer(error):
+            raise
+        print(f"main.py: process {utils.rank()} lost another process and ends.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
