@@ -26,7 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from embeddings import PatchEmbed, RotaryEmbedding2d, resize_pos_embed
 from fusion import build_site_methods
 from fusion.config import METHOD_KEYWORDS, MethodConfig
-from fusion.token_state import TokenState, join_cls, split_cls
+from fusion.dynamic_pruning import PruningOutput, pruning_output
+from fusion.token_state import TokenState, join_cls, mean_over_kept, patch_policy, split_cls
 
 
 class Block(nn.Module):
@@ -129,9 +130,11 @@ class VisionMamba(nn.Module):
         self.methods = MethodConfig.from_keywords(**method_keywords)
         pooling = self.methods.pooling
         stride = patch_size if stride is None else stride
-        if pooling is not None and (to_2tuple(stride) != to_2tuple(patch_size) or if_cls_token):
+        plain_grid = to_2tuple(stride) == to_2tuple(patch_size) and not if_cls_token and flip_img_sequences_ratio <= 0
+        if pooling is not None and not plain_grid:
             raise ValueError(
-                "Spatial pooling needs a plain grid: wanted stride equal to patch_size and no class token."
+                "Spatial pooling needs a plain grid: wanted stride equal to patch_size, no class token, no flipped "
+                "sequences."
             )
         if if_rope and self.methods.merging is not None:
             raise ValueError(
@@ -148,7 +151,8 @@ class VisionMamba(nn.Module):
         self.num_prefix_tokens = (2 if use_double_cls_token else 1) if if_cls_token else 0
         self.grad_checkpointing = False
 
-        self.patch_embed = PatchEmbed(img_size, patch_size, stride, in_chans, embed_dim, dynamic=pooling is not None)
+        any_size = pooling is not None and not if_rope
+        self.patch_embed = PatchEmbed(img_size, patch_size, stride, in_chans, embed_dim, dynamic=any_size)
         token_names = ("cls_token_head", "cls_token_tail") if use_double_cls_token else ("cls_token",)
         self.cls_token_names = token_names if if_cls_token else ()
         for name in self.cls_token_names:
@@ -191,6 +195,8 @@ class VisionMamba(nn.Module):
         self.feature_info = [
             dict(num_chs=embed_dim, reduction=to_2tuple(stride)[0], module=f"layers.{i}") for i in range(depth)
         ]
+        # which parameters a step reaches depends on what it prunes
+        self.find_unused_parameters = self.methods.pruning is not None
         self.init_weights()
         self.site_methods = build_site_methods(self.methods)
         for method in self.site_methods:
@@ -362,14 +368,14 @@ class VisionMamba(nn.Module):
         """Images (B, C, H, W) -> normalised tokens (B, `num_prefix_tokens` + M, D), class tokens first."""
         return self.finish(self.encode(self.embed(x, if_random_cls_token_position, if_random_token_rank)))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+    def forward_head(self, x: Tensor, pre_logits: bool = False, token_policy: Tensor | None = None) -> Tensor:
         """Tokens of `forward_features` -> logits (B, num_classes), or with `pre_logits` the features (B, D) they are
-        read from."""
-        x = x[:, : self.num_prefix_tokens].mean(1) if self.num_prefix_tokens else self._pool(x)
+        read from; a mean over patch tokens leaves out those whose `token_policy` (B, M) is 0."""
+        if self.num_prefix_tokens:
+            x = x[:, : self.num_prefix_tokens].mean(1)
+        else:
+            x = mean_over_kept(x, token_policy) if self.final_pool_type == "mean" else x[:, -1]
         return x if pre_logits else self.head(x)
-
-    def _pool(self, x: Tensor) -> Tensor:
-        return x.mean(1) if self.final_pool_type == "mean" else x[:, -1]
 
     def forward(
         self,
@@ -377,11 +383,31 @@ class VisionMamba(nn.Module):
         return_features: bool = False,
         if_random_cls_token_position: bool = False,
         if_random_token_rank: bool = False,
-    ) -> Tensor:
+    ) -> Tensor | PruningOutput:
         """Images (B, C, H, W) -> logits (B, num_classes), or with `return_features` the features (B, D) under the
-        head."""
-        x = self.forward_features(x, if_random_cls_token_position, if_random_token_rank)
-        return self.forward_head(x, pre_logits=return_features)
+        head; a pruned model in training mode returns its decisions too."""
+        state, tokens, features = self._features(x, if_random_cls_token_position, if_random_token_rank)
+        if return_features:
+            return features
+        logits = self.head(features)
+        return pruning_output(state, tokens, logits) if self.training and self.methods.pruning else logits
+
+    def forward_with_decisions(
+        self, x: Tensor, if_random_cls_token_position: bool = False, if_random_token_rank: bool = False
+    ) -> PruningOutput:
+        """Images (B, C, H, W) -> logits, final tokens, and what pruning decided on the way, in either mode."""
+        if self.methods.pruning is None:
+            raise ValueError("This model prunes nothing; wanted one built with pruning 'token', 'block' or 'both'.")
+        state, tokens, features = self._features(x, if_random_cls_token_position, if_random_token_rank)
+        return pruning_output(state, tokens, self.head(features))
+
+    def _features(
+        self, x: Tensor, random_cls_position: bool, random_token_rank: bool
+    ) -> tuple[TokenState, Tensor, Tensor]:
+        state = self.encode(self.embed(x, random_cls_position, random_token_rank))
+        tokens = self.finish(state)
+        policy = None if state.token_mask is None else patch_policy(state)
+        return state, tokens, self.forward_head(tokens, pre_logits=True, token_policy=policy)
 
     def forward_intermediates(
         self,
@@ -524,7 +550,7 @@ def _pretrained_cfg(name: str) -> dict[str, Any]:
         url="",
         num_classes=settings.get("num_classes", 1000),
         input_size=(3, size, size),
-        fixed_input_size=True,
+        fixed_input_size=not settings.get("spatial_pool", False),
         pool_size=None,
         crop_pct=0.875,
         interpolation="bicubic",

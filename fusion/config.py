@@ -80,6 +80,8 @@ class PoolingConfig:
         _one_of("collapse_method", self.collapse_method, POOL_METHODS)
         if not self.scaling_factor > 0:
             raise ValueError(f"scaling_factor is {self.scaling_factor}; wanted a number above 0.")
+        if self.scaling_factor != 1 and self.collapse_method != "mean":
+            raise ValueError(f"scaling_factor is {self.scaling_factor:g}; wanted it with collapse_method 'mean' only.")
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,16 @@ class PruningConfig:
         for ratio in (*self.token_ratio, self.block_keep_ratio):
             if not 0 < ratio <= 1:
                 raise ValueError(f"a keep ratio is {ratio:g}; wanted one above 0 and at most 1.")
+        if any(b > a for a, b in zip(self.token_ratio, self.token_ratio[1:])):
+            shares = ", ".join(f"{ratio:g}" for ratio in self.token_ratio)
+            raise ValueError(
+                f"token_ratio is {shares}; wanted shares that do not rise, since dropped tokens stay dropped."
+            )
+        if self.tokens and self.predictor_input != "hidden" and 0 in self.pruning_loc:
+            raise ValueError(
+                f"pruning_loc is {list(self.pruning_loc)}; wanted layers from 1 on for predictor_input "
+                f"{self.predictor_input!r}, which the mixer before them gives."
+            )
 
     @property
     def tokens(self) -> bool:
@@ -137,6 +149,11 @@ class MethodConfig:
         if self.pooling is not None and self.merging is not None:
             raise ValueError(
                 "Spatial pooling needs the full token grid, which token merging breaks up: wanted one of the two."
+            )
+        if self.merging is not None and self.pruning is not None and self.pruning.tokens:
+            raise ValueError(
+                "Token merging and token pruning both shorten the sequence: wanted one of the two, or merging with "
+                "pruning 'block'."
             )
         if self.pooling is not None and self.pruning is not None:
             raise ValueError(

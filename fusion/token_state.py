@@ -20,12 +20,13 @@ class TokenState:
     """The token sequence between two sites.
 
     `hidden` (B, L, D) is the last mixer's output, `residual` (B, L, D) the residual stream it has not been added to yet
-    (None before the first site). `cls_index` says where the class tokens are: a tuple of 0, 1 or 2 indices shared by
-    the batch, or a long tensor (B,) once images differ. `grid` is (rows, cols) while the patch tokens still fill it.
+    (None before the first site). `cls_index` says where the K class tokens are: a tuple of 0, 1 or 2 indices shared by
+    the batch, or a long tensor (B, K) once images differ. `grid` is (rows, cols) while the patch tokens still fill it.
     `token_mask` (B, L) is 1 for tokens that take part and 0 for tokens kept only to keep the length (training with
     pruning). `positions` (B, M) holds the original raster index of every patch token. `groups` (B, M0), kept only on
     request, maps each original patch to the patch token it now lives in. `decisions` and `block_policy` collect what
-    pruning chose, stage by stage and layer by layer.
+    pruning chose, stage by stage and layer by layer; `observed` (B, L, C), kept only where pruning looks at it, is what
+    the last mixer's scans were told.
     """
 
     hidden: Tensor
@@ -37,6 +38,7 @@ class TokenState:
     groups: Tensor | None = None
     decisions: tuple[Tensor, ...] = ()
     block_policy: tuple[Tensor, ...] = ()
+    observed: Tensor | None = None
 
     def replace(self, **changes: Any) -> TokenState:
         """A copy with the named fields changed."""
@@ -50,21 +52,17 @@ class TokenState:
     @property
     def num_cls(self) -> int:
         """How many class tokens the sequence holds: 0, 1 or 2."""
-        return 1 if isinstance(self.cls_index, Tensor) else len(self.cls_index)
+        return self.cls_index.shape[1] if isinstance(self.cls_index, Tensor) else len(self.cls_index)
 
 
 def split_cls(x: Tensor, cls_index: tuple[int, ...] | Tensor) -> tuple[Tensor, Tensor]:
     """Part class tokens from patch tokens: x (B, L, C) -> class tokens (B, K, C), patch tokens (B, L - K, C), in
     order."""
     if isinstance(cls_index, Tensor):
-        batch, length, channels = x.shape
-        index = cls_index.view(batch, 1)
-        patches = torch.arange(length - 1, device=x.device).expand(batch, -1)
-        patches = patches + (patches >= index)
-        return (
-            x.gather(1, index.unsqueeze(-1).expand(-1, -1, channels)),
-            x.gather(1, patches.unsqueeze(-1).expand(-1, -1, channels)),
-        )
+        order = _patches_first(cls_index, x.shape[1])
+        x = x.gather(1, order.unsqueeze(-1).expand_as(x))
+        patches, classes = x.tensor_split([x.shape[1] - cls_index.shape[1]], 1)
+        return classes, patches
     if not cls_index:
         return x[:, :0], x
     first, last = cls_index[0], cls_index[-1]
@@ -80,13 +78,9 @@ def join_cls(classes: Tensor, patches: Tensor, cls_index: tuple[int, ...] | Tens
     """Put class tokens (B, K, C) among patch tokens (B, M, C) so that they stand at `cls_index`; inverse of
     `split_cls`."""
     if isinstance(cls_index, Tensor):
-        batch, count, channels = patches.shape
-        index = cls_index.view(batch, 1)
-        slots = torch.arange(count + 1, device=patches.device).expand(batch, -1)
-        # slot i takes patch i before the class token, patch i - 1 behind it, and the class token, stored last, at its
-        # place
-        source = torch.where(slots == index, count, slots - (slots > index).long())
-        return torch.cat([patches, classes], 1).gather(1, source.unsqueeze(-1).expand(-1, -1, channels))
+        x = torch.cat([patches, classes], 1)
+        source = _patches_first(cls_index, x.shape[1]).argsort(1)
+        return x.gather(1, source.unsqueeze(-1).expand_as(x))
     if not cls_index:
         return patches
     first = cls_index[0]
@@ -97,6 +91,27 @@ def join_cls(classes: Tensor, patches: Tensor, cls_index: tuple[int, ...] | Tens
         last = cls_index[1]
         pieces += [patches[:, first : last - 1], classes[:, 1:], patches[:, last - 1 :]]
     return torch.cat(pieces, 1)
+
+
+def patch_policy(state: TokenState) -> Tensor:
+    """1 for every patch token still kept, else 0: (B, n)."""
+    if state.token_mask is None:
+        return state.hidden.new_ones(len(state.hidden), state.num_tokens - state.num_cls, dtype=torch.float32)
+    return split_cls(state.token_mask.unsqueeze(-1), state.cls_index)[1].squeeze(-1)
+
+
+def mean_over_kept(x: Tensor, policy: Tensor | None) -> Tensor:
+    """Mean over the tokens whose `policy` (B, n) is 1, or over all: x (B, n, C) -> (B, C); zeros where none is kept."""
+    if policy is None:
+        return x.sum(1) / max(x.shape[1], 1)
+    policy = policy.unsqueeze(-1).to(x.dtype)
+    return (x * policy).sum(1) / policy.sum(1).clamp(min=1)
+
+
+def _patches_first(cls_index: Tensor, length: int) -> Tensor:
+    """The order (B, length) of a sequence that puts its patch tokens first and its class tokens (B, K) last."""
+    is_cls = torch.zeros(len(cls_index), length, dtype=torch.long, device=cls_index.device).scatter(1, cls_index, 1)
+    return is_cls.argsort(dim=1, stable=True)
 
 
 class SiteMethod:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -34,6 +35,8 @@ class TokenPooling(Protocol):
 
 
 DirectionGate = Callable[[Tensor], Tensor]
+# called with (delta (B, L, d_inner) after softplus, B (B, L, d_state), images (B,) long or None for all)
+ScanObserver = Callable[..., None]
 
 
 class _Direction(NamedTuple):
@@ -178,13 +181,15 @@ class Mamba(nn.Module):
         pooling: TokenPooling | None = None,
         token_mask: Tensor | None = None,
         direction_gate: DirectionGate | None = None,
+        observe: ScanObserver | None = None,
     ) -> Tensor:
         """Mix tokens: hidden_states (B, L, d_model) -> (B, L, d_model).
 
         `pooling` lets the scan run over groups of tokens (Kapse et al. 2025, FastVim). `token_mask` (B, L), 1 or 0,
         zeroes tokens before and after the convolution, so that they feed nothing into the state of others;
         `direction_gate` maps xz (B, L, 2 * d_inner) to one factor per image and direction (B, 2) (Wu et al. 2025,
-        DyVM). With `inference_params` (one-directional mixers only) the states for `step` are kept.
+        DyVM); `observe` is shown the step sizes and B that each direction's scan runs with, in turn. With
+        `inference_params` (one-directional mixers only) the states for `step` are kept.
         """
         if inference_params is not None:
             return self._decode(hidden_states, inference_params)
@@ -204,7 +209,7 @@ class Mamba(nn.Module):
             y = None
             for number, direction in enumerate(self.directions):
                 gate = None if gates is None else gates[:, number]
-                part = self._gated(direction, x, None if gate_last else z, token_mask, gate)
+                part = self._gated(direction, x, None if gate_last else z, token_mask, gate, observe)
                 y = part if y is None else y + part
             if self.if_divide_out and len(self.directions) == 2:
                 y = y / 2
@@ -218,26 +223,41 @@ class Mamba(nn.Module):
         return out if self.init_layer_scale is None else out * self.gamma
 
     def _gated(
-        self, direction: _Direction, x: Tensor, z: Tensor | None, token_mask: Tensor | None, gate: Tensor | None
+        self,
+        direction: _Direction,
+        x: Tensor,
+        z: Tensor | None,
+        token_mask: Tensor | None,
+        gate: Tensor | None,
+        observe: ScanObserver | None,
     ) -> Tensor:
         """One direction times its gate (B,). In eval mode images with gate 0 are left out of the work, not only of the
         sum."""
         if gate is None:
-            return self._run(direction, x, z, token_mask)
+            return self._run(direction, x, z, token_mask, observe)
         if self.training:
-            return self._run(direction, x, z, token_mask) * gate.view(-1, 1, 1)
+            y = self._run(direction, x, z, token_mask, observe)
+            return y * gate.view(-1, 1, 1).to(y.dtype)
         chosen = gate.nonzero().squeeze(1)
         if len(chosen) == len(x):
-            return self._run(direction, x, z, token_mask) * gate.view(-1, 1, 1).to(x.dtype)
+            return self._run(direction, x, z, token_mask, observe) * gate.view(-1, 1, 1).to(x.dtype)
         out = torch.zeros_like(x, memory_format=torch.contiguous_format)
         if len(chosen):
             some = [None if t is None else t[chosen] for t in (x, z, token_mask)]
-            out[chosen] = self._run(direction, *some) * gate[chosen].view(-1, 1, 1).to(x.dtype)
+            observe = None if observe is None else partial(observe, images=chosen)
+            out[chosen] = self._run(direction, *some, observe) * gate[chosen].view(-1, 1, 1).to(x.dtype)
         return out
 
-    def _run(self, direction: _Direction, x: Tensor, z: Tensor | None, token_mask: Tensor | None) -> Tensor:
+    def _run(
+        self,
+        direction: _Direction,
+        x: Tensor,
+        z: Tensor | None,
+        token_mask: Tensor | None,
+        observe: ScanObserver | None,
+    ) -> Tensor:
         """One direction, channel-last: x, z (B, L, d_inner) -> (B, L, d_inner), before the sum."""
-        return self._scan(direction, self._convolve(direction, x, token_mask), direction.D.float(), z)
+        return self._scan(direction, self._convolve(direction, x, token_mask), direction.D.float(), z, observe)
 
     def _pooled(self, x: Tensor, token_mask: Tensor | None, pooling: TokenPooling) -> Tensor:
         """Both directions scanning groups of tokens, summed: x (B, L, d_inner) -> (B, L, d_inner).
@@ -265,12 +285,22 @@ class Mamba(nn.Module):
         u = u.transpose(1, 2)
         return u if token_mask is None else u * token_mask
 
-    def _scan(self, direction: _Direction, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    def _scan(
+        self,
+        direction: _Direction,
+        u: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        observe: ScanObserver | None = None,
+    ) -> Tensor:
         """Projections and scan of u (B, L, d_inner), in the direction's order."""
         dt, B, C = direction.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        delta = F.linear(dt, direction.dt_proj.weight)
+        if observe is not None:
+            observe(F.softplus(delta + direction.dt_proj.bias), B)
         return selective_scan_fn(
             u.transpose(1, 2),
-            F.linear(dt, direction.dt_proj.weight).transpose(1, 2),
+            delta.transpose(1, 2),
             -torch.exp(direction.A_log.float()),
             B.transpose(1, 2),
             C.transpose(1, 2),
