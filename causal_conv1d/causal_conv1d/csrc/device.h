@@ -6,10 +6,32 @@
 #pragma once
 
 #ifdef __CUDACC_RTC__
-#define KERNEL(name, Params, threads, blocks) \
-    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p)
+#define KERNEL(name, Params, threads, ...) \
+    extern "C" __global__ void __launch_bounds__(threads, (__VA_ARGS__)) name(const __grid_constant__ Params p)
+#define SHARED_ARRAY(type, name, size) __shared__ __align__(16) type name[size]
 #define SHARED_BYTES(name) extern __shared__ __align__(16) unsigned char name[]
 #define DEVICE __device__ __forceinline__
+
+DEVICE float half_to_float(unsigned short bits) {
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(bits));
+    return result;
+}
+DEVICE unsigned short float_to_half(float x) {
+    unsigned short result;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(x));
+    return result;
+}
+DEVICE float fast_exp2(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+// x, but computed anew where this stands: the compiler keeps nothing derived from it in registers across a loop.
+DEVICE int unhoisted(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 #else
 #include "cuda_emulator.h"
 #endif
@@ -24,35 +46,12 @@ struct BFloat16 {
 };
 
 DEVICE float to_float(float x) { return x; }
+DEVICE float to_float(Float16 x) { return half_to_float(x.bits); }
 DEVICE float to_float(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
-
-#ifdef __CUDACC_RTC__
-DEVICE float to_float(Float16 x) {
-    float result;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
-    return result;
-}
-DEVICE float fast_exp2(float x) {
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-}
-DEVICE float fast_reciprocal(float x) {
-    float result;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-}
-#endif
 
 template <class T> DEVICE T from_float(float x);
 template <> DEVICE float from_float<float>(float x) { return x; }
-#ifdef __CUDACC_RTC__
-template <> DEVICE Float16 from_float<Float16>(float x) {
-    Float16 result;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
-    return result;
-}
-#endif
+template <> DEVICE Float16 from_float<Float16>(float x) { return {float_to_half(x)}; }
 template <> DEVICE BFloat16 from_float<BFloat16>(float x) {
     BFloat16 result;
 #if defined(__CUDACC_RTC__) && __CUDA_ARCH__ >= 800

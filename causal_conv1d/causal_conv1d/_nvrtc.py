@@ -1,0 +1,281 @@
+"""The one place that compiles, caches and launches the CUDA kernels of both packages.
+
+A kernel is a `.cu` file with one `KERNEL(...)` and a string of template arguments. At first use on a device it is compiled by
+NVRTC for that device's architecture, which takes a fraction of a second and needs no CUDA toolkit, and the binary is kept on
+disk under a hash of everything that went into it. Later processes only load it. Several processes may start at once: a file
+appears under its final name complete or not at all.
+
+The cache is `$KERNEL_CACHE_DIR`, else `$XDG_CACHE_HOME/vision-mamba-kernels`, else `~/.cache/vision-mamba-kernels`; where it
+cannot be written, kernels are compiled anew in every process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import tempfile
+import threading
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+SHARED_SOURCES = Path(__file__).parent / "csrc"
+OPTIONS = ("--std=c++17", "--prec-div=false", "--ptxas-options=-v")
+CACHE_VARIABLE = "KERNEL_CACHE_DIR"
+# What a block gets of shared memory without asking.
+DEFAULT_DYNAMIC_BYTES = 48 << 10
+
+CPP_TYPES = {torch.float32: "float", torch.float16: "Float16", torch.bfloat16: "BFloat16"}
+
+
+class Binary(NamedTuple):
+    """A compiled kernel: machine code (or PTX, for devices newer than the compiler) and the assembler's report."""
+
+    code: bytes
+    report: str
+
+
+class Usage(NamedTuple):
+    """What one kernel takes, per thread but for shared memory: registers, and bytes of stack, spills, static shared memory."""
+
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+
+
+class CompileError(RuntimeError):
+    """NVRTC refused a source; the message holds its log."""
+
+
+def resource_usage(report: str) -> Usage:
+    """Read the assembler's report of one kernel.
+
+    Raises:
+        ValueError: the report holds no usage, as when the code is PTX.
+    """
+    spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    registers = re.search(r"Used (\d+) registers", report)
+    if spills is None or registers is None:
+        raise ValueError(f"the assembler's report has no usage in it: {report!r}")
+    shared = re.search(r"(\d+) bytes smem", report)
+    return Usage(int(registers[1]), *(int(group) for group in spills.groups()), int(shared[1]) if shared else 0)
+
+
+def _checked(answer: tuple, what: str):
+    """The value of a cuda-bindings call, which answers (status, value...)."""
+    status, *values = answer
+    if int(status) != 0:
+        raise RuntimeError(f"{what} failed: {status.name}")
+    return values[0] if values else None
+
+
+def _nvrtc():
+    from cuda.bindings import nvrtc
+
+    return nvrtc
+
+
+@lru_cache(maxsize=1)
+def compiler_version() -> tuple[int, int]:
+    """NVRTC's (major, minor). Raises ImportError or RuntimeError where NVRTC cannot be loaded."""
+    _, major, minor = _nvrtc().nvrtcVersion()
+    return major, minor
+
+
+def _local_includes(source: str) -> list[str]:
+    return re.findall(r'^#include "([^"]+)"', source, re.MULTILINE)
+
+
+@lru_cache(maxsize=None)
+def _sources(path: Path) -> tuple[str, dict[str, str]]:
+    """The text of a `.cu` file, and of every header it includes, directly or not, by name."""
+    source, headers = path.read_text(), {}
+    wanted = _local_includes(source)
+    while wanted:
+        name = wanted.pop()
+        # Only compilers for a CPU get this far into device.h.
+        if name in headers or name == "cuda_emulator.h":
+            continue
+        header = next(folder / name for folder in (path.parent, SHARED_SOURCES) if (folder / name).is_file())
+        headers[name] = header.read_text()
+        wanted += _local_includes(headers[name])
+    return source, headers
+
+
+@lru_cache(maxsize=None)
+def _target(capability: tuple[int, int]) -> str:
+    """NVRTC's name for a compute capability; the newest portable PTX it can write if the device is newer than NVRTC."""
+    number = capability[0] * 10 + capability[1]
+    supported = _checked(_nvrtc().nvrtcGetSupportedArchs(), "asking NVRTC for its architectures")
+    if number in supported:
+        return f"sm_{number}"
+    older = [arch for arch in supported if arch < number]
+    if not older:
+        raise RuntimeError(f"the device has compute capability {capability}, NVRTC supports {min(supported)} and later")
+    return f"compute_{max(older)}"
+
+
+def compile_kernel(path: Path, arguments: str, target: str) -> Binary:
+    """Compile one `.cu` file with `KERNEL_ARGUMENTS` for a target such as "sm_90"; needs no GPU and no driver.
+
+    Raises:
+        CompileError: the source does not compile.
+    """
+    nvrtc = _nvrtc()
+    source, headers = _sources(path)
+    options = [*OPTIONS, f"--gpu-architecture={target}", f"-DKERNEL_ARGUMENTS={arguments}"]
+    contents, names = [text.encode() for text in headers.values()], [name.encode() for name in headers]
+    create = nvrtc.nvrtcCreateProgram(source.encode(), path.name.encode(), len(headers), contents, names)
+    program = _checked(create, "creating an NVRTC program")
+    try:
+        status = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "reading NVRTC's log")
+        _checked(nvrtc.nvrtcGetProgramLog(program, log), "reading NVRTC's log")
+        report = log.decode(errors="replace").strip("\0 \n")
+        if int(status) != 0:
+            raise CompileError(f"{path.name} <{arguments}> does not compile for {target}:\n{report}")
+        size, read = nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN
+        if target.startswith("compute_"):
+            size, read = nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX
+        code = b" " * _checked(size(program), "reading the binary")
+        _checked(read(program, code), "reading the binary")
+        return Binary(code, report)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept."""
+    if os.environ.get(CACHE_VARIABLE):
+        return Path(os.environ[CACHE_VARIABLE])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vision-mamba-kernels"
+
+
+def cached_kernel(path: Path, arguments: str, target: str, *, renew: bool = False) -> bytes:
+    """Machine code from the cache, compiled and put there first if it is not in it (or if `renew`)."""
+    source, headers = _sources(path)
+    made_of = repr((path.name, source, sorted(headers.items()), arguments, OPTIONS, target, compiler_version()))
+    name = f"{path.stem}-{target}-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}"
+    try:
+        file = cache_directory() / name
+        if not renew:
+            return file.read_bytes()
+    except (OSError, RuntimeError):
+        pass
+    code = compile_kernel(path, arguments, target).code
+    try:
+        file = cache_directory() / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f"{name}.")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(code)
+            os.replace(temporary, file)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except (OSError, RuntimeError):
+        pass
+    return code
+
+
+class Kernel:
+    """A kernel loaded on one device. Calling it launches it on torch's current stream of that device."""
+
+    def __init__(self, driver, function, device_index: int, threads: int):
+        self._launch = driver.cuLaunchKernel
+        self._driver = driver
+        self._function = function
+        self._device_index = device_index
+        self._threads = threads
+        self._dynamic_bytes = DEFAULT_DYNAMIC_BYTES
+        self._lock = threading.Lock()
+        self._params = ctypes.create_string_buffer(1)
+        self._point_to_params()
+
+    def _point_to_params(self) -> None:
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._params))
+        self._address = ctypes.addressof(self._pointers)
+
+    def __call__(self, grid: tuple[int, int, int], params: bytes, dynamic_bytes: int = 0) -> None:
+        """Launch with the bytes of the kernel's argument struct, which are copied before this returns."""
+        if dynamic_bytes > self._dynamic_bytes:
+            limit = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(self._driver.cuFuncSetAttribute(self._function, limit, dynamic_bytes), "asking for shared memory")
+            self._dynamic_bytes = dynamic_bytes
+        stream = torch._C._cuda_getCurrentRawStream(self._device_index)
+        # The buffer is this kernel's, so only one thread at a time may fill it.
+        with self._lock:
+            if len(params) != len(self._params):
+                self._params = ctypes.create_string_buffer(len(params))
+                self._point_to_params()
+            ctypes.memmove(self._params, params, len(params))
+            arguments = (self._function, *grid, self._threads, 1, 1, dynamic_bytes, stream, self._address, 0)
+            (status,) = self._launch(*arguments)
+            if status == self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+                # A thread that torch has not yet used on this device.
+                context = _checked(self._driver.cuDevicePrimaryCtxRetain(self._device_index), "finding torch's context")
+                _checked(self._driver.cuCtxSetCurrent(context), "entering torch's context")
+                (status,) = self._launch(*arguments)
+        if int(status) != 0:
+            raise RuntimeError(f"launching a CUDA kernel failed: {status.name}")
+
+
+class Device:
+    """One CUDA device: its kernels, loaded as they are asked for."""
+
+    def __init__(self, index: int):
+        from cuda.bindings import driver
+
+        self._driver = driver
+        self.index = index
+        self.multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
+        self.target = _target(torch.cuda.get_device_capability(index))
+        self._kernels: dict[tuple[Path, str], Kernel] = {}
+        self._lock = threading.Lock()
+
+    def kernel(self, path: Path, arguments: str, threads: int) -> Kernel:
+        """The kernel of `path` (named as the file) with these template arguments, in blocks of `threads`."""
+        kernel = self._kernels.get((path, arguments))
+        if kernel is None:
+            with self._lock:
+                kernel = self._kernels.get((path, arguments)) or self._load(path, arguments, threads)
+                self._kernels[path, arguments] = kernel
+        return kernel
+
+    def _load(self, path: Path, arguments: str, threads: int) -> Kernel:
+        driver = self._driver
+        with torch.cuda.device(self.index):
+            torch.cuda.current_stream().synchronize()  # makes torch's context this thread's
+            status, module = driver.cuModuleLoadData(cached_kernel(path, arguments, self.target))
+            if int(status) != 0:  # a damaged file in the cache
+                code = cached_kernel(path, arguments, self.target, renew=True)
+                module = _checked(driver.cuModuleLoadData(code), f"loading {path.stem}")
+            function = _checked(driver.cuModuleGetFunction(module, path.stem.encode()), f"finding {path.stem}")
+        return Kernel(driver, function, self.index, threads)
+
+
+@lru_cache(maxsize=None)
+def device(index: int) -> Device:
+    """The device with torch's index `index`.
+
+    Raises:
+        ImportError, RuntimeError: cuda-bindings or NVRTC is not there, or too old for the device.
+    """
+    return Device(index)
+
+
+def check() -> None:
+    """Raise the reason, in one sentence, why CUDA kernels cannot be compiled here; return if they can."""
+    try:
+        compiler_version()
+    except ImportError as error:
+        raise RuntimeError("cuda-bindings is not installed; pip install cuda-core cuda-bindings") from error
+    except RuntimeError as error:
+        raise RuntimeError(f"NVRTC cannot be loaded: {error}".splitlines()[0]) from error
