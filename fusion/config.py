@@ -218,6 +218,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     merging.add_argument(
         "--fusion-order", default="published", choices=FUSION_ORDERS, help="order of the tokens that go on"
     )
+    merging.add_argument(
+        "--visualize",
+        default="",
+        metavar="DIR",
+        help="save hidden states, similarities and merged groups of the first test images, after --eval or training",
+    )
     merging.add_argument("--bi-merge", action="store_true", help="accepted for published commands; changes nothing")
 
     pooling = parser.add_argument_group("alternating spatial pooling (FastVim)")
