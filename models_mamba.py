@@ -324,6 +324,8 @@ class VisionMamba(nn.Module):
             return state.replace(hidden=hidden, residual=residual)
         hidden_f, residual_f = self.layers[2 * index](hidden, residual, **mixer_args)
         flipped = None if residual is None else residual.flip(1)
+        if "token_mask" in mixer_args:
+            mixer_args = mixer_args | {"token_mask": mixer_args["token_mask"].flip(1)}
         hidden_b, residual_b = self.layers[2 * index + 1](hidden.flip(1), flipped, **mixer_args)
         residual = residual_f + residual_b.flip(1)
         return state.replace(

@@ -45,7 +45,7 @@ class PruningOutput(NamedTuple):
 
 
 class ScorePredictor(nn.Module):
-    """Scores tokens: (B, n, in_features) -> log-probabilities (B, n, 2), entry 0 "keep" (DyVM, section 3.2).
+    """Scores tokens: (B, n, in_features) -> log-probabilities (B, n, 2), entry 0 "keep".
 
     Half of the channels stay a token's own, half become the mean over the tokens still kept.
     """
@@ -301,7 +301,7 @@ class DynamicPruning(SiteMethod):
 
 
 class PruningLoss(nn.Module):
-    """Classification, the two keep targets, and the frozen teacher's logits and tokens (DyVM, section 3.4).
+    """Classification, the two keep targets, and the frozen teacher's logits and tokens.
 
     `base(samples, logits, targets)` + token_weight * mean over stages and images of (kept share - target)^2
     + block_weight * (mean(block policy) - target)^2 + distill_weight * (KL + MSE). `teacher` is the model that
