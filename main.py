@@ -92,8 +92,11 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     name, keywords = methods.model_keywords(args)
     if timm.get_pretrained_cfg(name).fixed_input_size:
         keywords["img_size"] = args.input_size
-    # timm leaves out what is None, and not every model knows these two
-    keywords |= {"drop_rate": args.drop or None, "drop_path_rate": args.drop_path or None}
+    rates = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
+    if name not in timm.list_models(module="models_mamba"):
+        # not every model knows these two, and timm leaves out what is None
+        rates = {key: rate or None for key, rate in rates.items()}
+    keywords |= rates
     try:
         return timm.create_model(name, num_classes=num_classes, **keywords)
     except (ValueError, TypeError) as error:

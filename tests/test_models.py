@@ -222,7 +222,11 @@ def test_random_orders_move_the_reading_position(forward_option: str) -> None:
     assert model(torch.randn(1, 3, 32, 32), **{forward_option: True}).shape == (1, 5)
 
 
-@pytest.mark.parametrize("cls_index", [(), (0,), (3,), (6,), (0, 6), torch.tensor([0, 3, 6])], ids=str)
+@pytest.mark.parametrize(
+    "cls_index",
+    [(), (0,), (3,), (6,), (0, 6), torch.tensor([[0], [3], [6]]), torch.tensor([[0, 6], [1, 3], [2, 5]])],
+    ids=str,
+)
 def test_split_and_join_are_inverse(cls_index: tuple[int, ...] | torch.Tensor) -> None:
     x = torch.randn(3, 7, 2)
     classes, patches = split_cls(x, cls_index)
