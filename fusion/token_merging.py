@@ -146,10 +146,10 @@ def merge_tokens(state: TokenState, r: int, order: str = "published") -> TokenSt
     even and odd; in every other case class tokens are taken out and the patch tokens count from 0. Afterwards a class
     token that was last, or one of two, is at its end of the sequence; one in between is in the middle of the patch
     tokens that are left (`order` "published") or keeps its own place among them ("raster"), which differs from image to
-    image: `cls_index` is then a tensor (B,).
+    image: `cls_index` is then a tensor (B, 1).
 
-    The result has no grid. Its `positions` are those of the tokens whose places the groups took, and `groups`, where
-    kept, follow. Raises ValueError for a state with a token mask.
+    The result has neither grid nor positions, since a fused token is no one patch's; `groups`, where kept, say which
+    patches it is. Raises ValueError for a state with a token mask.
     """
     if state.token_mask is not None:
         raise ValueError("A masked sequence must keep its length; wanted token merging without a token mask.")
@@ -160,15 +160,12 @@ def merge_tokens(state: TokenState, r: int, order: str = "published") -> TokenSt
     matching = _match(patches, r, int(has_head), order, sort=True)
     cls_index = _moved_cls(state, matching, order)
     full = _insert_cls(matching, state.cls_index, cls_index)
-    positions = state.positions
-    if positions is None:
-        positions = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
     return state.replace(
         hidden=merge(state.hidden, full),
         residual=None if state.residual is None else merge(state.residual, full),
         cls_index=cls_index,
         grid=None,
-        positions=torch.zeros_like(matching.count).scatter_add_(1, matching.slot, positions * matching.kept),
+        positions=None,
         groups=None if state.groups is None else matching.slot.gather(1, state.groups),
     )
 
@@ -176,35 +173,31 @@ def merge_tokens(state: TokenState, r: int, order: str = "published") -> TokenSt
 def _moved_cls(state: TokenState, matching: Matching, order: str) -> tuple[int, ...] | Tensor:
     """Where the class tokens of `state` stand once its patch tokens are merged."""
     old, num_left = state.cls_index, matching.count.shape[1]
+    if state.num_cls == 2:
+        return 0, num_left + 1
     if isinstance(old, tuple):
-        if len(old) == 2:
-            return 0, num_left + 1
         if old in ((), (0,)):
             return old
         if old[0] == state.num_tokens - 1:
             return (num_left,)
     if order == "published":
         return (num_left // 2,)
-    bound = old.view(-1, 1) if isinstance(old, Tensor) else old[0]
+    bound = old if isinstance(old, Tensor) else old[0]
     index = torch.arange(matching.slot.shape[1], device=matching.slot.device)
-    return (matching.kept & (index < bound)).sum(1)
+    return (matching.kept & (index < bound)).sum(1, keepdim=True)
 
 
 def _insert_cls(matching: Matching, old: tuple[int, ...] | Tensor, new: tuple[int, ...] | Tensor) -> Matching:
     """Extend a matching of patch tokens by class tokens, each a group of its own, that go from `old` to `new`."""
     slot, kept, count = matching
-    places = [new.view(-1, 1)] if isinstance(new, Tensor) else [slot.new_full((len(slot), 1), at) for at in new]
+    places = new.split(1, 1) if isinstance(new, Tensor) else [slot.new_full((len(slot), 1), at) for at in new]
     if not places:
         return matching
     for place in places:
         slot = slot + (slot >= place)
-    classes = torch.stack(places, 1)
-    ones = torch.ones_like(classes)
-    return Matching(
-        join_cls(classes, slot.unsqueeze(-1), old).squeeze(-1),
-        join_cls(ones.bool(), kept.unsqueeze(-1), old).squeeze(-1),
-        join_cls(ones, count.unsqueeze(-1), new).squeeze(-1),
-    )
+    slot = join_cls(torch.stack(places, 1), slot.unsqueeze(-1), old).squeeze(-1)
+    kept = join_cls(kept.new_ones(len(slot), len(places), 1), kept.unsqueeze(-1), old).squeeze(-1)
+    return Matching(slot, kept, _sizes(slot, count.shape[1] + len(places)))
 
 
 def token_schedule(config: MergingConfig, num_patches: int, num_cls: int, num_sites: int) -> tuple[int, ...]:

@@ -21,9 +21,9 @@ class TokenState:
 
     `hidden` (B, L, D) is the last mixer's output, `residual` (B, L, D) the residual stream it has not been added to yet
     (None before the first site). `cls_index` says where the K class tokens are: a tuple of 0, 1 or 2 indices shared by
-    the batch, or a long tensor (B, K) once images differ. `grid` is (rows, cols) while the patch tokens still fill it.
-    `token_mask` (B, L) is 1 for tokens that take part and 0 for tokens kept only to keep the length (training with
-    pruning). `positions` (B, M) holds the original raster index of every patch token. `groups` (B, M0), kept only on
+    the batch, or a long tensor (B, K) once images differ, rising in either case. `grid` is (rows, cols) while the patch
+    tokens still fill it. `token_mask` (B, L) is 1 for tokens that take part and 0 for tokens kept only to keep the
+    length (training with pruning). `positions` (B, M) holds the original raster index of every patch token. `groups` (B, M0), kept only on
     request, maps each original patch to the patch token it now lives in. `decisions` and `block_policy` collect what
     pruning chose, stage by stage and layer by layer; `observed` (B, L, C), kept only where pruning looks at it, is what
     the last mixer's scans were told.
@@ -79,7 +79,9 @@ def join_cls(classes: Tensor, patches: Tensor, cls_index: tuple[int, ...] | Tens
     `split_cls`."""
     if isinstance(cls_index, Tensor):
         x = torch.cat([patches, classes], 1)
-        source = _patches_first(cls_index, x.shape[1]).argsort(1)
+        order = _patches_first(cls_index, x.shape[1])
+        slots = torch.arange(x.shape[1], device=x.device).expand_as(order)
+        source = torch.empty_like(order).scatter_(1, order, slots)
         return x.gather(1, source.unsqueeze(-1).expand_as(x))
     if not cls_index:
         return patches
@@ -110,8 +112,11 @@ def mean_over_kept(x: Tensor, policy: Tensor | None) -> Tensor:
 
 def _patches_first(cls_index: Tensor, length: int) -> Tensor:
     """The order (B, length) of a sequence that puts its patch tokens first and its class tokens (B, K) last."""
-    is_cls = torch.zeros(len(cls_index), length, dtype=torch.long, device=cls_index.device).scatter(1, cls_index, 1)
-    return is_cls.argsort(dim=1, stable=True)
+    batch, num_cls = cls_index.shape
+    patches = torch.arange(length - num_cls, device=cls_index.device).expand(batch, -1)
+    for at in cls_index.split(1, 1):
+        patches = patches + (patches >= at)
+    return torch.cat([patches, cls_index], 1)
 
 
 class SiteMethod:
