@@ -23,10 +23,10 @@ class TokenState:
     (None before the first site). `cls_index` says where the K class tokens are: a tuple of 0, 1 or 2 indices shared by
     the batch, or a long tensor (B, K) once images differ, rising in either case. `grid` is (rows, cols) while the patch
     tokens still fill it. `token_mask` (B, L) is 1 for tokens that take part and 0 for tokens kept only to keep the
-    length (training with pruning). `positions` (B, M) holds the original raster index of every patch token. `groups` (B, M0), kept only on
-    request, maps each original patch to the patch token it now lives in. `decisions` and `block_policy` collect what
-    pruning chose, stage by stage and layer by layer; `observed` (B, L, C), kept only where pruning looks at it, is what
-    the last mixer's scans were told.
+    length (training with pruning). `positions` (B, M) holds the original raster index of every patch token. `groups`
+    (B, M0), kept only on request, maps each original patch to the patch token it now lives in. `decisions` and
+    `block_policy` collect what pruning chose, stage by stage and layer by layer; `observed` (B, L, C), kept only where
+    pruning looks at it, is what the last mixer's scans were told.
     """
 
     hidden: Tensor
