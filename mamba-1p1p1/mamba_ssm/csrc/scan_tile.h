@@ -75,17 +75,24 @@ template <class T> struct Stream {
         return map.time_step * matrix.time + map.place_step * matrix.state;
     }
 
-    // The thread's elements of the next tile, zero outside `times` steps and `places` channels or states.
+    // COUNT of the thread's elements of this tile, from `first` on, zero outside `times` steps and `places` channels or
+    // states.
     template <int COUNT, class Map, class Strides>
-    DEVICE void next(T (&to)[COUNT], const Map &map, const Strides &strides, int times, int places) {
+    DEVICE void read(T (&to)[COUNT], int first, const Map &map, const Strides &strides, int times, int places) const {
         const int64 stride = step(strides, map);
-        const T *here = at;
+        const T *here = at + first * stride;
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
             to[i] = T{};
-            if (map.holds(i, times, places)) to[i] = *here;
+            if (map.holds(first + i, times, places)) to[i] = *here;
             here += stride;
         }
+    }
+
+    // All of the thread's elements of this tile; then stands at the next.
+    template <int COUNT, class Map, class Strides>
+    DEVICE void next(T (&to)[COUNT], const Map &map, const Strides &strides, int times, int places) {
+        read(to, 0, map, strides, times, places);
         at += Map::TIMES * strides.time;
     }
 };
