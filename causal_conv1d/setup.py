@@ -6,7 +6,14 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 
 SOURCES = sorted(str(path) for path in Path("causal_conv1d/csrc").glob("*.cpp"))
-COMPILE_ARGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+COMPILE_ARGS = [
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fvisibility=hidden",
+]
 
 # One portable library: it is loaded with ctypes, picks AVX-512, AVX2 or plain code at run time, and links no OpenMP.
 extensions = [

@@ -7,7 +7,14 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 
 SOURCES = sorted(str(path) for path in Path("mamba_ssm/csrc").glob("*.cpp"))
-COMPILE_ARGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+COMPILE_ARGS = [
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fvisibility=hidden",
+]
 
 
 def shared_headers() -> str | None:

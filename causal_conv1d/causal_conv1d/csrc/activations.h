@@ -7,7 +7,8 @@
 //   M::fma(a, b, c)        a * b + c
 //   M::max, M::abs         NaN in either argument may be lost by max, not by abs
 // Every function is a pure map between values of M::V: no memory, no branches.
-#pragma once
+#ifndef ACTIVATIONS_H
+#define ACTIVATIONS_H
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define SHARED_MATH __host__ __device__ __forceinline__
@@ -43,3 +44,5 @@ template <class M> SHARED_MATH typename M::V silu_grad(typename M::V x) {
 }
 
 }  // namespace shared_math
+
+#endif  // ACTIVATIONS_H

@@ -2,7 +2,8 @@
 //
 // The recurrence (Gu and Dao 2023, arXiv:2312.00752, section 3.2), for one channel and one of its states:
 //   a_t = exp(dt_t * A),  h_t = a_t * h_{t-1} + dt_t * u_t * B_t,  y_t = sum over states of C_t * h_t.
-#pragma once
+#ifndef SCAN_MATH_H
+#define SCAN_MATH_H
 
 #include "activations.h"
 
@@ -42,3 +43,5 @@ SHARED_MATH void backward_step(typename M::V a, typename M::V h_before, typename
 }
 
 }  // namespace shared_math
+
+#endif  // SCAN_MATH_H

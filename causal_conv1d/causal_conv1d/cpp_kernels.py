@@ -1,0 +1,110 @@
+"""The C++ kernel set for CPUs (see `operators.py` for the contract, `csrc/conv1d_abi.h` for the layout of the arguments)."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import torch
+from causal_conv1d.native import ABSENT_SIGNAL, DTYPE_CODES, address, call, load_library, signal
+from torch import Tensor
+
+_CONV_FIELDS = 8 + 2 * 5 + 2 + 2 * 5 + 2
+_UPDATE_FIELDS = 4 + 4 + 5 + 3
+_library = None
+
+
+def load() -> ModuleType:
+    """This module, with its library loaded; ImportError if there is none."""
+    global _library
+    if _library is None:
+        sizes = {"causal_conv1d_args_bytes": _CONV_FIELDS, "causal_conv1d_one_step_args_bytes": _UPDATE_FIELDS}
+        _library = load_library(__file__, sizes)
+    return sys.modules[__name__]
+
+
+def _float32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def _is_channel_last(x: Tensor) -> bool:
+    return x.stride(1) == 1 and (x.stride(2) != 1 or x.shape[2] == 1)
+
+
+def _readable(x: Tensor, channel_last: bool) -> Tensor:
+    """`x` itself if it has stride 1 along the dimension wanted, else a copy that has."""
+    if channel_last:
+        return x if x.stride(1) == 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _sizes(x: Tensor, weight: Tensor, silu: bool, reverse: bool, channel_last: bool) -> tuple[int, ...]:
+    return (*x.shape, weight.shape[1], silu, reverse, torch.get_num_threads(), channel_last)
+
+
+def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
+    out = torch.empty_like(x)
+    if out.numel() == 0:
+        return out
+    channel_last = _is_channel_last(x)
+    seen, target = _readable(x, channel_last), _readable(out, channel_last)
+    weight, bias = _float32(weight), _float32(bias)
+    fields = (
+        *_sizes(x, weight, silu, reverse, channel_last),
+        *signal(seen),
+        *signal(target),
+        weight.data_ptr(),
+        address(bias),
+        *(ABSENT_SIGNAL * 2),
+        *(0, 0),
+    )
+    call(_library.causal_conv1d, fields)
+    return out if target is out else out.copy_(target)
+
+
+def conv_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x)
+    dweight = weight.new_empty(weight.shape, dtype=torch.float32)
+    dbias = weight.new_empty(0 if bias is None else bias.shape, dtype=torch.float32)
+    if dx.numel() == 0:
+        dweight.zero_(), dbias.zero_()
+    else:
+        channel_last = _is_channel_last(x)
+        seen, target = _readable(x, channel_last), _readable(dx, channel_last)
+        dout = _readable(dout.to(x.dtype), channel_last)
+        wide_weight, wide_bias = _float32(weight), _float32(bias)
+        fields = (
+            *_sizes(x, weight, silu, reverse, channel_last),
+            *signal(seen),
+            *ABSENT_SIGNAL,
+            wide_weight.data_ptr(),
+            address(wide_bias),
+            *signal(dout),
+            *signal(target),
+            dweight.data_ptr(),
+            0 if bias is None else dbias.data_ptr(),
+        )
+        call(_library.causal_conv1d, fields)
+        dx = dx if target is dx else dx.copy_(target)
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype if bias is None else bias.dtype)
+
+
+def conv_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    out = x.new_empty(x.shape)
+    if out.numel() == 0:
+        return out
+    weight, bias = _float32(weight), _float32(bias)
+    if conv_state.dtype not in DTYPE_CODES:
+        raise TypeError(
+            f"conv_state has dtype {conv_state.dtype}, wanted float32, bfloat16 or float16 beside {x.dtype}"
+        )
+    fields = (
+        *(*x.shape, weight.shape[1], silu),
+        *(x.data_ptr(), DTYPE_CODES[x.dtype], *x.stride()),
+        *(conv_state.data_ptr(), DTYPE_CODES[conv_state.dtype], *conv_state.stride()),
+        *(out.data_ptr(), weight.data_ptr(), address(bias)),
+    )
+    call(_library.causal_conv1d_one_step, fields)
+    return out

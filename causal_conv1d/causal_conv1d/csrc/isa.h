@@ -1,0 +1,40 @@
+// Which of the compiled instruction sets runs. Tests may lower it.
+#pragma once
+
+namespace isa {
+
+enum Level { PLAIN = 0, AVX2 = 1, AVX512 = 2 };
+
+inline Level best() {
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+        bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+        return wide ? AVX512 : AVX2;
+    }
+#endif
+    return PLAIN;
+}
+
+inline Level &current() {
+    static Level level = best();
+    return level;
+}
+
+// Lowers (or restores) the level; returns the one in force, at most what the processor has.
+inline Level limit(int level) {
+    Level most = best();
+    current() = level < most ? static_cast<Level>(level < 0 ? 0 : level) : most;
+    return current();
+}
+
+}  // namespace isa
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define ISA_CALL(function, ...)                                       \
+    (isa::current() == isa::AVX512 ? avx512::function(__VA_ARGS__)    \
+     : isa::current() == isa::AVX2 ? avx2::function(__VA_ARGS__)      \
+                                   : plain::function(__VA_ARGS__))
+#else
+#define ISA_CALL(function, ...) plain::function(__VA_ARGS__)
+#endif

@@ -1,0 +1,217 @@
+// Vectors of float, and 16-bit floats in memory, for one instruction set. No include guard: each_isa.h includes it once per
+// set, inside that set's namespace ISA_NAME, with ISA_LANES, ISA_AVX512 and ISA_AVX2 defined.
+
+constexpr int LANES = ISA_LANES;
+constexpr int64_t VECTOR_BYTES = 4 * LANES;
+
+typedef float V __attribute__((vector_size(4 * ISA_LANES)));
+typedef int32_t IntV __attribute__((vector_size(4 * ISA_LANES)));
+typedef uint32_t BitsV __attribute__((vector_size(4 * ISA_LANES)));
+typedef uint16_t HalfBitsV __attribute__((vector_size(2 * ISA_LANES)));
+
+#undef VEC
+#define VEC inline __attribute__((always_inline))
+
+// What a tensor holds in memory; the numbers are the C interface's.
+enum DType { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
+    uint16_t bits;
+};
+
+VEC V set(float x) { return x - V{}; }
+VEC V load(const float *p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+VEC void store(float *p, V v) { __builtin_memcpy(p, &v, sizeof v); }
+
+VEC V fma(V a, V b, V c) {
+#if ISA_AVX512
+    return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif ISA_AVX2
+    return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+// Both return the second argument if either is NaN.
+VEC V max(V a, V b) { return a > b ? a : b; }
+VEC V min(V a, V b) { return a < b ? a : b; }
+VEC V abs(V x) { return (V)((BitsV)x & 0x7fffffffu); }
+
+// 2^x to 1.6e-7 relative; 0 far below, infinity far above, NaN for NaN. The polynomial is minimax on [-1/2, 1/2] among those
+// that are exactly 1 at 0, so that decays near 1 keep their precision over long sequences.
+VEC V exp2_fraction(V r) {
+    V p = fma(set(0.0013274633092805743f), r, set(0.009671961888670921f));
+    p = fma(p, r, set(0.055506784468889236f));
+    p = fma(p, r, set(0.24022234976291656f));
+    p = fma(p, r, set(0.6931470632553101f));
+    return fma(p, r, set(1.f));
+}
+VEC V exp2(V x) {
+#if ISA_AVX512
+    __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (V)_mm512_scalef_ps((__m512)exp2_fraction(x - (V)n), n);
+#else
+    // 1.5 * 2^23 + 127: adding it leaves round(x) + 127, the biased exponent of 2^round(x), in the lowest bits.
+    const V magic = set(12582912.f + 127.f);
+    x = min(set(128.f), max(set(-127.f), x));
+    V shifted = x + magic;
+    return exp2_fraction(x - (shifted - magic)) * (V)((BitsV)shifted << 23);
+#endif
+}
+// log(1 + x) for x in [0, 1], to 2.3e-7 relative: 2 atanh(x / (2 + x)).
+VEC V log1p(V x) {
+    V s = x / (x + set(2.f)), q = s * s;
+    V p = fma(set(0.27489665150642395f), q, set(0.2813725471496582f));
+    p = fma(p, q, set(0.40010836720466614f));
+    p = fma(p, q, set(0.666666567325592f));
+    return s * fma(p, q, set(2.f));
+}
+
+VEC V from_half_bits(BitsV h) {
+    V magnitude = (V)((h & 0x7fffu) << 13) * set(0x1p112f);
+    BitsV special = (BitsV)((h & 0x7fffu) >= 0x7c00u) & 0x7f800000u;
+    return (V)((BitsV)magnitude | special | ((h & 0x8000u) << 16));
+}
+VEC BitsV to_half_bits(V x) {
+    BitsV u = (BitsV)x & 0x7fffffffu, sign = ((BitsV)x >> 16) & 0x8000u;
+    BitsV normal = (u - (112u << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
+    BitsV tiny = (BitsV)((V)u + set(0.5f)) - 0x3f000000u;
+    BitsV half = u < (113u << 23) ? tiny : normal;
+    half = u >= 0x477ff000u ? BitsV{} + 0x7c00u : half;
+    half = u > 0x7f800000u ? BitsV{} + 0x7e00u : half;
+    return half | sign;
+}
+
+VEC BitsV load_bits(const uint16_t *p) {
+    HalfBitsV h;
+    __builtin_memcpy(&h, p, sizeof h);
+    return __builtin_convertvector(h, BitsV);
+}
+VEC void store_bits(uint16_t *p, BitsV bits) {
+    HalfBitsV h = __builtin_convertvector(bits, HalfBitsV);
+    __builtin_memcpy(p, &h, sizeof h);
+}
+VEC V load(const bfloat16 *p) { return (V)(load_bits(&p->bits) << 16); }
+VEC void store(bfloat16 *p, V x) {
+    BitsV u = (BitsV)x;
+    BitsV rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    store_bits(&p->bits, (u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
+}
+VEC V load(const float16 *p) {
+#if ISA_AVX512
+    __m256i h;
+    __builtin_memcpy(&h, p, sizeof h);
+    return (V)_mm512_cvtph_ps(h);
+#elif ISA_AVX2
+    __m128i h;
+    __builtin_memcpy(&h, p, sizeof h);
+    return (V)_mm256_cvtph_ps(h);
+#else
+    return from_half_bits(load_bits(&p->bits));
+#endif
+}
+VEC void store(float16 *p, V x) {
+#if ISA_AVX512
+    __m256i h = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __builtin_memcpy(p, &h, sizeof h);
+#elif ISA_AVX2
+    __m128i h = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __builtin_memcpy(p, &h, sizeof h);
+#else
+    store_bits(&p->bits, to_half_bits(x));
+#endif
+}
+
+// The first `count` elements at p, zeros behind them; nothing beyond is touched. Out of line: it is rare, and long.
+template <class T> __attribute__((noinline)) V load_partial(const T *p, int count) {
+    T part[LANES] = {};
+    for (int i = 0; i < count; ++i) part[i] = p[i];
+    return load(part);
+}
+template <class T> __attribute__((noinline)) void store_partial(T *p, V v, int count) {
+    T part[LANES];
+    store(part, v);
+    for (int i = 0; i < count; ++i) p[i] = part[i];
+}
+template <class T> VEC V load_some(const T *p, int count) { return count >= LANES ? load(p) : load_partial(p, count); }
+template <class T> VEC void store_some(T *p, V v, int count) {
+    if (count >= LANES) store(p, v);
+    else store_partial(p, v, count);
+}
+// One element, through the same conversions.
+VEC float load_one(const float *p) { return *p; }
+VEC void store_one(float *p, float x) { *p = x; }
+template <class T> VEC float load_one(const T *p) { return load_partial(p, 1)[0]; }
+template <class T> VEC void store_one(T *p, float x) { store_partial(p, set(x), 1); }
+
+// Butterflies on pairs of vectors whose numbers differ in bit S: lanes whose own bit S is clear come from a, the others from
+// b; `low` takes what has bit S clear, `high` what has it set. log2(LANES) rounds of both transpose LANES vectors.
+template <int... I> struct Indices {};
+template <int N, int... I> struct MakeIndices : MakeIndices<N - 1, N - 1, I...> {};
+template <int... I> struct MakeIndices<0, I...> {
+    using type = Indices<I...>;
+};
+using AllLanes = typename MakeIndices<LANES>::type;
+
+#if defined(__clang__)
+#define ISA_SHUFFLE(a, b, index) __builtin_shufflevector(a, b, (index)...)
+#else
+#define ISA_SHUFFLE(a, b, index) __builtin_shuffle(a, b, IntV{(index)...})
+#endif
+template <int S, int... I> VEC V butterfly_low(V a, V b, Indices<I...>) {
+    return ISA_SHUFFLE(a, b, (I & S ? LANES + I - S : I));
+}
+template <int S, int... I> VEC V butterfly_high(V a, V b, Indices<I...>) {
+    return ISA_SHUFFLE(a, b, (I & S ? LANES + I : I + S));
+}
+template <int S, int... I> VEC V rotate(V a, Indices<I...>) { return ISA_SHUFFLE(a, a, (I + S) % LANES); }
+#undef ISA_SHUFFLE
+
+template <int S = 1> VEC void transpose(V *rows) {
+    if constexpr (S < LANES) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) {
+            if (i & S) continue;
+            V low = butterfly_low<S>(rows[i], rows[i + S], AllLanes());
+            rows[i + S] = butterfly_high<S>(rows[i], rows[i + S], AllLanes());
+            rows[i] = low;
+        }
+        transpose<2 * S>(rows);
+    }
+}
+
+// Lane i of the result is the sum over all lanes of v[i], for i < N; N is a power of two up to LANES. Overwrites v.
+template <int N, int S = 1> VEC V sum_lanes(V *v) {
+    if constexpr (S < N) {
+#pragma GCC unroll 16
+        for (int i = 0; i < N / S / 2; ++i) {
+            V low = butterfly_low<S>(v[2 * i], v[2 * i + 1], AllLanes());
+            v[i] = low + butterfly_high<S>(v[2 * i], v[2 * i + 1], AllLanes());
+        }
+        return sum_lanes<N, 2 * S>(v);
+    } else if constexpr (S < LANES) {
+        v[0] = v[0] + rotate<S>(v[0], AllLanes());
+        return sum_lanes<N, 2 * S>(v);
+    } else {
+        return v[0];
+    }
+}
+VEC float sum(V v) { return sum_lanes<1>(&v)[0]; }
+
+// The machine of activations.h.
+typedef V Vector;
+struct Machine {
+    typedef Vector V;
+    static VEC Vector set(float x) { return ISA_NAME::set(x); }
+    static VEC Vector exp2(Vector x) { return ISA_NAME::exp2(x); }
+    static VEC Vector log1p(Vector x) { return ISA_NAME::log1p(x); }
+    static VEC Vector fma(Vector a, Vector b, Vector c) { return ISA_NAME::fma(a, b, c); }
+    static VEC Vector max(Vector a, Vector b) { return ISA_NAME::max(a, b); }
+    static VEC Vector abs(Vector a) { return ISA_NAME::abs(a); }
+};

@@ -1,0 +1,2 @@
+#include "scan_kernels.h"
+#include "scan_backward_kernels.h"
