@@ -68,18 +68,20 @@ def bipartite_soft_matching(
         raise ValueError(f"order is {order!r}; wanted one of {', '.join(FUSION_ORDERS)}.")
     if sort is False and (class_token or order == "raster"):
         raise ValueError("sort is False; wanted True or None with a class token or in raster order.")
-    if not class_token:
-        return _match(metric, r, 0, order, sort=bool(sort))
-    return _insert_cls(_match(metric[:, 1:], r, 1, order, sort=True), (0,), (0,))
+    cls_index = (0,) if class_token else ()
+    num_patches = metric.shape[1] - len(cls_index)
+    r = num_merged(r, num_patches)
+    slot, kept = _match(metric[:, len(cls_index) :], r, len(cls_index), order, sort=class_token or bool(sort))
+    return _with_cls(slot, kept, num_patches - r, cls_index, cls_index)
 
 
-def _match(metric: Tensor, r: int, first: int, order: str, sort: bool) -> Matching:
-    """Match patch tokens alone: set a begins at index `first` (0 or 1), set b at the other."""
+def _match(metric: Tensor, r: int, first: int, order: str, sort: bool) -> tuple[Tensor, Tensor]:
+    """Match patch tokens alone, r within bounds: set a begins at index `first` (0 or 1), set b at the other. Returns
+    `slot` and `kept`."""
     batch, length = metric.shape[:2]
-    r = num_merged(r, length)
     place = torch.arange(length, device=metric.device).expand(batch, -1)
     if r == 0:
-        return Matching(place, torch.ones_like(place, dtype=torch.bool), torch.ones_like(place))
+        return place, torch.ones_like(place, dtype=torch.bool)
     in_a, in_b = slice(first, None, 2), slice(1 - first, None, 2)
     with torch.no_grad(), _without_autocast(metric.device.type):
         metric = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
@@ -104,7 +106,7 @@ def _match(metric: Tensor, r: int, first: int, order: str, sort: bool) -> Matchi
     slot = torch.empty_like(place)
     slot[:, in_a] = torch.where(fused, b_places.gather(1, partner), a_places)
     slot[:, in_b] = b_places
-    return Matching(slot, kept, _sizes(slot, length - r))
+    return slot, kept
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
@@ -113,15 +115,10 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _sizes(slot: Tensor, num_left: int) -> Tensor:
-    """How many of the tokens in `slot` (B, L) go to each of `num_left` places: (B, num_left)."""
-    return slot.new_zeros(len(slot), num_left).scatter_add_(1, slot, torch.ones_like(slot))
-
-
 def merge(x: Tensor, matching: Matching) -> Tensor:
     """Fuse tokens: x (B, L, C) -> (B, L', C), each the plain mean of its group, in x's dtype.
 
-    Sums in float32 at least. A token alone in its group passes bit for bit. Differentiable in x.
+    Sums in float32 at least. A token alone in its group keeps its exact value. Differentiable in x.
     """
     batch, length, channels = x.shape
     num_left = matching.count.shape[1]
@@ -154,25 +151,26 @@ def merge_tokens(state: TokenState, r: int, order: str = "published") -> TokenSt
     if state.token_mask is not None:
         raise ValueError("A masked sequence must keep its length; wanted token merging without a token mask.")
     patches = split_cls(state.hidden, state.cls_index)[1]
-    if num_merged(r, patches.shape[1]) == 0:
+    fused = num_merged(r, patches.shape[1])
+    if fused == 0:
         return state
     has_head = isinstance(state.cls_index, tuple) and state.cls_index == (0,)
-    matching = _match(patches, r, int(has_head), order, sort=True)
-    cls_index = _moved_cls(state, matching, order)
-    full = _insert_cls(matching, state.cls_index, cls_index)
+    slot, kept = _match(patches, fused, int(has_head), order, sort=True)
+    cls_index = _moved_cls(state, kept, patches.shape[1] - fused, order)
+    matching = _with_cls(slot, kept, patches.shape[1] - fused, state.cls_index, cls_index)
     return state.replace(
-        hidden=merge(state.hidden, full),
-        residual=None if state.residual is None else merge(state.residual, full),
+        hidden=merge(state.hidden, matching),
+        residual=None if state.residual is None else merge(state.residual, matching),
         cls_index=cls_index,
         grid=None,
         positions=None,
-        groups=None if state.groups is None else matching.slot.gather(1, state.groups),
+        groups=None if state.groups is None else slot.gather(1, state.groups),
     )
 
 
-def _moved_cls(state: TokenState, matching: Matching, order: str) -> tuple[int, ...] | Tensor:
-    """Where the class tokens of `state` stand once its patch tokens are merged."""
-    old, num_left = state.cls_index, matching.count.shape[1]
+def _moved_cls(state: TokenState, kept: Tensor, num_left: int, order: str) -> tuple[int, ...] | Tensor:
+    """Where the class tokens of `state` stand among the `num_left` patch tokens that `kept` (B, M) leaves."""
+    old = state.cls_index
     if state.num_cls == 2:
         return 0, num_left + 1
     if isinstance(old, tuple):
@@ -182,22 +180,23 @@ def _moved_cls(state: TokenState, matching: Matching, order: str) -> tuple[int, 
             return (num_left,)
     if order == "published":
         return (num_left // 2,)
-    bound = old if isinstance(old, Tensor) else old[0]
-    index = torch.arange(matching.slot.shape[1], device=matching.slot.device)
-    return (matching.kept & (index < bound)).sum(1, keepdim=True)
+    index = torch.arange(kept.shape[1], device=kept.device)
+    return (kept & (index < (old if isinstance(old, Tensor) else old[0]))).sum(1, keepdim=True)
 
 
-def _insert_cls(matching: Matching, old: tuple[int, ...] | Tensor, new: tuple[int, ...] | Tensor) -> Matching:
-    """Extend a matching of patch tokens by class tokens, each a group of its own, that go from `old` to `new`."""
-    slot, kept, count = matching
+def _with_cls(
+    slot: Tensor, kept: Tensor, num_left: int, old: tuple[int, ...] | Tensor, new: tuple[int, ...] | Tensor
+) -> Matching:
+    """The matching of a sequence whose patch tokens go to `slot`, and whose class tokens, each a group of its own, go
+    from the indices `old` to `new`."""
     places = new.split(1, 1) if isinstance(new, Tensor) else [slot.new_full((len(slot), 1), at) for at in new]
-    if not places:
-        return matching
     for place in places:
         slot = slot + (slot >= place)
-    slot = join_cls(torch.stack(places, 1), slot.unsqueeze(-1), old).squeeze(-1)
-    kept = join_cls(kept.new_ones(len(slot), len(places), 1), kept.unsqueeze(-1), old).squeeze(-1)
-    return Matching(slot, kept, _sizes(slot, count.shape[1] + len(places)))
+    if places:
+        slot = join_cls(torch.stack(places, 1), slot.unsqueeze(-1), old).squeeze(-1)
+        kept = join_cls(kept.new_ones(len(kept), len(places), 1), kept.unsqueeze(-1), old).squeeze(-1)
+    count = slot.new_zeros(len(slot), num_left + len(places))
+    return Matching(slot, kept, count.scatter_add_(1, slot, torch.ones_like(slot)))
 
 
 def token_schedule(config: MergingConfig, num_patches: int, num_cls: int, num_sites: int) -> tuple[int, ...]:
@@ -216,6 +215,7 @@ class TokenMerging(SiteMethod):
     def __init__(self, config: MergingConfig) -> None:
         self.config = config
         self.sites: tuple[int, ...] = ()
+        self.num_tokens = 0
         self.schedule: tuple[int, ...] = ()
 
     def attach(self, model: nn.Module) -> None:
@@ -223,7 +223,7 @@ class TokenMerging(SiteMethod):
         num_patches, num_cls, num_sites = model.patch_embed.num_patches, model.num_prefix_tokens, model.num_sites
         self.sites = self.config.sites(num_sites)
         self.schedule = token_schedule(self.config, num_patches, num_cls, num_sites)
-        self._start = num_patches + num_cls
+        self.num_tokens = num_patches + num_cls
 
     def __call__(self, index: int, state: TokenState, run: Callable[..., TokenState]) -> TokenState:
         state = run(state)
@@ -232,11 +232,11 @@ class TokenMerging(SiteMethod):
     def report(self) -> None:
         """Log the number of tokens after each site, and warn if there are sites that cannot merge what is asked of
         them."""
-        config, before = self.config, (self._start, *self.schedule)
+        config, before = self.config, (self.num_tokens, *self.schedule)
         _logger.info(
             "Token merging (%s, K %d, r %d, %s order): %d tokens, after the sites %s.",
             *(config.strategy, config.layer, config.token, config.order),
-            *(self._start, " ".join(map(str, self.schedule))),
+            *(self.num_tokens, " ".join(map(str, self.schedule))),
         )
         idle = [index for index in self.sites if before[index] == before[index + 1]]
         if not self.sites or len(idle) == len(self.sites):
