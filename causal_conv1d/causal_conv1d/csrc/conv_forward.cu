@@ -1,0 +1,58 @@
+// Causal depthwise convolution, forward.
+//
+// KERNEL_ARGUMENTS: types of x and out, weight and bias; channels per thread; width.
+#include "conv_tile.h"
+
+struct ForwardDirection {
+    Slab x, out;
+    const void *weight, *bias;  // (dim, width) and (dim,), dense; bias may be null
+};
+
+struct ForwardParams {
+    ForwardDirection direction[2];
+    Sizes sizes;
+};
+
+template <class T, class TW, int VEC, int WIDTH> DEVICE void convolve(const ForwardParams &p) {
+    constexpr int STRIP = 16, ROUND = 8;  // steps read at once
+    const Sizes &sizes = p.sizes;
+    const ForwardDirection &d = p.direction[blockIdx.z];
+    const int columns = sizes.dim / VEC, work = blockIdx.x * THREADS + threadIdx.x;
+    if (work >= columns * sizes.strips) return;
+    const int column = sizes.time_fastest ? work / sizes.strips : work % columns;
+    const int strip = sizes.time_fastest ? work % sizes.strips : work / columns;
+    const int begin = strip * STRIP, end = min(begin + STRIP, sizes.seqlen);
+    Taps<VEC, WIDTH> taps;
+    taps.read(static_cast<const TW *>(d.weight), static_cast<const TW *>(d.bias), column * VEC);
+
+    for (int b = blockIdx.y; b < sizes.batch; b += gridDim.y) {
+        const Column<T, VEC> x(d.x, b, column * VEC), out(d.out, b, column * VEC);
+        float window[WIDTH][VEC];
+#pragma unroll
+        for (int w = 1; w < WIDTH; w++) {
+            const int t = begin - WIDTH + w;
+            const Pack<T, VEC> pack = t >= 0 ? x.read(t) : zeros<T, VEC>();
+#pragma unroll
+            for (int i = 0; i < VEC; i++) window[w][i] = to_float(pack.v[i]);
+        }
+        for (int from = begin; from < end; from += ROUND) {
+            Pack<T, VEC> round[ROUND];
+#pragma unroll
+            for (int j = 0; j < ROUND; j++) round[j] = from + j < end ? x.read(from + j) : zeros<T, VEC>();
+#pragma unroll
+            for (int j = 0; j < ROUND; j++) {
+                float result[VEC];
+                shift<VEC, WIDTH>(window);
+#pragma unroll
+                for (int i = 0; i < VEC; i++) {
+                    window[WIDTH - 1][i] = to_float(round[j].v[i]);
+                    result[i] = taps.convolve(window, i);
+                    if (sizes.silu) result[i] = shared_math::silu<Thread>(result[i]);
+                }
+                if (from + j < end) out.write(from + j, result);
+            }
+        }
+    }
+}
+
+KERNEL(conv_forward, ForwardParams, THREADS, 4) { convolve<KERNEL_ARGUMENTS>(p); }

@@ -1,0 +1,152 @@
+"""The CUDA kernel set: `csrc/conv_*.cu`, compiled at first use for the device at hand, on torch's current stream.
+
+`load()` returns this module, or raises why it cannot run here. The one-step `conv_update`, a few kilobytes of work, stays
+with the torch kernel set.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from causal_conv1d import _nvrtc, torch_kernels
+from causal_conv1d._nvrtc import CPP_TYPES
+from causal_conv1d._reduce import Sum, add_up
+from causal_conv1d.torch_kernels import conv_update
+from torch import Tensor
+
+__all__ = ["Conv", "conv_backward", "conv_forward", "conv_update", "forward", "load"]
+
+# Of conv_tile.h, conv_forward.cu and conv_backward.cu.
+_THREADS, _FORWARD_STRIP, _COLUMNS, _STRIPS = 128, 16, 32, 4
+_VECTOR = 4
+# Steps a backward thread walks at most, and backward blocks per multiprocessor, beyond which blocks share the batch.
+_BACKWARD_STRIP, _BACKWARD_BLOCKS = 32, 8
+_MAX_GRID = 65535
+
+_SIZES = struct.Struct("6i")
+_FORWARD = struct.Struct("4q4q2q")
+_BACKWARD = struct.Struct("4q4q4q3q6i2i")
+
+
+class Conv(NamedTuple):
+    """One convolution's arguments, as `causal_conv1d.operators` describes them."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    silu: bool
+    reverse: bool
+
+
+def load():
+    """This kernel set.
+
+    Raises:
+        RuntimeError: the kernels cannot be compiled here.
+    """
+    _nvrtc.check()
+    return sys.modules[__name__]
+
+
+def _slab(tensor: Tensor, reverse: bool) -> tuple[int, int, int, int]:
+    """(address, batch, channel, time stride) of a (batch, dim, seqlen) tensor in the order of the convolution."""
+    batch, channel, time = tensor.stride()
+    if reverse:
+        return tensor.data_ptr() + (tensor.shape[2] - 1) * time * tensor.element_size(), batch, channel, -time
+    return tensor.data_ptr(), batch, channel, time
+
+
+def _vector(*tensors: Tensor) -> int:
+    """How many neighbouring channels of all these (batch, dim, seqlen) tensors can be moved at once: 4 or 1."""
+    for tensor in tensors:
+        (batch, dim, seqlen), (batch_stride, channel_stride, time_stride) = tensor.shape, tensor.stride()
+        dense = dim % _VECTOR == 0 and channel_stride == 1
+        aligned = tensor.data_ptr() % (_VECTOR * tensor.element_size()) == 0
+        steps = (seqlen == 1 or time_stride % _VECTOR == 0) and (batch == 1 or batch_stride % _VECTOR == 0)
+        if not (dense and aligned and steps):
+            return 1
+    return _VECTOR
+
+
+def _parameters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Dense weight and bias of one dtype."""
+    if bias is not None and bias.dtype != weight.dtype:
+        weight, bias = weight.float(), bias.float()
+    return weight.contiguous(), None if bias is None else bias.contiguous()
+
+
+def _covers(conv: Conv) -> bool:
+    known = all(t.dtype in CPP_TYPES for t in (conv.weight, conv.bias) if t is not None)
+    return known and conv.x.numel() > 0
+
+
+def _time_fastest(x: Tensor) -> bool:
+    return x.stride(2) == 1 and x.stride(1) != 1
+
+
+def forward(convs: Sequence[Conv]) -> list[Tensor]:
+    """The outputs of one or two convolutions of the same sizes, dtypes and activation, in one launch."""
+    first = convs[0]
+    batch, dim, seqlen = first.x.shape
+    outs = [torch.empty_like(conv.x) for conv in convs]
+    vector = min(_vector(conv.x, out) for conv, out in zip(convs, outs))
+    params, kept = [], []
+    for conv, out in zip(convs, outs):
+        weight, bias = _parameters(conv.weight, conv.bias)
+        kept.append((weight, bias))
+        addresses = weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+        params.append(_FORWARD.pack(*_slab(conv.x, conv.reverse), *_slab(out, conv.reverse), *addresses))
+    strips = -(-seqlen // _FORWARD_STRIP)
+    sizes = _SIZES.pack(batch, dim, seqlen, strips, first.silu, _time_fastest(first.x))
+    device = _nvrtc.device(first.x.device.index)
+    types = f"{CPP_TYPES[first.x.dtype]},{CPP_TYPES[kept[0][0].dtype]}"
+    kernel = device.kernel(
+        _nvrtc.SHARED_SOURCES / "conv_forward.cu", f"{types},{vector},{first.weight.shape[1]}", _THREADS
+    )
+    grid = (-(-(dim // vector) * strips // _THREADS), min(batch, _MAX_GRID), len(convs))
+    kernel(grid, b"".join(params) + bytes(len(params[0]) * (2 - len(params))) + sizes)
+    return outs
+
+
+def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
+    conv = Conv(x, weight, bias, silu, reverse)
+    return forward([conv])[0] if _covers(conv) else torch_kernels.conv_forward(*conv)
+
+
+def conv_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _covers(Conv(x, weight, bias, silu, reverse)):
+        return torch_kernels.conv_backward(dout, x, weight, bias, silu, reverse)
+    (batch, dim, seqlen), width = x.shape, weight.shape[1]
+    dout, dx = dout.to(x.dtype), torch.empty_like(x)
+    taps, shift = _parameters(weight, bias)
+    device, vector = _nvrtc.device(x.device.index), _vector(x, dout, dx)
+    blocks_along = -(-seqlen // (_STRIPS * _BACKWARD_STRIP))
+    strip = -(-seqlen // (_STRIPS * blocks_along))
+    blocks_across = -(-(dim // vector) // _COLUMNS)
+    share = max(1, _BACKWARD_BLOCKS * device.multiprocessors // (blocks_across * blocks_along))
+    rows = min(batch, share, _MAX_GRID)
+    sums = x.new_empty((blocks_along * rows, dim, width + 1), dtype=torch.float32)
+    params = _BACKWARD.pack(
+        *_slab(x, reverse),
+        *_slab(dout, reverse),
+        *_slab(dx, reverse),
+        *(taps.data_ptr(), 0 if shift is None else shift.data_ptr(), sums.data_ptr()),
+        *(batch, dim, seqlen, -(-seqlen // strip), silu, _time_fastest(x)),
+        *(strip, 0),
+    )
+    types = f"{CPP_TYPES[x.dtype]},{CPP_TYPES[taps.dtype]}"
+    kernel = device.kernel(_nvrtc.SHARED_SOURCES / "conv_backward.cu", f"{types},{vector},{width}", _THREADS)
+    kernel((blocks_across, rows, blocks_along), params)
+    dweight = weight.new_empty(weight.shape)
+    wanted = [Sum(sums[:, None, :, :width], dweight[None])]
+    dbias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    if bias is not None:
+        wanted.append(Sum(sums[:, None, None, :, width], dbias[None, None]))
+    add_up(device, wanted)
+    return dx, dweight, dbias
