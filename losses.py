@@ -7,6 +7,7 @@ names what the scalar is made of.
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 import timm
@@ -15,9 +16,10 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import augment
 import checkpoints
 from utils import UsageError, nearest, number
+
+_logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse loss flags that contradict each other or name no teacher."""
+    if args.bce_loss and args.smoothing > 0:
+        _logger.warning(
+            "--smoothing %g changes nothing: --bce-loss only asks which classes are present.", args.smoothing
+        )
     if args.distillation_type == "none":
         return
     if args.cosub:
@@ -138,8 +144,8 @@ class Distillation(nn.Module):
         return (1 - self.alpha) * base + self.alpha * part
 
 
-def build_criterion(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module:
-    """The criterion that the flags ask for, its teacher loaded and frozen on `device`."""
+def build_criterion(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """The criterion that the flags ask for, its teacher loaded and frozen."""
     base = Classification(args.smoothing, bce=args.bce_loss)
     if args.cosub:
         return Cosub(base)
@@ -148,10 +154,5 @@ def build_criterion(args: argparse.Namespace, num_classes: int, device: torch.de
     teacher = timm.create_model(args.teacher_model, num_classes=num_classes)
     weights, _ = checkpoints.find_weights(checkpoints.read(args.teacher_path), args.teacher_path)
     checkpoints.load_strictly(teacher, weights, args.teacher_path, args.teacher_model)
-    teacher = teacher.to(device).eval().requires_grad_(False)
+    teacher = teacher.eval().requires_grad_(False)
     return Distillation(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
-
-
-def smoothing_has_no_effect(args: argparse.Namespace) -> bool:
-    """Whether label smoothing is given to a loss that only asks which classes are present."""
-    return args.bce_loss and args.smoothing > 0 and augment.mixes(args)

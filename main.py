@@ -32,6 +32,7 @@ import models_mamba
 import utils
 from checkpoints import Run
 from fusion import config as methods
+from fusion.dynamic_pruning import PruningLoss
 from utils import PeerError, RunError, StopRequest, UsageError, number
 
 _logger = logging.getLogger("main")
@@ -81,15 +82,38 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for owner in (engine, losses, augment, datasets, checkpoints):
         owner.check(args)
     with torch.device("meta"):
-        model = build_model(args, num_classes=1)
-        if not isinstance(model, models_mamba.VisionMamba):
-            _check_size(model, args)
+        check_model(build_model(args, num_classes=1), args)
     return args
 
 
-def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    """The model that the flags ask for, from timm's registry."""
+def check_model(model: nn.Module, args: argparse.Namespace) -> None:
+    """Refuse flags that do not fit `model`, which may be on the meta device."""
+    if not isinstance(model, models_mamba.VisionMamba):
+        try:
+            model.eval()(torch.empty(2, 3, args.input_size, args.input_size))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UsageError(f"--input-size {args.input_size} does not fit {args.model}: {error}") from error
+        for name in ("if_random_cls_token_position", "if_random_token_rank"):
+            if getattr(args, name):
+                raise UsageError(f"--{name} wants a Vision Mamba; {args.model} does not know it.")
+    elif model.methods.pruning is not None and not args.eval:
+        if not args.model_path:
+            raise UsageError(
+                "Training with pruning wants --model-path: student and teacher start from a trained model."
+            )
+        for flag, wrong in (
+            ("--cosub", args.cosub),
+            ("--distillation-type", args.distillation_type != "none"),
+            ("--no-train-mode", not args.train_mode),
+        ):
+            if wrong:
+                raise UsageError(f"{flag} contradicts pruning, which has its own loss, teacher and training mode.")
+
+
+def build_model(args: argparse.Namespace, num_classes: int, **overrides: Any) -> nn.Module:
+    """The model that the flags ask for, from timm's registry; `overrides` are keywords that come before the flags."""
     name, keywords = methods.model_keywords(args)
+    keywords |= overrides
     if timm.get_pretrained_cfg(name).fixed_input_size:
         keywords["img_size"] = args.input_size
     rates = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
@@ -103,22 +127,33 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
         raise UsageError(f"--model {name}: {error}") from error
 
 
-def _check_size(model: nn.Module, args: argparse.Namespace) -> None:
-    try:
-        model.eval()(torch.empty(2, 3, args.input_size, args.input_size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise UsageError(f"--input-size {args.input_size} does not fit {args.model}: {error}") from error
+def load_weights(args: argparse.Namespace, model: nn.Module) -> nn.Module | None:
+    """Start `model` from --finetune, fitted to its image size and class count, or from --model-path, as it is.
 
-
-def load_weights(model: nn.Module, path: str, name: str) -> None:
-    """Start `model` from the weights in `path`, fitted to its image size and class count."""
+    Returns the frozen teacher of a pruned model that is to be trained: the model that --model-path holds.
+    """
+    if not (args.finetune or args.model_path):
+        return None
+    path = args.finetune or args.model_path
     weights, origin = checkpoints.find_weights(checkpoints.read(path), path)
-    weights, may_miss = checkpoints.adapt(weights, model, path)
-    checkpoints.load_strictly(model, weights, path, name, may_miss=may_miss)
     _logger.info("Weights from %s (%s).", path, origin)
+    if args.finetune:
+        weights, may_miss = checkpoints.adapt(weights, model, path)
+        checkpoints.load_strictly(model, weights, path, args.model, may_miss=may_miss)
+        return None
+    if args.eval or getattr(model, "methods", methods.MethodConfig()).pruning is None:
+        checkpoints.load_strictly(model, weights, path, args.model)
+        return None
+    teacher = build_model(args, args.nb_classes, pruning="none")
+    checkpoints.load_strictly(teacher, weights, path, f"the model that {args.model} prunes")
+    learned = model.state_dict().keys() - teacher.state_dict().keys()
+    checkpoints.load_strictly(model, weights, path, args.model, may_miss=learned.__contains__)
+    return teacher
 
 
-def build_run(args: argparse.Namespace, model: nn.Module, device: torch.device, batch_size: int) -> Run:
+def build_run(
+    args: argparse.Namespace, model: nn.Module, teacher: nn.Module | None, device: torch.device, batch_size: int
+) -> Run:
     """Optimiser, schedule, averages and loss around `model`, and its wrapper for several processes."""
     if args.attn_only:
         engine.freeze_all_but_mixers(model)
@@ -134,7 +169,11 @@ def build_run(args: argparse.Namespace, model: nn.Module, device: torch.device, 
             find_unused_parameters=getattr(model, "find_unused_parameters", False),
         )
     autocast, scaler = engine.build_precision(args, device)
-    criterion = losses.build_criterion(args, args.nb_classes, device)
+    criterion = losses.build_criterion(args, args.nb_classes)
+    if teacher is not None:
+        weights = args.token_pruning_weight, args.block_pruning_weight
+        criterion = PruningLoss(criterion, teacher, model.methods.pruning, *weights)
+    criterion = criterion.to(device)
     mixup = augment.build_mixup(args, args.nb_classes)
     return Run(model, trained, criterion, optimizer, scheduler, autocast, scaler, ema, mixup, device)
 
@@ -274,13 +313,11 @@ def work(args: argparse.Namespace, stop: StopRequest) -> None:
         train_set, args.nb_classes = datasets.build_dataset(True, args)
         batches = datasets.TrainBatches(train_set, args)
     model = build_model(args, args.nb_classes)
-    start = args.finetune or args.model_path
-    if start:
-        load_weights(model, start, args.model)
+    teacher = load_weights(args, model)
     model = model.to(device)
     if args.eval:
         return evaluate_only(args, model, device, tests)
-    run = build_run(args, model, device, batches.batch_size)
+    run = build_run(args, model, teacher, device, batches.batch_size)
     utils.seed_everything(args.seed + utils.rank())
     run.epoch = args.start_epoch
     if run.epoch and run.scheduler is not None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import difflib
 import logging
+import multiprocessing
+import multiprocessing.util
 import os
 import random
 import re
@@ -351,10 +354,21 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+# Shared with forked workers. multiprocessing ends them with SIGTERM too, from a function that runs at exit; functions
+# registered after it run before it.
+_program_ends = multiprocessing.RawValue("b", 0)
+atexit.register(lambda: setattr(_program_ends, "value", 1))
+
+
+def _end_with_program(number: int, frame: object) -> None:
+    if _program_ends.value:
+        os._exit(0)
+
+
 def ignore_stop_signals(worker_id: int = 0) -> None:
-    """For data-loader workers: they inherit the handler, and end when their parent does."""
+    """For data-loader workers: signals to the whole job are for the process that trains, and workers end with it."""
     for number in StopRequest.signals:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, _end_with_program)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
