@@ -10,9 +10,11 @@ code 2.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ import utils
 from checkpoints import Run
 from fusion import config as methods
 from fusion.dynamic_pruning import PruningLoss
+from fusion.token_merging import report_merging
 from utils import PeerError, RunError, StopRequest, UsageError, number
 
 _logger = logging.getLogger("main")
@@ -66,6 +69,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the flags and refuse, before any work, those that contradict each other or name what is not there."""
     args, typed = get_args_parser().parse(argv)
     try:
+        methods.check(args)
         name, _ = methods.model_keywords(args)
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -93,7 +97,7 @@ def check_model(model: nn.Module, args: argparse.Namespace) -> None:
             model.eval()(torch.empty(2, 3, args.input_size, args.input_size))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise UsageError(f"--input-size {args.input_size} does not fit {args.model}: {error}") from error
-        for name in ("if_random_cls_token_position", "if_random_token_rank"):
+        for name in ("if_random_cls_token_position", "if_random_token_rank", "visualize"):
             if getattr(args, name):
                 raise UsageError(f"--{name} wants a Vision Mamba; {args.model} does not know it.")
     elif model.methods.pruning is not None and not args.eval:
@@ -197,6 +201,8 @@ def evaluate_only(
             "Accuracy on the %d test images%s: top-1 %.2f %%, top-5 %.2f %%, loss %.4f",
             *(len(batches.loader.dataset), title, stats["acc1"], stats["acc5"], stats["loss"]),
         )
+        if not title:
+            visualize(args, model, batches.loader.dataset, device)
 
 
 def find_checkpoint(args: argparse.Namespace) -> tuple[str, Any]:
@@ -294,6 +300,16 @@ def resume(args: argparse.Namespace, run: Run) -> None:
     _logger.info("Resumed %s at epoch %d step %d.", path, run.epoch, run.step)
 
 
+def visualize(args: argparse.Namespace, model: nn.Module, test_set: Iterable[Any], device: torch.device) -> None:
+    """Save pictures of what `model` does to the first test images, if --visualize asks for them."""
+    if not args.visualize or not utils.is_main_process():
+        return
+    from fusion.visualize import NUM_IMAGES, visualize_merging
+
+    images = [item[0] for item in itertools.islice(iter(test_set), NUM_IMAGES)]
+    visualize_merging(model, torch.stack(images).to(device), args.visualize)
+
+
 def open_tensorboard(output: Path, updates: int) -> Any:
     """A TensorBoard writer in `output` that takes the place of points after `updates` steps."""
     from torch.utils.tensorboard import SummaryWriter
@@ -315,6 +331,7 @@ def work(args: argparse.Namespace, stop: StopRequest) -> None:
     model = build_model(args, args.nb_classes)
     teacher = load_weights(args, model)
     model = model.to(device)
+    report_merging(model)
     if args.eval:
         return evaluate_only(args, model, device, tests)
     run = build_run(args, model, teacher, device, batches.batch_size)
@@ -334,7 +351,9 @@ def work(args: argparse.Namespace, stop: StopRequest) -> None:
     _logger.info(
         "%s: %.3f M parameters, %d process(es) on %s.", args.model, parameters / 1e6, utils.world_size(), device
     )
-    return train(args, run, batches, tests, stop)
+    train(args, run, batches, tests, stop)
+    if not stop:
+        visualize(args, model, test_set, device)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 _logger = logging.getLogger(__name__)
@@ -266,6 +267,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check(args: argparse.Namespace) -> None:
+    """Say once what is accepted and changes nothing, and refuse a place for pictures that cannot hold them."""
+    if args.bi_merge:
+        _logger.warning("--bi-merge changes nothing here: --fusion-strategy alone switches token merging on.")
+    if args.visualize and Path(args.visualize).exists() and not Path(args.visualize).is_dir():
+        raise ValueError(f"--visualize {args.visualize} is a file; wanted a folder.")
+
+
 def model_keywords(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """The registry name and the method keywords that `args` ask for.
 
@@ -274,8 +283,6 @@ def model_keywords(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """
     name = PUBLISHED_DYVM_NAMES.get(args.model, args.model)
     keywords: dict[str, Any] = {}
-    if args.bi_merge:
-        _logger.warning("--bi-merge changes nothing here: --fusion-strategy alone switches token merging on.")
     if args.fusion_strategy != "no":
         keywords.update(
             fusion_strategy="alternate" if args.fusion_strategy == "interleaved" else args.fusion_strategy,
