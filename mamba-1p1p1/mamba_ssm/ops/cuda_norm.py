@@ -1,0 +1,125 @@
+"""Residual addition and normalisation on CUDA: `csrc/norm_*.cu`, one read and one write of every tensor each way."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import torch
+from causal_conv1d import _nvrtc
+from causal_conv1d._nvrtc import CPP_TYPES
+from causal_conv1d._reduce import Sum, add_up
+from torch import Tensor
+
+SOURCES = Path(__file__).parent.parent / "csrc"
+# A lane holds at most so many elements of a row.
+MAX_SIZE = 32 * 32
+_THREADS, _WARPS = 128, 4  # of norm_tile.h
+_BLOCKS = 8  # per multiprocessor, at most
+_FORWARD = struct.Struct("4q2q2q2qq2if4x")
+_BACKWARD = struct.Struct("4q2q2qq3qq2i")
+
+
+def covers(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernels run on these arguments of `norm_forward`."""
+    known = all(t.dtype in CPP_TYPES for t in (x, residual, weight, bias) if t is not None)
+    return known and 0 < x.shape[-1] <= MAX_SIZE and x.numel() > 0
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., size) as (rows, size) with dense rows, copied only if there is no such view."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _layout(size: int, *tensors: Tensor | None) -> str:
+    """The kernels' last two arguments: elements per pack and packs per lane."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    whole = size % 4 == 0 and all(t.data_ptr() % (4 * t.element_size()) == 0 for t in there)
+    vector = 4 if whole and all(t.dim() == 1 or t.shape[0] == 1 or t.stride(0) % 4 == 0 for t in there) else 1
+    return f"{vector},{-(-size // (32 * vector))}"
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _parameters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Dense weight and bias of one dtype."""
+    if bias is not None and bias.dtype != weight.dtype:
+        weight, bias = weight.float(), bias.float()
+    return weight.contiguous(), None if bias is None else bias.contiguous()
+
+
+def norm_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    is_rms_norm: bool,
+    total_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, residual (..., size) -> out in x's dtype, x + residual in `total_dtype`, both contiguous, and what backward
+    needs: mean and scale, float32, one per row."""
+    size = x.shape[-1]
+    x_rows, residual_rows = _rows(x), None if residual is None else _rows(residual)
+    scaling, shift = _parameters(weight, bias)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = torch.empty_like(x, dtype=total_dtype, memory_format=torch.contiguous_format)
+    mean, scale = x.new_empty((2, x_rows.shape[0]), dtype=torch.float32).unbind(0)
+    device = _nvrtc.device(x.device.index)
+    types = ",".join(CPP_TYPES[t] for t in (x.dtype, (x if residual is None else residual).dtype, total_dtype))
+    layout = _layout(size, x_rows, residual_rows, scaling, shift, out, total)
+    arguments = f"{types},{CPP_TYPES[scaling.dtype]},{layout}"
+    params = _FORWARD.pack(
+        *(_address(t) for t in (x_rows, residual_rows, scaling, shift, out, total, mean, scale)),
+        *(x_rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), x_rows.shape[0]),
+        *(size, is_rms_norm, eps),
+    )
+    blocks = min(-(-x_rows.shape[0] // _WARPS), _BLOCKS * device.multiprocessors)
+    device.kernel(SOURCES / "norm_forward.cu", arguments, _THREADS)((blocks, 1, 1), params)
+    return out, total, mean, scale
+
+
+def norm_backward(
+    dout: Tensor,
+    dtotal: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    is_rms_norm: bool,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (in dout's dtype), residual, weight and bias of `norm_forward`; empty where there is no argument.
+
+    `dtotal` is the gradient that reaches x + residual as an output of its own.
+    """
+    size = total.shape[-1]
+    dout_rows, total_rows = _rows(dout), _rows(total)
+    dtotal_rows = None if dtotal is None else _rows(dtotal.to(total.dtype))
+    scaling = weight.contiguous()
+    dx = torch.empty_like(dout, memory_format=torch.contiguous_format)
+    dresidual = None
+    if residual_dtype is not None:
+        dresidual = torch.empty_like(dout, dtype=residual_dtype, memory_format=torch.contiguous_format)
+    device = _nvrtc.device(total.device.index)
+    blocks = min(-(-total_rows.shape[0] // _WARPS), _BLOCKS * device.multiprocessors)
+    sums = total.new_empty((blocks, 2, size), dtype=torch.float32)
+    types = ",".join(CPP_TYPES[t] for t in (dout.dtype, residual_dtype or dout.dtype, total.dtype, scaling.dtype))
+    arguments = f"{types},{_layout(size, dout_rows, dtotal_rows, total_rows, scaling, dx, dresidual)}"
+    params = _BACKWARD.pack(
+        *(_address(t) for t in (dout_rows, dtotal_rows, total_rows, scaling, mean, scale, dx, dresidual, sums)),
+        *(dout_rows.stride(0), 0 if dtotal_rows is None else dtotal_rows.stride(0), total_rows.stride(0)),
+        *(total_rows.shape[0], size, is_rms_norm),
+    )
+    device.kernel(SOURCES / "norm_backward.cu", arguments, _THREADS)((blocks, 1, 1), params)
+    dweight = weight.new_empty(weight.shape)
+    wanted = [Sum(sums[:, None, None, 0], dweight[None, None])]
+    dbias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    if bias is not None:
+        wanted.append(Sum(sums[:, None, None, 1], dbias[None, None]))
+    add_up(device, wanted)
+    return dx, dout.new_empty(0) if dresidual is None else dresidual, dweight, dbias
