@@ -79,22 +79,21 @@ class Backends:
         if _forced == "torch" or tensor.dtype not in KERNEL_DTYPES:
             return self.fallback
         device_type = tensor.device.type
-        if _forced != "auto" and self._loaders.get(device_type, ("",))[0] != _forced:
-            return self.fallback
+        if _forced != "auto":
+            return self._load_forced(device_type)
         return self._loaded.get(device_type) or self._load(device_type)
 
     def _load(self, device_type: str) -> Any:
-        if device_type in self._loaded:
-            return self._loaded[device_type]
-        kernels = self.fallback
-        if device_type in self._loaders:
-            name, load = self._loaders[device_type]
+        if device_type not in self._loaded:
+            name, load = self._loaders.get(device_type, ("torch", lambda: self.fallback))
             try:
-                kernels = load()
+                self._loaded[device_type] = load()
             except Exception as error:
-                if _forced == name:
-                    raise
-                message = f"{self.package}: the {name} kernels are not available ({error}); using the slower torch path"
+                message = f"{self.package}: no {name} kernels ({error}); using the slower torch path"
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
-        self._loaded[device_type] = kernels
-        return kernels
+                self._loaded[device_type] = self.fallback
+        return self._loaded[device_type]
+
+    def _load_forced(self, device_type: str) -> Any:
+        name, load = self._loaders.get(device_type, ("torch", None))
+        return load() if name == _forced else self.fallback

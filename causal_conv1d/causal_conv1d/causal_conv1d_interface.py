@@ -103,7 +103,7 @@ def causal_conv1d_update(
     _check_parameters(x, weight, bias)
     check_tensor("conv_state", conv_state)
     check_shape("conv_state", conv_state, (*x.shape, weight.shape[1]), "(batch, dim, width)")
-    check_dtype("conv_state", conv_state, _DTYPES)
+    check_dtype("conv_state", conv_state, (torch.float64,) if x.dtype == torch.float64 else KERNEL_DTYPES)
     check_device("conv_state", conv_state, x, "x")
     return torch.ops.causal_conv1d.update(x.detach(), conv_state, weight.detach(), bias, _uses_silu(activation))
 

@@ -1,4 +1,4 @@
-"""The C++ kernel set for CPUs (see `operators.py` for the contract, `csrc/scan_abi.h` for the layout of the arguments)."""
+"""The C++ kernel set for CPUs: `operators.py` has its contract, `csrc/scan_abi.h` the layout of what it passes."""
 
 from __future__ import annotations
 

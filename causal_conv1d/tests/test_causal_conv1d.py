@@ -1,0 +1,212 @@
+"""The convolution: golden numbers, every backend against the reference in value and gradient, and bad input."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from causal_conv1d import (
+    backend,
+    causal_conv1d_fn,
+    causal_conv1d_ref,
+    causal_conv1d_update,
+    causal_conv1d_update_ref,
+    native,
+)
+from causal_conv1d.operators import backends
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("conv_*.npz"))
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+@pytest.fixture(params=["torch", "plain", "avx2", "avx512"])
+def kernels(request):
+    """Every CPU backend, the C++ one at each instruction set that this machine has."""
+    with ExitStack() as stack:
+        if request.param == "torch":
+            stack.enter_context(backend.use("torch"))
+        else:
+            if backends.available("cpu") != "cpp":
+                pytest.skip("the C++ kernels are not built")
+            if stack.enter_context(native.isa(request.param)) != request.param:
+                pytest.skip(f"this processor has no {request.param}")
+            stack.enter_context(backend.use("cpp"))
+        yield request.param
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    assert got.shape == want.shape
+    if want.numel() == 0:
+        return 0.0
+    return ((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-30)).item()
+
+
+def arguments(batch, dim, seqlen, width, bias, dtype=torch.float32, layout="contiguous"):
+    generator = torch.Generator().manual_seed(batch * 1000 + dim * 10 + seqlen)
+
+    def rand(*shape):
+        return torch.randn(shape, generator=generator)
+
+    if layout == "channel_last":
+        x = rand(batch, seqlen, dim).to(dtype).transpose(1, 2)
+    elif layout == "half":  # the x half of an (batch, seqlen, 2*dim) projection
+        x = rand(batch, seqlen, 2 * dim).to(dtype)[..., :dim].transpose(1, 2)
+    elif layout == "strided":
+        x = rand(batch, dim, 2 * seqlen).to(dtype)[..., ::2]
+    else:
+        x = rand(batch, dim, seqlen).to(dtype)
+    return x, rand(dim, width), rand(dim) if bias else None
+
+
+def gradients(fn, x, weight, bias, dout, **options):
+    inputs = [tensor.detach().requires_grad_() for tensor in (x, weight, bias) if tensor is not None]
+    out = fn(*inputs, *([] if bias is not None else [None]), **options)
+    return out, torch.autograd.grad(out, inputs, dout)
+
+
+def assert_as_reference(x, weight, bias, activation, reverse, tolerance):
+    dout = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+    options = {"activation": activation, "reverse": reverse}
+    out, grads = gradients(causal_conv1d_fn, x, weight, bias, dout, **options)
+    want, want_grads = gradients(causal_conv1d_ref, x.float(), weight, bias, dout.float(), **options)
+    assert out.dtype == x.dtype
+    assert out.stride() == torch.empty_like(x).stride()
+    assert relative_error(out, want) <= tolerance
+    for grad, want_grad in zip(grads, want_grads):
+        assert relative_error(grad, want_grad) <= max(2 * tolerance, 1e-5)
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_golden(path, reverse, kernels):
+    golden = np.load(path)
+    tensors = {name: torch.from_numpy(golden[name]) for name in golden if name != "config"}
+    activation = json.loads(str(golden["config"]))["activation"]
+    sequences = ("x", "dout", "out", "grad:x")
+    tensors = {name: t.flip(-1) if reverse and name in sequences else t for name, t in tensors.items()}
+    bias = tensors.get("bias")
+    out, grads = gradients(
+        causal_conv1d_fn, tensors["x"], tensors["weight"], bias, tensors["dout"], activation=activation, reverse=reverse
+    )
+    assert relative_error(out, tensors["out"]) <= 2e-6
+    for name, grad in zip(("x", "weight", "bias"), grads):
+        assert relative_error(grad, tensors[f"grad:{name}"]) <= 2e-6
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channel_last", "half", "strided"])
+@pytest.mark.parametrize("shape", [(2, 48, 197), (1, 16, 4), (3, 5, 1), (2, 37, 2), (1, 130, 33), (2, 3, 1100)])
+def test_shapes_and_layouts(shape, layout, kernels):
+    for reverse in (False, True):
+        assert_as_reference(*arguments(*shape, 4, True, layout=layout), "silu", reverse, 2e-6)
+
+
+@pytest.mark.parametrize("width", [2, 3, 4])
+@pytest.mark.parametrize("layout", ["contiguous", "channel_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_options(width, layout, dtype, kernels):
+    for bias in (False, True):
+        for activation in (None, "swish"):
+            inputs = arguments(2, 19, 25, width, bias, dtype, layout)
+            for reverse in (False, True):
+                assert_as_reference(*inputs, activation, reverse, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5), (2, 0, 5), (2, 4, 0)])
+def test_empty(shape, kernels):
+    x, weight, bias = arguments(*shape, 4, True)
+    out, grads = gradients(causal_conv1d_fn, x, weight, bias, torch.zeros(shape), activation="silu")
+    assert out.shape == x.shape
+    assert all(not grad.any() for grad in grads)
+
+
+def test_extreme_values(kernels):
+    x = torch.tensor([1e4, -1e4, 3e38, 0.0, -3e38, torch.inf]).repeat(1, 20, 5)
+    weight, bias = torch.ones(20, 2), torch.zeros(20)
+    torch.testing.assert_close(
+        causal_conv1d_fn(x, weight, bias, "silu"), causal_conv1d_ref(x, weight, bias, "silu"), equal_nan=True
+    )
+
+
+def test_same_threads_same_bits():
+    x, weight, bias = arguments(3, 70, 129, 4, True)
+    first, second = (gradients(causal_conv1d_fn, x, weight, bias, x, activation="silu") for _ in range(2))
+    for one, other in zip((first[0], *first[1]), (second[0], *second[1])):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_update(width, dtype, activation, kernels):
+    for dim in (5, 32):
+        x, weight, bias = arguments(2, dim, 7, width, True, dtype)
+        state = torch.zeros(2, dim, width, dtype=dtype)
+        reference_state = state.clone()
+        steps, reference_steps = [], []
+        for t in range(x.shape[2]):
+            steps.append(causal_conv1d_update(x[:, :, t], state, weight, bias, activation))
+            reference_steps.append(causal_conv1d_update_ref(x[:, :, t], reference_state, weight, bias, activation))
+        assert torch.equal(state, reference_state)
+        assert relative_error(torch.stack(steps), torch.stack(reference_steps)) <= TOLERANCE[dtype]
+        whole = causal_conv1d_fn(x, weight, bias, activation)
+        assert relative_error(torch.stack(steps, -1), whole) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_reference_gradcheck(reverse, activation):
+    inputs = [tensor.double().requires_grad_() for tensor in arguments(2, 3, 6, 3, True)]
+    for fn in (causal_conv1d_ref, causal_conv1d_fn):
+        assert torch.autograd.gradcheck(lambda *args, fn=fn: fn(*args, activation, reverse=reverse), inputs)
+
+
+@pytest.mark.parametrize("name", ["torch", "cpp"])
+def test_opcheck(name):
+    x, weight, bias = (tensor.requires_grad_() for tensor in arguments(2, 5, 9, 4, True))
+    last = x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    with backend.use(name if backends.available("cpu") == name else "torch"):
+        for args in ((x, weight, bias, True, False), (last, weight, bias, False, True), (x, weight, None, True, True)):
+            torch.library.opcheck(torch.ops.causal_conv1d.forward.default, args)
+            detached = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+            torch.library.opcheck(torch.ops.causal_conv1d.backward.default, (detached[0], *detached))
+        state = torch.zeros(2, 5, 4)
+        args = (x.detach()[:, :, 0], state, weight.detach(), bias.detach(), True)
+        torch.library.opcheck(torch.ops.causal_conv1d.update.default, args)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(4, 5)}, ValueError, r"x has shape \(4, 5\), wanted \(batch, dim, seqlen\)"),
+        ({"x": [1.0]}, TypeError, "x is a list, wanted a torch.Tensor"),
+        ({"x": torch.zeros(2, 4, 5, dtype=torch.int64)}, TypeError, "x has dtype int64, wanted float32 or bfloat16"),
+        ({"weight": torch.zeros(3, 4)}, ValueError, r"weight has shape \(3, 4\), wanted \(dim, width\) with dim 4"),
+        ({"weight": torch.zeros(4, 5)}, ValueError, r"weight has shape \(4, 5\), wanted .* width 2, 3 or 4"),
+        ({"weight": torch.zeros(4, 1, 4)}, ValueError, r"weight has shape \(4, 1, 4\), wanted \(dim, width\)"),
+        ({"weight": torch.zeros(4, 4, device="meta")}, ValueError, "weight is on meta, wanted cpu, the device of x"),
+        ({"bias": torch.zeros(1)}, ValueError, r"bias has shape \(1,\), wanted \(dim,\) = \(4,\)"),
+        ({"activation": "gelu"}, ValueError, "activation is 'gelu', wanted None, 'silu' or 'swish'"),
+    ],
+)
+def test_bad_input(change, error, message):
+    good = {"x": torch.zeros(2, 4, 5), "weight": torch.zeros(4, 4), "bias": torch.zeros(4), "activation": "silu"}
+    with pytest.raises(error, match=message) as raised:
+        causal_conv1d_fn(**good | change)
+    assert "\n" not in str(raised.value)
+
+
+def test_bad_update_input():
+    with pytest.raises(
+        ValueError, match=r"conv_state has shape \(2, 4, 3\), wanted \(batch, dim, width\) = \(2, 4, 4\)"
+    ):
+        causal_conv1d_update(torch.zeros(2, 4), torch.zeros(2, 4, 3), torch.zeros(4, 4))
+
+
+def test_unknown_backend():
+    with (
+        pytest.raises(ValueError, match="kernel backend is 'fast', wanted one of auto, cuda, cpp, torch"),
+        backend.use("fast"),
+    ):
+        pass
