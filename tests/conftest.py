@@ -1,0 +1,97 @@
+"""What the tests of the program share: running it in this process or in others, and small data."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import micro_models, program_data
+
+ROOT = Path(__file__).resolve().parents[1]
+MICRO = str(ROOT / "tests" / "micro_models.py")
+# what makes an epoch on the small data short, and every step of it a step that trains
+QUICK = (
+    *("--model", "vim_micro_patch8_32", "--batch-size", "8", "--num_workers", "0", "--device", "cpu"),
+    *("--epochs", "1", "--warmup-epochs", "0", "--lr", "0.05"),
+)
+
+
+@dataclass
+class Result:
+    """How a run of the program ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread: what the micro models have to compute is less than threads need to meet."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def program(one_thread: None) -> Iterator[Callable[..., Result]]:
+    """Call the program in this process: `program(*flags)`."""
+    import main
+
+    handlers, level = logging.root.handlers[:], logging.root.level
+
+    def run(*flags: object) -> Result:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main.main([str(flag) for flag in flags])
+        return Result(code, out.getvalue(), err.getvalue())
+
+    yield run
+    logging.root.handlers[:], logging.root.level = handlers, level
+
+
+def start(*command: object, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start a python command in a process group of its own, on one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {})
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 240) -> Result:
+    """Wait for what `start` started."""
+    out, err = process.communicate(timeout=timeout)
+    return Result(process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small CIFAR-100."""
+    return program_data.write_cifar100(tmp_path_factory.mktemp("cifar"))
+
+
+@pytest.fixture(scope="session")
+def vim_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of an untrained micro Vim for CIFAR-100."""
+    torch.manual_seed(0)
+    model = micro_models.timm.create_model("vim_micro_patch8_32", num_classes=100)
+    path = tmp_path_factory.mktemp("weights") / "vim.pth"
+    torch.save({"model": model.state_dict()}, path)
+    return path
