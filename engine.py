@@ -144,7 +144,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, total_batch: int
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # timm's farewell to 'plateau', whose state is saved here
             scheduler, _ = create_scheduler(settings, optimizer)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, IndexError) as error:
         raise UsageError(f"--opt {args.opt} with --sched {args.sched} cannot be built: {error}.") from error
     return optimizer, scheduler
 

@@ -1,0 +1,248 @@
+"""Reading every format, refusing code, and writing so that nothing is lost."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import io
+import json
+import logging
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch.nn import functional as F
+
+import checkpoints
+from tests import micro_models  # noqa: F401 (registers the models)
+from utils import UsageError
+
+VIM = "vim_micro_patch8_32"
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return timm.create_model(VIM, num_classes=10).state_dict()
+
+
+def prefixed(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {prefix + name: value for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "model.", "model.backbone.", "_orig_mod.module."])
+@pytest.mark.parametrize("entry", [None, "model", "state_dict"])
+def test_wrappers_are_stripped(
+    entry: str | None, prefix: str, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    content = prefixed(weights, prefix)
+    torch.save({entry: content, "epoch": 3} if entry else content, tmp_path / "a.pth")
+    found, origin = checkpoints.find_weights(checkpoints.read(str(tmp_path / "a.pth")), "a.pth")
+    assert found.keys() == weights.keys()
+    assert (entry or "bare") in origin
+    model = timm.create_model(VIM, num_classes=10)
+    checkpoints.load_strictly(model, found, "a.pth", VIM)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_averaged_weights(weights: dict[str, torch.Tensor]) -> None:
+    averaged = {name: value + 1 for name, value in weights.items()}
+    deit = {"model": weights, "model_ema": averaged}
+    assert checkpoints.find_weights(deit, "a")[0]["head.bias"] is weights["head.bias"]
+    assert checkpoints.find_weights(deit, "a", ema=True)[0]["head.bias"] is averaged["head.bias"]
+    assert checkpoints.find_weights({"state_dict_ema": averaged}, "a")[0]["head.bias"] is averaged["head.bias"]
+    with pytest.raises(UsageError, match="no averaged"):
+        checkpoints.find_weights({"model": weights}, "a", ema=True)
+
+
+def test_lightning(weights: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Averaged weights come first, other modules' are left, and settings of other packages are not run."""
+    omegaconf = types.ModuleType("omegaconf.dictconfig")
+
+    class DictConfig(dict):
+        def __setstate__(self, state: object) -> None:
+            raise AssertionError("ran")
+
+    DictConfig.__module__, DictConfig.__qualname__ = "omegaconf.dictconfig", "DictConfig"
+    omegaconf.DictConfig = DictConfig
+    monkeypatch.setitem(sys.modules, "omegaconf", types.ModuleType("omegaconf"))
+    monkeypatch.setitem(sys.modules, "omegaconf.dictconfig", omegaconf)
+    settings = DictConfig()
+    settings.content = {"lr": 1}
+    averaged = {name: value + 1 for name, value in weights.items()}
+    state = prefixed(weights, "backbone.") | prefixed(averaged, "ema_model.module.backbone.")
+    state |= {"criterion.weight": torch.ones(3), "ema_model.n_averaged": torch.tensor(3)}
+    content = {
+        "state_dict": state,
+        "hyper_parameters": settings,
+        "callbacks": {"checkpoint": {"dirpath": Path("/somewhere")}},
+        "pytorch-lightning_version": "2.1",
+    }
+    torch.save(content, tmp_path / "last.ckpt")
+    found, origin = checkpoints.find_weights(checkpoints.read(str(tmp_path / "last.ckpt")), "last.ckpt")
+    assert found.keys() == weights.keys()
+    assert torch.equal(found["head.bias"], averaged["head.bias"])
+    assert "averaged" in origin
+    assert "backbone." in origin
+    plain = {"state_dict": prefixed(weights, "backbone.") | {"criterion.weight": torch.ones(3)}}
+    found, origin = checkpoints.find_weights(plain, "last.ckpt")
+    assert found.keys() == weights.keys()
+    assert "averaged" not in origin
+
+
+def test_namespace_is_read_and_safetensors_too(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    torch.save({"model": weights, "args": argparse.Namespace(lr=1, model=VIM)}, tmp_path / "a.pth")
+    assert checkpoints.read(str(tmp_path / "a.pth"))["args"].lr == 1
+    checkpoints.main([str(tmp_path / "a.pth"), str(tmp_path / "a.safetensors")])
+    loaded = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    found, _ = checkpoints.find_weights(checkpoints.read(str(tmp_path / "a.safetensors")), "a.safetensors")
+    assert all(torch.equal(weights[name], value) for name, value in loaded.items())
+    assert found.keys() == loaded.keys() == weights.keys()
+
+
+def test_differences_are_listed(weights: dict[str, torch.Tensor]) -> None:
+    model = timm.create_model(VIM, num_classes=10)
+    changed = {name: value for name, value in weights.items() if name != "cls_token"}
+    changed |= {"extra": torch.ones(1), "head.bias": torch.ones(7)}
+    with pytest.raises(UsageError) as caught:
+        checkpoints.load_strictly(model, changed, "a.pth", VIM)
+    assert str(caught.value) == (
+        f"a.pth is no checkpoint of {VIM}: cls_token is missing, extra is unknown, head.bias is (7,) instead of (10,)."
+    )
+
+
+@pytest.mark.parametrize("family", ["vim", "fambav", "fastvim"])
+def test_finetune_at_another_size(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Class rows keep their value and their place, patch rows are resized, another head is left out and said."""
+    name = f"{family}_micro_patch8_32"
+    old = timm.create_model(name, num_classes=5)
+    new = timm.create_model(name, num_classes=10, img_size=48)
+    head = new.head.weight.clone()
+    with caplog.at_level(logging.INFO):
+        weights, may_miss = checkpoints.adapt(old.state_dict(), new, "a.pth")
+    checkpoints.load_strictly(new, weights, "a.pth", name, may_miss=may_miss)
+    assert "5 classes" in caplog.text
+    assert "4x4 to 6x6" in caplog.text
+    assert torch.equal(new.head.weight, head)
+    assert torch.equal(new.layers[3].mixer.in_proj.weight, old.layers[3].mixer.in_proj.weight)
+    before, after = old.pos_embed.detach()[0], new.pos_embed.detach()[0]
+    place = {"vim": (8, 18), "fambav": (0, 0), "fastvim": None}[family]
+    if place is not None:
+        assert torch.equal(after[place[1]], before[place[0]])
+        before, after = (torch.cat([x[:i], x[i + 1 :]]) for x, i in zip((before, after), place))
+    grid = F.interpolate(before.T.reshape(1, -1, 4, 4), size=(6, 6), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(after, grid[0].flatten(1).T)
+
+
+def test_failed_write_keeps_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "checkpoint.pth"
+    assert checkpoints.save(path, {"epoch": 0})
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert not checkpoints.save(path, {"epoch": 1})
+    assert "No space left" in caplog.text
+    assert checkpoints.read(str(path)) == {"epoch": 0}
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+def test_full_disk_in_the_middle_of_a_write(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a disk that is full."""
+    import resource
+
+    path = tmp_path / "checkpoint.pth"
+    assert checkpoints.save(path, {"epoch": 0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        assert not checkpoints.save(path, {"epoch": 1, "model": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert checkpoints.read(str(path)) == {"epoch": 0}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_newest_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert checkpoints.newest_whole(tmp_path) is None
+    for epoch, name in enumerate(("best_checkpoint.pth", "checkpoint.pth")):
+        torch.save({"epoch": epoch}, tmp_path / name)
+        os.utime(tmp_path / name, (epoch, epoch))
+    assert checkpoints.newest_whole(tmp_path) == (str(tmp_path / "checkpoint.pth"), {"epoch": 1})
+    (tmp_path / "checkpoint.pth").write_bytes(b"half")
+    assert checkpoints.newest_whole(tmp_path) == (str(tmp_path / "best_checkpoint.pth"), {"epoch": 0})
+    assert "checkpoint.pth is no whole checkpoint" in caplog.text
+    (tmp_path / "best_checkpoint.pth").write_bytes(b"")
+    with pytest.raises(UsageError, match="is whole"):
+        checkpoints.newest_whole(tmp_path)
+
+
+def test_every_truncation_and_flip_is_refused_or_harmless(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({"model": {"head.bias": weights["head.bias"]}}, path)
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(0, len(whole), 37):
+        for damaged in (whole[:place], whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :]):
+            path.write_bytes(damaged)
+            try:
+                checkpoints.find_weights(checkpoints.read(str(path)), "a.pth")
+            except UsageError:
+                refused += 1
+    assert refused > len(whole) // 37  # every truncation, and those flips that are no padding
+
+
+def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.BytesIO()
+    torch.save({"model": {"a": torch.ones(1)}}, buffer)
+    content = buffer.getvalue()
+    opened = []
+
+    class Opener:
+        def open(self, url: str, timeout: float) -> io.BytesIO:
+            opened.append(url)
+            return io.BytesIO(content)
+
+    monkeypatch.setattr("urllib.request.build_opener", lambda *handlers: Opener())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    good = f"https://example.com/vim-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    for _ in range(2):
+        assert checkpoints.read(good)["model"]["a"] == 1
+    assert opened == [good]
+    with pytest.raises(UsageError, match="SHA-256"):
+        checkpoints.read("https://example.com/vim-00000000.pth")
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+    with pytest.raises(UsageError, match="https"):
+        checkpoints.read("ftp://example.com/vim.pth")
+    request = types.SimpleNamespace(full_url=good)
+    with pytest.raises(UsageError, match="redirects to http://"):
+        checkpoints._OnlyHttps().redirect_request(request, None, 302, "", {}, "http://example.com/vim.pth")
+
+
+def test_repair_log(tmp_path: Path) -> None:
+    file = tmp_path / "log.txt"
+    lines = [{"epoch": epoch, "train_loss": 0.1 * epoch} for epoch in range(4)]
+
+    def write(*rows: object) -> None:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def read() -> list[object]:
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
+    checkpoints.repair_log(file, 0, None)
+    assert not file.exists()
+    write(*lines)
+    checkpoints.repair_log(file, 3, lines[2])
+    assert read() == lines[:3]
+    write(*lines[:2])
+    checkpoints.repair_log(file, 3, lines[2])
+    assert read() == lines[:3]
