@@ -110,10 +110,11 @@ def scan_backward(
     delta_softplus: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    none = u.new_empty(0)
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
-    dz = none if z is None else torch.empty_like(z)
-    dA, dD, dbias = (none if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in (A, D, delta_bias))
+    dz = u.new_empty(0) if z is None else torch.empty_like(z)
+    dA, dD, dbias = (
+        u.new_empty(0) if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in (A, D, delta_bias)
+    )
     dB, dC = (x.new_empty(x.shape, dtype=torch.float32 if x.dim() == 2 else x.dtype) for x in (B, C))
     if du.numel() == 0:
         for grad in (dA, dB, dC, dD, dbias):

@@ -56,12 +56,13 @@ def selective_scan_ref(
     B, C = (_per_channel(matrix, u, A, complex_state) for matrix in (B, C))
 
     state = A.new_zeros(u.shape[0], *A.shape)
-    steps = range(u.shape[2])
-    rows = [None] * u.shape[2]
-    for t in reversed(steps) if reverse else steps:
-        decay = torch.exp(dt[:, :, t, None] * A)
-        state = decay * state + dt[:, :, t, None] * B[..., t] * wide[:, :, t, None]
-        rows[t] = (state * C[..., t]).sum(-1)
+    rows = []
+    steps = list(zip(wide.unbind(2), dt.unbind(2), B.unbind(3), C.unbind(3)))
+    for u_t, dt_t, B_t, C_t in reversed(steps) if reverse else steps:
+        dt_t = dt_t.unsqueeze(-1)
+        state = torch.exp(dt_t * A) * state + dt_t * B_t * u_t.unsqueeze(-1)
+        rows.append((state * C_t).sum(-1))
+    rows = rows[::-1] if reverse else rows
     y = torch.stack(rows, dim=-1) if rows else torch.zeros_like(wide)
     y = 2 * y.real if y.is_complex() else y
     if D is not None:

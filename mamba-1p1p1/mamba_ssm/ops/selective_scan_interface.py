@@ -192,7 +192,7 @@ def pooled_selective_scan_fn(
     _check_scan(u_compressed, delta, A, B, C, D, z, delta_bias, u_name="u_compressed")
     check_device("u_compressed", u_compressed, u, "u")
     (batch, dim, seqlen), groups = u.shape, u_compressed.shape[2]
-    fits = seqlen % groups == 0 if groups else seqlen == 0
+    fits = seqlen == groups or (groups > 0 and seqlen > 0 and seqlen % groups == 0)
     if u_compressed.shape[:2] != u.shape[:2] or not fits:
         raise ValueError(
             f"u_compressed has shape {tuple(u_compressed.shape)}, wanted (batch, dim, seqlen/k) with"
