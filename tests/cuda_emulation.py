@@ -1,7 +1,7 @@
 """Runs the CUDA kernel sets on CPU tensors, through `cuda_emulator.h` and a C++ compiler.
 
-Only the compiler and the launch are replaced: the same sources, the same host code with its grids, strides and buffers. Where
-there is no suitable compiler, `device()` says so.
+Only the compiler and the launch are replaced: the sources are the same, and so is the host code with its grids, strides
+and buffers. `missing()` says why there can be no emulation where there is no suitable compiler.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from causal_conv1d import _nvrtc
@@ -46,7 +46,7 @@ def missing() -> str | None:
     return None if probe.returncode == 0 else probe.stderr.strip().splitlines()[-1]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _library(path: Path, arguments: str) -> ctypes.CDLL:
     name = f"{path.stem}-{hashlib.sha256(arguments.encode()).hexdigest()[:16]}.so"
     built = _build_folder() / name

@@ -8,6 +8,8 @@
 // memory ordering between barriers, and speed.
 #pragma once
 
+#include <setjmp.h>
+#include <signal.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -35,7 +37,8 @@ namespace emulated {
 
 constexpr size_t STACK = 128 << 10, ARENA = 256 << 10;
 constexpr int WARP = 32;
-constexpr uint32_t FENCE = 0x7fc0fe9cu;
+constexpr size_t FENCE = 64;
+constexpr char FENCE_BYTE = 0x5a;
 
 enum class Turn { RUN, WARP_WAIT, BLOCK_WAIT, DONE };
 
@@ -57,6 +60,7 @@ struct Block {
     const void *params = nullptr;
     int current = 0;
     const char *error = nullptr;
+    sigjmp_buf trap;          // where a fault in a fiber leads
 };
 inline Block block;
 
@@ -68,24 +72,25 @@ inline void wait(Turn turn) {
     swapcontext(&fiber.context, &block.scheduler);
 }
 
-// The word after a shared array, written when the first fiber declares it and looked at when the block has ended.
+// What follows a shared array: laid when the first fiber declares it, looked at when the block has ended.
 inline void fence(size_t at) {
     for (size_t known : block.fences)
         if (known == at) return;
     block.fences.push_back(at);
-    memcpy(block.arena.data() + at, &FENCE, sizeof FENCE);
+    memset(block.arena.data() + at, FENCE_BYTE, FENCE);
 }
 
 inline bool fences_stand() {
     for (size_t at : block.fences)
-        if (memcmp(block.arena.data() + at, &FENCE, sizeof FENCE) != 0) return false;
+        for (size_t i = 0; i < FENCE; i++)
+            if (block.arena[at + i] != FENCE_BYTE) return false;
     return true;
 }
 
 template <class T> T *shared_array(size_t count) {
     Fiber &fiber = self();
-    size_t start = fiber.shared_used, bytes = (count * sizeof(T) + 15) / 16 * 16;
-    fiber.shared_used = start + bytes + 16;
+    const size_t start = fiber.shared_used, bytes = (count * sizeof(T) + 15) / 16 * 16;
+    fiber.shared_used = start + bytes + FENCE;
     if (fiber.shared_used > ARENA) {
         fprintf(stderr, "the kernel wants more shared memory than the emulator has\n");
         abort();
@@ -169,25 +174,30 @@ inline void run_block(int order) {
     if (block.error == nullptr && !fences_stand()) block.error = "a write past the end of a shared array";
 }
 
-inline const char *run(void (*kernel)(const void *), const void *params, Index3 grid, int threads, size_t dynamic_bytes,
-                       int order) {
-    block = Block{};
-    block.fibers.resize(threads);
-    block.stacks.resize(threads * STACK);
-    block.arena.resize(ARENA);
-    block.exchanged.resize(2 * threads);
-    block.dynamic_bytes = dynamic_bytes;
-    block.kernel = kernel;
-    block.params = params;
-    gridDim = grid;
-    blockDim = {threads, 1, 1};
+inline void run_grid(Index3 grid, int order) {
     for (int z = 0; z < grid.z; z++)
         for (int y = 0; y < grid.y; y++)
             for (int x = 0; x < grid.x && block.error == nullptr; x++) {
                 blockIdx = {x, y, z};
                 run_block(order);
             }
-    return block.error;
+}
+
+inline void fault(int) { siglongjmp(block.trap, 1); }
+
+// Compiled-in checks (see cuda_emulation.py) end in SIGILL, wild addresses in SIGSEGV or SIGBUS.
+inline void run_guarded(Index3 grid, int order) {
+    constexpr int SIGNALS[] = {SIGILL, SIGSEGV, SIGBUS, SIGTRAP};
+    struct sigaction action = {}, before[4];
+    action.sa_handler = fault;
+    action.sa_flags = SA_NODEFER;
+    for (int i = 0; i < 4; i++) sigaction(SIGNALS[i], &action, &before[i]);
+    if (sigsetjmp(block.trap, 1) == 0) {
+        run_grid(grid, order);
+    } else {
+        block.error = "a fault: a misaligned or wild address, an index out of range, or an overflow";
+    }
+    for (int i = 0; i < 4; i++) sigaction(SIGNALS[i], &before[i], nullptr);
 }
 
 }  // namespace emulated
@@ -231,5 +241,17 @@ inline int unhoisted(int x) { return x; }
 // Launch `kernel` with the argument struct at `params`; the answer is null, or what went wrong.
 extern "C" const char *emulate(void (*kernel)(const void *), const void *params, int grid_x, int grid_y, int grid_z,
                                int threads, long long dynamic_bytes, int order) {
-    return emulated::run(kernel, params, {grid_x, grid_y, grid_z}, threads, dynamic_bytes, order);
+    using emulated::block;
+    block.fibers.resize(threads);
+    block.stacks.resize(threads * emulated::STACK);
+    block.arena.resize(emulated::ARENA);
+    block.exchanged.resize(2 * threads);
+    block.dynamic_bytes = dynamic_bytes;
+    block.kernel = kernel;
+    block.params = params;
+    block.error = nullptr;
+    gridDim = {grid_x, grid_y, grid_z};
+    blockDim = {threads, 1, 1};
+    emulated::run_guarded(gridDim, order);
+    return block.error;
 }

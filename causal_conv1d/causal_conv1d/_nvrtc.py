@@ -1,12 +1,12 @@
 """The one place that compiles, caches and launches the CUDA kernels of both packages.
 
-A kernel is a `.cu` file with one `KERNEL(...)` and a string of template arguments. At first use on a device it is compiled by
-NVRTC for that device's architecture, which takes a fraction of a second and needs no CUDA toolkit, and the binary is kept on
-disk under a hash of everything that went into it. Later processes only load it. Several processes may start at once: a file
-appears under its final name complete or not at all.
+A kernel is a `.cu` file with one `KERNEL(...)` and a string of template arguments. At first use on a device it is
+compiled by NVRTC for that device's architecture, which takes a fraction of a second and needs no CUDA toolkit, and the
+binary is kept on disk under a hash of everything that went into it. Later processes only load it. Several processes may
+start at once: a file appears under its final name complete or not at all.
 
-The cache is `$KERNEL_CACHE_DIR`, else `$XDG_CACHE_HOME/vision-mamba-kernels`, else `~/.cache/vision-mamba-kernels`; where it
-cannot be written, kernels are compiled anew in every process.
+The cache is `$KERNEL_CACHE_DIR`, else `$XDG_CACHE_HOME/vision-mamba-kernels`, else `~/.cache/vision-mamba-kernels`;
+where it cannot be written, kernels are compiled anew in every process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import re
 import tempfile
 import threading
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ class Binary(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What one kernel takes, per thread but for shared memory: registers, and bytes of stack, spills, static shared memory."""
+    """What a kernel takes: registers and bytes of stack and spills per thread, bytes of static shared memory."""
 
     registers: int
     stack: int
@@ -92,7 +92,7 @@ def _local_includes(source: str) -> list[str]:
     return re.findall(r'^#include "([^"]+)"', source, re.MULTILINE)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sources(path: Path) -> tuple[str, dict[str, str]]:
     """The text of a `.cu` file, and of every header it includes, directly or not, by name."""
     source, headers = path.read_text(), {}
@@ -108,7 +108,7 @@ def _sources(path: Path) -> tuple[str, dict[str, str]]:
     return source, headers
 
 
-@lru_cache(maxsize=None)
+@cache
 def _target(capability: tuple[int, int]) -> str:
     """NVRTC's name for a compute capability; the newest portable PTX it can write if the device is newer than NVRTC."""
     number = capability[0] * 10 + capability[1]
@@ -261,7 +261,7 @@ class Device:
         return Kernel(driver, function, self.index, threads)
 
 
-@lru_cache(maxsize=None)
+@cache
 def device(index: int) -> Device:
     """The device with torch's index `index`.
 

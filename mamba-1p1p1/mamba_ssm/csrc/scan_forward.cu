@@ -24,7 +24,7 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT> struct
     using RowMap = TileMap<TILE, CHANNELS>;
     using MatrixMap = TileMap<TILE, DSTATE>;
     // Resident blocks that a multiprocessor must have registers for; chosen so that none spill.
-    static constexpr int BLOCKS = CPT == 4 || RowMap::COUNT >= 8 ? 3 : CPT == 2 || DSTATE > 16 ? 4 : 6;
+    static constexpr int BLOCKS = CPT == 4 || RowMap::COUNT >= 8 ? 3 : CPT == 1 && LANES == 4 ? 6 : 4;
 
     static DEVICE void run(const ForwardParams &p) {
         SHARED_ARRAY(float, s_dt, RowMap::SIZE);

@@ -1,10 +1,10 @@
 """The CUDA kernel set: `csrc/*.cu`, compiled at first use for the device at hand, on torch's current stream.
 
-`load()` returns this module, or raises why it cannot run here. What the kernels do not cover (dstate above 64, B or C of shape
-(dim, dstate)) goes to the torch kernel set.
+`load()` returns this module, or raises why it cannot run here. What the kernels do not cover (dstate above 64, B or C
+of shape (dim, dstate)) goes to the torch kernel set.
 
-The kernels take their work as a list of one or two *directions*, `Scan` values of the same sizes, dtypes and options, which
-share one launch; that is how both directions of a bidirectional block run at once.
+The kernels take their work as a list of one or two *directions*, `Scan` values of the same sizes, dtypes and options,
+which share one launch; that is how both directions of a bidirectional block run at once.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _empty(scan: Scan) -> bool:
 
 
 def _carried_states(plan: _Plan, scans: Sequence[Scan], inputs: Sequence[Tensor], backwards: bool) -> Tensor:
-    """The state (or, backwards, the gradient carried) each split starts from: (directions, batch, splits, dim, dstate)."""
+    """The state (backwards: the gradient) each split starts from, (directions, batch, splits, dim, dstate)."""
     shape = (plan.directions, plan.batch, plan.splits, plan.dim)
     states = scans[0].u.new_empty((*shape, plan.dstate), dtype=torch.float32)
     dt_sums = scans[0].u.new_empty(shape, dtype=torch.float32)
@@ -304,8 +304,8 @@ class _Workspace(NamedTuple):
 def _backward_grid(plan: _Plan, tiles: int) -> tuple[int, int]:
     """How many blocks share the channel tiles of a group, and how many share the batch.
 
-    As many as there are, unless their sums over B and C would then take more memory than `u` in float32, or those over A
-    more than half of it.
+    As many as there are, unless their sums over B and C would then take more memory than `u` in float32, or those over
+    A more than half of it.
     """
     padded = plan.lanes * STATES
     slots = plan.dim // (plan.groups * padded * (2 if padded <= 16 else 4))
@@ -315,7 +315,7 @@ def _backward_grid(plan: _Plan, tiles: int) -> tuple[int, int]:
 
 
 def backward(scans: Sequence[Scan], douts: Sequence[Tensor], saved: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    """Gradients (u, delta, A, B, C, D, z, delta_bias) of one or two directions; `saved` is what `forward` kept of each."""
+    """Gradients (u, delta, A, B, C, D, z, delta_bias) of each direction; `saved` is what `forward` kept of each."""
     wanted, scans = scans, [_prepared(scan) for scan in scans]
     douts = [dout.to(scan.u.dtype) for dout, scan in zip(douts, scans)]
     plan, u = _plan(scans), scans[0].u
