@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Install what is missing, train small Vision Mambas on real handwritten digits, evaluate them, and compare.
+# Environment: OUTPUT_DIR (default output/quickstart), EPOCHS (default 15), METHODS (default "none upper fastvim dyvm").
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup.sh
+
+output=${OUTPUT_DIR:-output/quickstart}
+epochs=${EPOCHS:-15}
+data=(--data-set DIGITS --num_workers 0)
+# 1,437 training images are few: a short schedule wants plain augmentation and a high learning rate
+recipe=(--epochs "$epochs" --batch-size 32 --unscale-lr --lr 3e-3 --warmup-epochs 1 --drop-path 0 --no-model-ema
+    --mixup 0 --cutmix 0 --reprob 0 --aa none --color-jitter 0 --no-repeated-aug)
+
+train() {
+    local name=$1
+    shift
+    printf '\n== %s: %s\n' "$name" "main.py $*"
+    # a finished run, or one that was interrupted, goes on from where it is
+    "$PYTHON" main.py "${data[@]}" "${recipe[@]}" --output_dir "$output/$name" --resume auto "$@"
+}
+
+for method in ${METHODS:-none upper fastvim dyvm}; do
+    case $method in
+    none) train none --model vim_nano_patch4_32 --fusion-strategy no ;;
+    upper) train upper --model vim_nano_patch4_32 --fusion-strategy upper --fusion-layer 2 --fusion-token 8 ;;
+    fastvim) train fastvim --model fastvim_nano_patch4_32 ;;
+    dyvm) train dyvm --model dyvm_nano_patch4_32 --model-path "$output/none/checkpoint.pth" --token-keep-ratio 0.7 \
+        --block-keep-ratio 0.8 --lr 5e-4 ;;
+    *) echo "METHODS names $method; wanted none, upper, fastvim or dyvm." >&2 && exit 2 ;;
+    esac
+done
+
+printf '\n== The saved Vim, evaluated with --eval\n'
+"$PYTHON" main.py "${data[@]}" --eval --model vim_nano_patch4_32 --resume "$output/none/checkpoint.pth"
+
+printf '\n'
+"$PYTHON" -m benchmarks.summary "$output"/*/
+cat <<TEXT
+
+What to try next:
+  merge tokens in that Vim without training it again:
+    .venv/bin/python main.py --data-set DIGITS --eval --resume $output/none/checkpoint.pth \\
+        --fusion-strategy upper --fusion-layer 2 --fusion-token 4 --fusion-order raster
+  see the curves:           .venv/bin/tensorboard --logdir $output
+  train on your own images: .venv/bin/python main.py --model vim_tiny_patch16_224 --data-set IMNET --data-path FOLDER
+  the published runs:       ls scripts/vim scripts/fambav scripts/fastvim scripts/dyvm
+TEXT
