@@ -51,6 +51,11 @@ class _Direction(NamedTuple):
     reverse_scan: bool
 
 
+def _neighbours(images: Tensor) -> tuple[Tensor, ...]:
+    """Rising indices (n,), on the CPU, parted into groups that follow each other without a gap."""
+    return images.tensor_split((images.diff() > 1).nonzero().squeeze(1) + 1) if len(images) else ()
+
+
 class Mamba(nn.Module):
     """Selective state-space mixer, (B, L, d_model) -> (B, L, d_model).
 
@@ -206,11 +211,7 @@ class Mamba(nn.Module):
         if pooling is not None:
             y = self._pooled(x, token_mask, pooling)
         else:
-            y = None
-            for number, direction in enumerate(self.directions):
-                gate = None if gates is None else gates[:, number]
-                part = self._gated(direction, x, None if gate_last else z, token_mask, gate, observe)
-                y = part if y is None else y + part
+            y = self._summed(x, None if gate_last else z, token_mask, gates, observe)
             if self.if_divide_out and len(self.directions) == 2:
                 y = y / 2
         if self.layernorm is not None:
@@ -222,31 +223,57 @@ class Mamba(nn.Module):
             out = pooling.restore(out)
         return out if self.init_layer_scale is None else out * self.gamma
 
-    def _gated(
+    def _summed(
         self,
-        direction: _Direction,
         x: Tensor,
         z: Tensor | None,
         token_mask: Tensor | None,
-        gate: Tensor | None,
+        gates: Tensor | None,
         observe: ScanObserver | None,
     ) -> Tensor:
-        """One direction times its gate (B,). In eval mode images with gate 0 are left out of the work, not only of the
-        sum."""
-        if gate is None:
-            return self._run(direction, x, z, token_mask, observe)
-        if self.training:
-            y = self._run(direction, x, z, token_mask, observe)
-            return y * gate.view(-1, 1, 1).to(y.dtype)
-        chosen = gate.nonzero().squeeze(1)
-        if len(chosen) == len(x):
-            return self._run(direction, x, z, token_mask, observe) * gate.view(-1, 1, 1).to(x.dtype)
-        out = torch.zeros_like(x, memory_format=torch.contiguous_format)
-        if len(chosen):
-            some = [None if t is None else t[chosen] for t in (x, z, token_mask)]
-            observe = None if observe is None else partial(observe, images=chosen)
-            out[chosen] = self._run(direction, *some, observe) * gate[chosen].view(-1, 1, 1).to(x.dtype)
-        return out
+        """The sum of all directions, each times its gate (B, directions)."""
+        if gates is not None and not self.training:
+            running = gates.bool().cpu()
+            if not bool(running.all()):
+                return self._summed_where(running, x, z, token_mask, observe)
+            gates = None
+        y = None
+        for number, direction in enumerate(self.directions):
+            part = self._run(direction, x, z, token_mask, observe)
+            if gates is not None:
+                part = part * gates[:, number].view(-1, 1, 1).to(part.dtype)
+            y = part if y is None else y + part
+        return y
+
+    def _summed_where(
+        self,
+        running: Tensor,
+        x: Tensor,
+        z: Tensor | None,
+        token_mask: Tensor | None,
+        observe: ScanObserver | None,
+    ) -> Tensor:
+        """The sum of all directions, where each does its work for the images alone for which `running` (B, directions),
+        a bool tensor on the CPU, says so."""
+        y = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        for direction, images in zip(self.directions, (column.nonzero().squeeze(1) for column in running.T)):
+            on_cpu = x.device.type == "cpu"
+            # neighbours are reached without a copy; on a GPU a copy costs less than more launches
+            groups = _neighbours(images) if on_cpu else (images.to(x.device),)[: len(images)]
+            for group in groups:
+                some = slice(int(group[0]), int(group[-1]) + 1) if on_cpu else group
+                part = self._run(
+                    direction,
+                    x[some],
+                    None if z is None else z[some],
+                    None if token_mask is None else token_mask[some],
+                    None if observe is None else partial(observe, images=group),
+                )
+                if on_cpu:
+                    y[some].add_(part)
+                else:
+                    y.index_add_(0, some, part)
+        return y
 
     def _run(
         self,
