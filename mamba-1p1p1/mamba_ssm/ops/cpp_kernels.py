@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 from causal_conv1d.native import ABSENT_SIGNAL, DTYPE_CODES, address, call, load_library, signal
+from mamba_ssm.ops import cpp_norm
 from torch import Tensor
 
 _ABSENT_MATRIX = (0,) * 7
@@ -20,7 +21,8 @@ def load() -> ModuleType:
     global _library
     if _library is None:
         package = Path(__file__).resolve().parent.parent / "__init__.py"
-        _library = load_library(str(package), {"mamba_scan_args_bytes": _SCAN_FIELDS})
+        sizes = {"mamba_scan_args_bytes": _SCAN_FIELDS, "mamba_norm_args_bytes": cpp_norm.NORM_FIELDS}
+        _library = load_library(str(package), sizes)
     return sys.modules[__name__]
 
 
@@ -143,3 +145,11 @@ def scan_backward(
         call(_library.mamba_scan_backward, fields)
     dD, dbias = (x if like is None else x.to(like.dtype) for x, like in ((dD, D), (dbias, delta_bias)))
     return du, ddelta, dA.to(A.dtype), dB.to(B.dtype), dC.to(C.dtype), dD, dz, dbias
+
+
+def norm_forward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return cpp_norm.norm_forward(_library, *args)
+
+
+def norm_backward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return cpp_norm.norm_backward(_library, *args)

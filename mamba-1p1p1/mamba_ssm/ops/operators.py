@@ -1,15 +1,20 @@
-"""Registration of the scan with `torch.library`, namespace `mamba_ssm`.
+"""Registration of the scan and the normalisation with `torch.library`, namespace `mamba_ssm`.
 
 A kernel set (see `causal_conv1d.backend`) for this package has the functions of `torch_kernels.py`, with those
-signatures: `states_shape`, `scan_forward`, `scan_backward`. Tensors arrive checked, on one device, with any strides:
-`u`, `delta`, `z`, `dout` (batch, dim, seqlen), each float32, bfloat16 or float16, not necessarily the same; `A`
-(dim, dstate), `D`, `delta_bias` (dim,) float32; `B`, `C` (batch, groups, dstate, seqlen), with one number of groups, or
-(dim, dstate).
+signatures: `states_shape`, `scan_forward`, `scan_backward`, `norm_forward`, `norm_backward`. Tensors arrive checked, on
+one device, with any strides.
 
-`scan_forward` returns `out` like `torch.empty_like(u)`, `last_state` (batch, dim, dstate) float32 and, if
-`save_states`, whatever its backward wants to start from: float32 of shape `states_shape(...)`, else an empty tensor.
+Scan: `u`, `delta`, `z`, `dout` (batch, dim, seqlen), each float32, bfloat16 or float16, not necessarily the same; `A`
+(dim, dstate), `D`, `delta_bias` (dim,) float32; `B`, `C` (batch, groups, dstate, seqlen), with one number of groups, or
+(dim, dstate). `scan_forward` returns `out` like `torch.empty_like(u)`, `last_state` (batch, dim, dstate) float32 and,
+if `save_states`, whatever its backward wants to start from: float32 of shape `states_shape(...)`, else an empty tensor.
 `scan_backward` returns the gradients of u, delta, A, B, C, D, z, delta_bias: of u, delta, z like `torch.empty_like` of
 each, the others contiguous, each in its argument's dtype; (0,)-shaped where the argument is None.
+
+Normalisation: `norm_forward` takes `x` and, or None, `residual`, (..., size), and returns `out` in the dtype of `x`,
+the sum in `total_dtype`, both contiguous, and float32 mean (0 for RMS) and scale of every row, (rows,) each, in memory
+of their own. `norm_backward` takes the gradients of `out` and, or None, of the sum, and returns those of x (in the
+dtype of `dout`), residual (in `residual_dtype`), weight and bias; (0,)-shaped where there is no argument.
 
 A backend is a module with a function `load()` that returns the kernel set or raises why it cannot run here.
 """
@@ -37,6 +42,16 @@ LIBRARY.define(
 LIBRARY.define(
     f"selective_scan_backward(Tensor dout, {_SCAN_TENSORS}, Tensor states, bool delta_softplus, bool reverse)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+LIBRARY.define(
+    "add_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool is_rms_norm,"
+    " ScalarType total_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+LIBRARY.define(
+    "add_norm_backward(Tensor dout, Tensor? dtotal, Tensor total, Tensor mean, Tensor scale, Tensor weight,"
+    " Tensor? bias, bool is_rms_norm, ScalarType? residual_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -82,6 +97,46 @@ def _differentiate_scan(ctx, dout: Tensor, _dlast_state: Tensor, _dstates: Tenso
     return (*grads, None, None, None)
 
 
+def _add_norm(x, residual, weight, bias, eps, is_rms_norm, total_dtype):
+    return backends.pick(x).norm_forward(x, residual, weight, bias, eps, is_rms_norm, total_dtype)
+
+
+def _add_norm_backward(dout, dtotal, total, mean, scale, weight, bias, is_rms_norm, residual_dtype):
+    kernels = backends.pick(dout)
+    return kernels.norm_backward(dout, dtotal, total, mean, scale, weight, bias, is_rms_norm, residual_dtype)
+
+
+def _fake_add_norm(x, residual, weight, bias, eps, is_rms_norm, total_dtype):
+    rows, state_dtype = x.numel() // x.shape[-1], torch.float64 if x.dtype == torch.float64 else torch.float32
+    out, total = x.new_empty(x.shape), x.new_empty(x.shape, dtype=total_dtype)
+    return out, total, x.new_empty(rows, dtype=state_dtype), x.new_empty(rows, dtype=state_dtype)
+
+
+def _fake_add_norm_backward(dout, dtotal, total, mean, scale, weight, bias, is_rms_norm, residual_dtype):
+    dresidual = dout.new_empty(0) if residual_dtype is None else dout.new_empty(dout.shape, dtype=residual_dtype)
+    dbias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return dout.new_empty(dout.shape), dresidual, weight.new_empty(weight.shape), dbias
+
+
+def _save_add_norm(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    _, residual, weight, bias, _, ctx.is_rms_norm, _ = inputs
+    out, total, mean, scale = output
+    ctx.set_materialize_grads(False)
+    ctx.out_dtype, ctx.residual_dtype = out.dtype, None if residual is None else residual.dtype
+    ctx.save_for_backward(total, mean, scale, weight, bias)
+
+
+def _differentiate_add_norm(ctx, dout: Tensor | None, dtotal: Tensor | None, _dmean, _dscale) -> tuple:
+    total, mean, scale, weight, bias = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(total, dtype=ctx.out_dtype)
+    dx, dresidual, dweight, dbias = torch.ops.mamba_ssm.add_norm_backward(
+        dout, dtotal, total, mean, scale, weight, bias, ctx.is_rms_norm, ctx.residual_dtype
+    )
+    dresidual, dbias = None if ctx.residual_dtype is None else dresidual, None if bias is None else dbias
+    return dx, dresidual, dweight, dbias, None, None, None
+
+
 def register(name: str, kernel, fake, *, save=None, differentiate=None) -> None:
     """Give operator `mamba_ssm::name` its kernel, its fake and, if it is differentiable, its gradient."""
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
@@ -92,3 +147,5 @@ def register(name: str, kernel, fake, *, save=None, differentiate=None) -> None:
 
 register("selective_scan", _scan, _fake_scan, save=_save_scan, differentiate=_differentiate_scan)
 register("selective_scan_backward", _scan_backward, _fake_scan_backward)
+register("add_norm", _add_norm, _fake_add_norm, save=_save_add_norm, differentiate=_differentiate_add_norm)
+register("add_norm_backward", _add_norm_backward, _fake_add_norm_backward)

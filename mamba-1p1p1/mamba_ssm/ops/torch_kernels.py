@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from mamba_ssm.ops.torch_norm import norm_backward, norm_forward  # noqa: F401  (of this kernel set)
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 21

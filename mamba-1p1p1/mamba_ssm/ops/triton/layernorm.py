@@ -4,7 +4,9 @@ Triton."""
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from causal_conv1d.backend import KERNEL_DTYPES
+from causal_conv1d.checks import check_device, check_dtype, check_shape, check_tensor
+from mamba_ssm.ops import operators  # noqa: F401  (registers the operator)
 from torch import Tensor, nn
 
 
@@ -24,25 +26,28 @@ def layer_norm_fn(
     dtype, with `prenorm` also the sum itself: float32 if `residual_in_fp32`, else in the residual's (or x's) dtype.
     LayerNorm as in Ba et al. 2016; RMSNorm (`is_rms_norm`) as in Zhang and Sennrich 2019.
     """
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; wanted {tuple(x.shape[-1:])}, the last dimension of x."
-        )
-    if bias is not None and bias.shape != weight.shape:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; wanted {tuple(weight.shape)}, that of weight.")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual has shape {tuple(residual.shape)}; wanted {tuple(x.shape)}, that of x.")
-    residual_dtype = torch.float32 if residual_in_fp32 else x.dtype if residual is None else residual.dtype
-    total = x.float() if residual is None else x.float() + residual.float()
-    weight_f, bias_f = weight.float(), None if bias is None else bias.float()
-    if is_rms_norm:
-        out = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * weight_f
-        if bias_f is not None:
-            out = out + bias_f
-    else:
-        out = F.layer_norm(total, weight.shape, weight_f, bias_f, eps)
-    out = out.to(x.dtype)
-    return (out, total.to(residual_dtype)) if prenorm else out
+    _check(x, weight, bias, residual)
+    total_dtype = torch.float32 if residual_in_fp32 else x.dtype if residual is None else residual.dtype
+    out, total, _, _ = torch.ops.mamba_ssm.add_norm(x, residual, weight, bias, eps, is_rms_norm, total_dtype)
+    return (out, total) if prenorm else out
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    check_tensor("x", x)
+    dtypes = (torch.float64,) if x.dtype == torch.float64 else KERNEL_DTYPES
+    check_dtype("x", x, (*KERNEL_DTYPES, torch.float64))
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}, wanted (..., size) with a size of at least 1")
+    check_tensor("weight", weight)
+    check_shape("weight", weight, x.shape[-1:], "(size,)")
+    if bias is not None:
+        check_shape("bias", bias, x.shape[-1:], "(size,)")
+    if residual is not None:
+        check_shape("residual", residual, x.shape, "the shape of x")
+        check_dtype("residual", residual, dtypes)
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is not None:
+            check_device(name, tensor, x, "x")
 
 
 def rms_norm_fn(
