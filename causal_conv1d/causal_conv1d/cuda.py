@@ -1,7 +1,7 @@
 """The CUDA kernel set: `csrc/conv_*.cu`, compiled at first use for the device at hand, on torch's current stream.
 
-`load()` returns this module, or raises why it cannot run here. The one-step `conv_update`, a few kilobytes of work, stays
-with the torch kernel set.
+`load()` returns this module, or raises why it cannot run here. The one-step `conv_update`, a few kilobytes of work,
+stays with the torch kernel set.
 """
 
 from __future__ import annotations

@@ -363,6 +363,17 @@ NORMS = {
 
 
 @emulated
+@pytest.mark.parametrize("shape", [(0, 16), (2, 1025)], ids=["no rows", "long rows"])
+def test_norms_no_kernel_covers_run_on_torch(shape, device):
+    used, x, weight = device(), torch.randn(shape), torch.randn(shape[1])
+    out, total, mean, scale = cuda.norm_forward(x, None, weight, None, 1e-5, False, torch.float32)
+    torch.testing.assert_close(out, torch.nn.functional.layer_norm(x, weight.shape, weight))
+    grads = cuda.norm_backward(out, None, total, mean, scale, weight, None, False, None)
+    assert [grad.shape for grad in grads] == [x.shape, (0,), weight.shape, (0,)]
+    assert used.launched == []
+
+
+@emulated
 @pytest.mark.parametrize("case", NORMS)
 def test_emulated_norm(case, device):
     device(1)

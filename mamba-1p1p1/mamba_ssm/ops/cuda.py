@@ -20,7 +20,20 @@ from causal_conv1d import _nvrtc
 from causal_conv1d._nvrtc import CPP_TYPES
 from causal_conv1d._reduce import Sum, add_up
 from mamba_ssm.ops import torch_kernels
+from mamba_ssm.ops.cuda_norm import norm_backward, norm_forward
 from torch import Tensor
+
+__all__ = [
+    "Scan",
+    "backward",
+    "forward",
+    "load",
+    "norm_backward",
+    "norm_forward",
+    "scan_backward",
+    "scan_forward",
+    "states_shape",
+]
 
 SOURCES = Path(__file__).parent.parent / "csrc"
 MAX_DSTATE = 64

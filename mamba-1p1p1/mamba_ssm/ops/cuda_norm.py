@@ -9,6 +9,7 @@ import torch
 from causal_conv1d import _nvrtc
 from causal_conv1d._nvrtc import CPP_TYPES
 from causal_conv1d._reduce import Sum, add_up
+from mamba_ssm.ops import torch_norm
 from torch import Tensor
 
 SOURCES = Path(__file__).parent.parent / "csrc"
@@ -20,8 +21,8 @@ _FORWARD = struct.Struct("4q2q2q2qq2if4x")
 _BACKWARD = struct.Struct("4q2q2qq3qq2i")
 
 
-def covers(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the kernels run on these arguments of `norm_forward`."""
+def _covers(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernels run on these arguments; if not, the torch kernel set does."""
     known = all(t.dtype in CPP_TYPES for t in (x, residual, weight, bias) if t is not None)
     return known and 0 < x.shape[-1] <= MAX_SIZE and x.numel() > 0
 
@@ -62,12 +63,14 @@ def norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, residual (..., size) -> out in x's dtype, x + residual in `total_dtype`, both contiguous, and what backward
     needs: mean and scale, float32, one per row."""
+    if not _covers(x, residual, weight, bias):
+        return torch_norm.norm_forward(x, residual, weight, bias, eps, is_rms_norm, total_dtype)
     size = x.shape[-1]
     x_rows, residual_rows = _rows(x), None if residual is None else _rows(residual)
     scaling, shift = _parameters(weight, bias)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = torch.empty_like(x, dtype=total_dtype, memory_format=torch.contiguous_format)
-    mean, scale = x.new_empty((2, x_rows.shape[0]), dtype=torch.float32).unbind(0)
+    mean, scale = (x.new_empty(x_rows.shape[0], dtype=torch.float32) for _ in range(2))
     device = _nvrtc.device(x.device.index)
     types = ",".join(CPP_TYPES[t] for t in (x.dtype, (x if residual is None else residual).dtype, total_dtype))
     layout = _layout(size, x_rows, residual_rows, scaling, shift, out, total)
@@ -97,6 +100,9 @@ def norm_backward(
 
     `dtotal` is the gradient that reaches x + residual as an output of its own.
     """
+    if not _covers(dout, None, weight, bias):
+        given = dout, dtotal, total, mean, scale, weight, bias
+        return torch_norm.norm_backward(*given, is_rms_norm, residual_dtype)
     size = total.shape[-1]
     dout_rows, total_rows = _rows(dout), _rows(total)
     dtotal_rows = None if dtotal is None else _rows(dtotal.to(total.dtype))
