@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 import utils
 from checkpoints import Run
 from datasets import EvalBatches, TrainBatches, check_labels
+from fusion.dynamic_pruning import DecisionMeter
 from utils import PeerError, Progress, RunError, StopRequest, UsageError, nearest, number
 
 _logger = logging.getLogger(__name__)
@@ -270,8 +271,10 @@ def evaluate(
     autocast: Callable[[], contextlib.AbstractContextManager],
     num_classes: int,
     stop: StopRequest | None = None,
+    meter: DecisionMeter | None = None,
 ) -> dict[str, float] | None:
-    """Loss, acc1 and acc5 (percent) of `model` over all of `batches`, exact for any number of processes.
+    """Loss, acc1 and acc5 (percent) of `model` over all of `batches`, exact for any number of processes, and the shares
+    that a `meter` around it finds kept.
 
     Returns None if a signal stopped it. Every process must call this together.
     """
@@ -295,7 +298,7 @@ def evaluate(
         check_labels(batch[1], num_classes, "evaluation")
         images, targets = (part.to(device, non_blocking=True) for part in batch[:2])
         with autocast():
-            outputs = model(images)
+            outputs = (meter or model)(images)
         outputs = (outputs if isinstance(outputs, Tensor) else outputs[0]).float()
         sums[0] += F.cross_entropy(outputs, targets, reduction="sum").item()
         top1, top5 = utils.accuracy(outputs, targets)
@@ -305,6 +308,9 @@ def evaluate(
     progress.close()
     if batches.shared:
         sums = utils.sum_over_processes(sums)
+        if meter is not None:
+            meter.sums = torch.tensor(utils.sum_over_processes(meter.sums.tolist()), dtype=torch.float64)
     if sums[3] == 0:
         raise UsageError("The evaluation set holds no image.")
-    return {"loss": sums[0] / sums[3], "acc1": 100 * sums[1] / sums[3], "acc5": 100 * sums[2] / sums[3]}
+    stats = {"loss": sums[0] / sums[3], "acc1": 100 * sums[1] / sums[3], "acc5": 100 * sums[2] / sums[3]}
+    return stats if meter is None else stats | meter.shares()

@@ -10,11 +10,12 @@ code 2.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ import models_mamba
 import utils
 from checkpoints import Run
 from fusion import config as methods
-from fusion.dynamic_pruning import PruningLoss
+from fusion.dynamic_pruning import DecisionMeter, PruningLoss
 from fusion.token_merging import report_merging
 from utils import PeerError, RunError, StopRequest, UsageError, number
 
@@ -134,25 +135,28 @@ def build_model(args: argparse.Namespace, num_classes: int, **overrides: Any) ->
 def load_weights(args: argparse.Namespace, model: nn.Module) -> nn.Module | None:
     """Start `model` from --finetune, fitted to its image size and class count, or from --model-path, as it is.
 
-    Returns the frozen teacher of a pruned model that is to be trained: the model that --model-path holds.
+    Returns the teacher of a pruned model, which --model-path holds unless it is all that --eval is given.
     """
-    if not (args.finetune or args.model_path):
-        return None
-    path = args.finetune or args.model_path
-    weights, origin = checkpoints.find_weights(checkpoints.read(path), path)
-    _logger.info("Weights from %s (%s).", path, origin)
-    if args.finetune:
-        weights, may_miss = checkpoints.adapt(weights, model, path)
-        checkpoints.load_strictly(model, weights, path, args.model, may_miss=may_miss)
-        return None
-    if args.eval or getattr(model, "methods", methods.MethodConfig()).pruning is None:
-        checkpoints.load_strictly(model, weights, path, args.model)
-        return None
-    teacher = build_model(args, args.nb_classes, pruning="none")
-    checkpoints.load_strictly(teacher, weights, path, f"the model that {args.model} prunes")
-    learned = model.state_dict().keys() - teacher.state_dict().keys()
-    checkpoints.load_strictly(model, weights, path, args.model, may_miss=learned.__contains__)
+    teacher, may_miss = None, set()
+    if is_pruned(model) and args.model_path and not (args.eval and not args.resume and not args.finetune):
+        teacher = build_model(args, args.nb_classes, pruning="none")
+        weights, _ = checkpoints.find_weights(checkpoints.read(args.model_path), args.model_path)
+        checkpoints.load_strictly(teacher, weights, args.model_path, f"the model that {args.model} prunes")
+        may_miss = set() if args.eval else model.state_dict().keys() - teacher.state_dict().keys()
+    path = args.finetune or ("" if args.eval and args.resume else args.model_path)
+    if path:
+        weights, origin = checkpoints.find_weights(checkpoints.read(path), path)
+        _logger.info("Weights from %s (%s).", path, origin)
+        if args.finetune:
+            weights, is_dropped = checkpoints.adapt(weights, model, path)
+            may_miss |= set(filter(is_dropped, model.state_dict()))
+        checkpoints.load_strictly(model, weights, path, args.model, may_miss=may_miss.__contains__)
     return teacher
+
+
+def is_pruned(model: nn.Module) -> bool:
+    """Whether `model` prunes tokens or scan directions."""
+    return getattr(model, "methods", methods.MethodConfig()).pruning is not None
 
 
 def build_run(
@@ -183,9 +187,14 @@ def build_run(
 
 
 def evaluate_only(
-    args: argparse.Namespace, model: nn.Module, device: torch.device, batches: datasets.EvalBatches
+    args: argparse.Namespace,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    device: torch.device,
+    batches: datasets.EvalBatches,
 ) -> None:
-    """Report the accuracy of the weights that the flags name, and of their moving average if it was saved."""
+    """Report the accuracy of the weights that the flags name, and of their moving average if it was saved; of a pruned
+    model, whose unpruned `teacher` may be given, what it keeps and saves as well."""
     autocast, _ = engine.build_precision(args, device)
     versions: list[tuple[str, dict[str, Any] | None]] = [("", None)]
     if args.resume:
@@ -193,16 +202,40 @@ def evaluate_only(
         versions = [("", checkpoints.find_weights(checkpoint, path)[0])]
         if args.model_ema and isinstance(checkpoint, dict) and checkpoint.get("model_ema"):
             versions.append((", moving average", checkpoints.find_weights(checkpoint, path, ema=True)[0]))
+    if teacher is not None:
+        stats = engine.evaluate(batches, teacher.to(device), device, autocast, args.nb_classes)
+        _logger.info("Unpruned (%s): top-1 %.2f %%", args.model_path, stats["acc1"])
     for title, weights in versions:
         if weights is not None:
             checkpoints.load_strictly(model, weights, path, args.model)
-        stats = engine.evaluate(batches, model, device, autocast, args.nb_classes)
+        meter = DecisionMeter(model) if is_pruned(model) else None
+        stats = engine.evaluate(batches, model, device, autocast, args.nb_classes, meter=meter)
         _logger.info(
             "Accuracy on the %d test images%s: top-1 %.2f %%, top-5 %.2f %%, loss %.4f",
             *(len(batches.loader.dataset), title, stats["acc1"], stats["acc5"], stats["loss"]),
         )
+        if meter is not None and utils.is_main_process():
+            report_pruning(args, meter, teacher, device, batches, autocast)
         if not title:
-            visualize(args, model, batches.loader.dataset, device)
+            visualize(args, model, batches.loader.dataset, device, meter)
+
+
+def report_pruning(
+    args: argparse.Namespace,
+    meter: DecisionMeter,
+    teacher: nn.Module | None,
+    device: torch.device,
+    batches: datasets.EvalBatches,
+    autocast: Callable[[], contextlib.AbstractContextManager],
+) -> None:
+    """Say what `meter` saw kept, and how fast and large its model and the unpruned one are."""
+    from benchmarks import pruning
+
+    # speed does not depend on the weights
+    unpruned = build_model(args, args.nb_classes, pruning="none") if teacher is None else teacher
+    images = next(iter(batches))[0].to(device)
+    for line in pruning.report(meter, unpruned.to(device), images, autocast):
+        _logger.info("%s", line)
 
 
 def find_checkpoint(args: argparse.Namespace) -> tuple[str, Any]:
@@ -228,7 +261,8 @@ def train(
         tested = None
         if trained is not None:
             memory = utils.peak_memory_mib(run.device)
-            tested = engine.evaluate(tests, run.model, run.device, run.autocast, args.nb_classes, stop)
+            meter = DecisionMeter(run.model) if is_pruned(run.model) else None
+            tested = engine.evaluate(tests, run.model, run.device, run.autocast, args.nb_classes, stop, meter)
         if tested is None:
             break
         if run.scheduler is not None:
@@ -300,14 +334,25 @@ def resume(args: argparse.Namespace, run: Run) -> None:
     _logger.info("Resumed %s at epoch %d step %d.", path, run.epoch, run.step)
 
 
-def visualize(args: argparse.Namespace, model: nn.Module, test_set: Iterable[Any], device: torch.device) -> None:
-    """Save pictures of what `model` does to the first test images, if --visualize asks for them."""
+def visualize(
+    args: argparse.Namespace,
+    model: nn.Module,
+    test_set: Iterable[Any],
+    device: torch.device,
+    meter: DecisionMeter | None = None,
+) -> None:
+    """Save pictures of what `model` does to the first test images, if --visualize asks for them, and of what `meter` saw
+    a pruned one do."""
     if not args.visualize or not utils.is_main_process():
         return
     from fusion.visualize import NUM_IMAGES, visualize_merging
 
     images = [item[0] for item in itertools.islice(iter(test_set), NUM_IMAGES)]
     visualize_merging(model, torch.stack(images).to(device), args.visualize)
+    if is_pruned(model):
+        from fusion.visualize_pruning import visualize_pruning
+
+        visualize_pruning(model, torch.stack(images).to(device), args.visualize, meter)
 
 
 def open_tensorboard(output: Path, updates: int) -> Any:
@@ -333,7 +378,7 @@ def work(args: argparse.Namespace, stop: StopRequest) -> None:
     model = model.to(device)
     report_merging(model)
     if args.eval:
-        return evaluate_only(args, model, device, tests)
+        return evaluate_only(args, model, teacher, device, tests)
     run = build_run(args, model, teacher, device, batches.batch_size)
     utils.seed_everything(args.seed + utils.rank())
     run.epoch = args.start_epoch
@@ -365,7 +410,9 @@ def main(argv: list[str] | None = None) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     except UsageError as error:
-        print(f"main.py: error: {error}", file=sys.stderr)
+        # what goes wrong before the work is the same for every process of a machine
+        if utils.speaks_for_node() or error.is_own:
+            print(f"main.py: error: {error}", file=sys.stderr)
         return 2
     except (RunError, PeerError) as error:
         if str(error):

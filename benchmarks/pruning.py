@@ -9,14 +9,17 @@ directions runs, spread at random over layers, directions and the batch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
 
 import timm
 import torch
+from torch import Tensor, nn
 
 from benchmarks.flops import model_flops
+from fusion.dynamic_pruning import DecisionMeter
 from models_mamba import VisionMamba
 
 
@@ -33,18 +36,59 @@ def force_gates(model: VisionMamba, batch_size: int, keep: float) -> float:
     return float(gates.mean())
 
 
-def images_per_second(calls: Sequence[Callable[[], object]], batch_size: int, seconds: float) -> list[float]:
-    """The median speed of each of `calls`, all run in turns for about `seconds`."""
-    times: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or not times[0]:
-        for call, taken in zip(calls, times):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-    return [batch_size / statistics.median(taken) for taken in times]
+def images_per_second(
+    models: Sequence[nn.Module],
+    images: Tensor,
+    seconds: float,
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> list[float]:
+    """The median speed of each of `models` on a batch (B, C, H, W) in eval mode, run in turns for about `seconds`."""
+    times: list[list[float]] = [[] for _ in models]
+
+    def run(model: nn.Module) -> float:
+        start = time.perf_counter()
+        with autocast():
+            model(images)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        return time.perf_counter() - start
+
+    with torch.inference_mode():
+        for model in models:
+            run(model.eval())
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or not times[0]:
+            for model, taken in zip(models, times):
+                taken.append(run(model))
+    return [len(images) / statistics.median(taken) for taken in times]
+
+
+def report(
+    meter: DecisionMeter,
+    teacher: VisionMamba,
+    images: Tensor,
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    seconds: float = 5.0,
+) -> list[str]:
+    """What pruning does, in lines for a reader: kept shares from `meter`, whose model is the student; speed of student
+    and teacher on `images` (B, C, H, W); multiply-adds of an image at the input's size."""
+    student = meter.model
+    config, lines, ran = student.methods.pruning, [], None
+    if meter.tokens is not None:
+        kept = ", ".join(f"{share:.3f}" for share in meter.tokens.tolist())
+        lines.append(
+            f"Kept tokens, stage by stage: {kept} (wanted {', '.join(f'{r:.3f}' for r in config.token_ratio)})"
+        )
+    if meter.directions is not None:
+        ran = meter.directions
+        lines.append(f"Scan directions that ran: {float(ran.mean()):.3f} (wanted {config.block_keep_ratio:.3f})")
+    own, others = images_per_second([student, teacher], images, seconds, autocast)
+    lines.append(f"Images/s at batch {len(images)}: {own:.1f}, unpruned {others:.1f}, ratio {own / others:.2f}")
+    size = tuple(images.shape[2:])
+    flops, before = model_flops(student, size, ran), model_flops(teacher, size)
+    for name, now, then in zip(("published convention", "full"), flops, before):
+        lines.append(f"GFLOPs, {name}: {now / 1e9:.3f}, unpruned {then / 1e9:.3f}, {1 - now / then:.1%} fewer")
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,12 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.model, pruning=kind, token_ratio=(keep, keep**2, keep**3), block_keep_ratio=args.block_keep
         )
         model.load_state_dict(plain.state_dict(), strict=False)
-        models[kind] = model.eval()
+        models[kind] = model
         shares[kind] = 1.0 if kind == "token" else force_gates(model, args.batch_size, args.block_keep)
-    with torch.inference_mode():
-        speeds = images_per_second(
-            [lambda model=model: model(images) for model in models.values()], args.batch_size, args.seconds
-        )
+    speeds = images_per_second(list(models.values()), images, args.seconds)
     print(f"{args.model}, batch {args.batch_size}, {args.threads} threads, torch {torch.__version__}\n")
     print("| pruning | directions run | images/s | times plain | published, G | full, G |\n|---|---|---|---|---|---|")
     for (kind, model), speed in zip(models.items(), speeds):

@@ -300,6 +300,45 @@ class DynamicPruning(SiteMethod):
         return sum(seen) / len(mixer.directions)
 
 
+class DecisionMeter:
+    """Calls a pruned `model` for logits, and adds up what it decides over all calls.
+
+    `sums`, float64: the number of images; the kept share of each stage, summed over images; on how many images each
+    direction of each layer ran. Several meters' sums may be added.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, config = model, model.methods.pruning
+        self.stages = len(config.pruning_loc) if config.tokens else 0
+        self.shape = (model.depth, len(model.layers[0].mixer.directions)) if config.blocks else (0, 0)
+        self.sums = torch.zeros(1 + self.stages + self.shape[0] * self.shape[1], dtype=torch.float64)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> logits (B, classes)."""
+        output = self.model.forward_with_decisions(x)
+        sums = [torch.tensor([len(x)]), *(decision.double().mean(1).sum().view(1) for decision in output.decisions)]
+        if output.block_policy is not None:
+            sums.append(output.block_policy.double().sum((1, 2)).flatten())
+        self.sums += torch.cat([part.cpu().double() for part in sums])
+        return output.logits
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """The mean kept share of every stage (S,); None without token pruning."""
+        return self.sums[1 : 1 + self.stages] / self.sums[0] if self.stages else None
+
+    @property
+    def directions(self) -> Tensor | None:
+        """The share of images that each scan direction ran on, (depth, directions); None without block pruning."""
+        return self.sums[1 + self.stages :].view(self.shape) / self.sums[0] if self.shape[0] else None
+
+    def shares(self) -> dict[str, float]:
+        """The kept shares by name, for a log."""
+        named = {f"kept_tokens_{j + 1}": float(share) for j, share in enumerate(self.tokens if self.stages else ())}
+        return named | ({} if self.directions is None else {"kept_directions": float(self.directions.mean())})
+
+
 class PruningLoss(nn.Module):
     """Classification, the two keep targets, and the frozen teacher's logits and tokens.
 

@@ -42,7 +42,7 @@ def visualize_merging(
     model is run in eval mode without gradients and left in the mode it was in.
     """
     states = trace(model, images)
-    rows, cols = _cells(model, images.shape[-2:])
+    rows, cols = patch_cells(model, images.shape[-2:])
     shown = images.float().cpu() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
     for number, image in enumerate(shown.clamp(0, 1).permute(0, 2, 3, 1).numpy()):
         folder = Path(directory, f"image_{number}")
@@ -129,7 +129,7 @@ def _enlarge(array: np.ndarray) -> np.ndarray:
     return array.repeat(factor, 0).repeat(factor, 1)
 
 
-def _cells(model: nn.Module, size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def patch_cells(model: nn.Module, size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Which row of the token grid each row of pixels belongs to, and which column each column.
 
     Where patches overlap, a pixel belongs to the patch whose middle is nearest.

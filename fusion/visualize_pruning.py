@@ -1,0 +1,94 @@
+"""Pictures of what pruning decides: the patches that each stage keeps, and the scan directions that each layer runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from fusion.dynamic_pruning import DecisionMeter
+from fusion.visualize import patch_cells
+
+_logger = logging.getLogger(__name__)
+
+
+def visualize_pruning(
+    model: nn.Module,
+    images: Tensor,
+    directory: str | Path,
+    meter: DecisionMeter | None = None,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> None:
+    """Write what a pruned `model` keeps of `images` (N, 3, H, W), normalised by `mean` and `std`.
+
+    Image n gets the folder `directory`/image_n with `kept.png`, the image and beside it, for every stage, what is left
+    of it (dropped patches are white), and `kept.npz`, `kept` (stages, rows, cols) of bool. `directory`/directions.png
+    shows the share of images that each layer ran each scan direction on, over everything that `meter` saw, or over
+    `images` without one; directions.npz holds the same as `share` (depth, directions). The model is run in eval mode
+    and left in the mode it was in.
+    """
+    directory, training = Path(directory), model.training
+    directory.mkdir(parents=True, exist_ok=True)
+    meter = DecisionMeter(model) if meter is None else meter
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model.forward_with_decisions(images)
+            if not meter.sums[0]:
+                meter(images)
+    finally:
+        model.train(training)
+    if output.decisions:
+        rows, cols = patch_cells(model, images.shape[-2:])
+        shown = images.float().cpu() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+        kept = torch.stack(output.decisions, 1).bool().cpu().numpy()
+        kept = kept.reshape(*kept.shape[:2], int(rows.max()) + 1, int(cols.max()) + 1)
+        for number, image in enumerate(shown.clamp(0, 1).permute(0, 2, 3, 1).numpy()):
+            folder = directory / f"image_{number}"
+            folder.mkdir(exist_ok=True)
+            np.savez_compressed(folder / "kept.npz", kept=kept[number])
+            masks = kept[number][:, rows[:, None], cols[None]]
+            draw_kept(image, masks, model.methods.pruning.pruning_loc).savefig(folder / "kept.png")
+    if meter.directions is not None:
+        np.savez_compressed(directory / "directions.npz", share=meter.directions.numpy())
+        draw_directions(meter.directions.numpy(), int(meter.sums[0])).savefig(directory / "directions.png")
+    _logger.info("Pictures of what pruning keeps of %d images are in %s.", len(images), directory)
+
+
+def draw_kept(image: np.ndarray, masks: np.ndarray, layers: Sequence[int]) -> Figure:
+    """One row: the image (H, W, 3) in 0..1, then what each of `masks` (stages, H, W), True for kept, leaves of it."""
+    figure = Figure(figsize=(2.4 * (len(masks) + 1), 2.7), layout="constrained")
+    titles = ["image", *(f"from layer {layer} on: {mask.mean():.0%}" for layer, mask in zip(layers, masks))]
+    pictures = [image, *(np.where(mask[..., None], image, 1.0) for mask in masks)]
+    for axis, picture, title in zip(figure.subplots(1, len(pictures)), pictures, titles):
+        axis.imshow(picture)
+        axis.set_title(title, fontsize=9)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    return figure
+
+
+def draw_directions(shares: np.ndarray, images: int) -> Figure:
+    """Bars: the share of `images` images on which each layer ran each scan direction, (depth, directions)."""
+    depth, directions = shares.shape
+    figure = Figure(figsize=(max(4.0, 0.4 * depth), 3.0), layout="constrained")
+    axis = figure.subplots()
+    width = 0.8 / directions
+    for direction, name in zip(range(directions), ("forward", "backward")):
+        places = np.arange(depth) - 0.4 + (direction + 0.5) * width
+        axis.bar(places, shares[:, direction], width, label=name)
+    axis.axhline(shares.mean(), color="0.4", linewidth=1, linestyle="--", label=f"mean {shares.mean():.2f}")
+    axis.set_xticks(range(depth))
+    axis.set_ylim(0, 1.02)
+    axis.set_xlabel("layer")
+    axis.set_ylabel("share of images")
+    axis.set_title(f"Scan directions that ran, {images} images", fontsize=10)
+    axis.legend(ncols=3, fontsize=8, loc="lower right")
+    return figure
