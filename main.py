@@ -341,8 +341,8 @@ def visualize(
     device: torch.device,
     meter: DecisionMeter | None = None,
 ) -> None:
-    """Save pictures of what `model` does to the first test images, if --visualize asks for them, and of what `meter` saw
-    a pruned one do."""
+    """Save pictures of what `model` does to the first test images, if --visualize asks for them; what `meter` saw a
+    pruned one decide is among them."""
     if not args.visualize or not utils.is_main_process():
         return
     from fusion.visualize import NUM_IMAGES, visualize_merging
