@@ -160,6 +160,7 @@ def _fetch(batches: Iterator[tuple[Tensor, Tensor]], stop: StopRequest) -> tuple
         failure = error
     stops, fails = utils.any_process(bool(stop), failure is not None)
     if failure is not None:
+        failure.is_own = True
         raise failure
     if fails:
         raise PeerError

@@ -410,9 +410,7 @@ def main(argv: list[str] | None = None) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     except UsageError as error:
-        # what goes wrong before the work is the same for every process of a machine
-        if utils.speaks_for_node() or error.is_own:
-            print(f"main.py: error: {error}", file=sys.stderr)
+        utils.tell_mistake(error)
         return 2
     except (RunError, PeerError) as error:
         if str(error):

@@ -33,7 +33,10 @@ class UsageError(ValueError):
     """A mistake of the user's, told in one sentence; `main` prints it and exits with code 2.
 
     A data-loader worker hands its exception over as the text of a traceback; the sentence is what that text ends with.
+    `is_own` is set where only this process of a run has met the mistake.
     """
+
+    is_own = False
 
     def __init__(self, message: str) -> None:
         super().__init__(
@@ -184,11 +187,19 @@ def init_processes(args: argparse.Namespace) -> torch.device:
         args.rank = 0
     if args.distributed:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        if launched:
-            dist.init_process_group(backend, args.dist_url, rank=args.rank, world_size=args.world_size)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = _meeting_place(args) if launched else dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=args.rank, world_size=args.world_size)
     return device
+
+
+def _meeting_place(args: argparse.Namespace) -> dist.Store:
+    """The store at --dist_url through which the processes find each other."""
+    store, _, _ = next(dist.rendezvous(args.dist_url, args.rank, args.world_size))
+    # torchrun keeps one store for all restarts, where processes would find the addresses of those that died; machines
+    # count restarts on their own, so several of them want TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return store
 
 
 def _choose_device(name: str | None, local_rank: int | None) -> torch.device:
@@ -256,6 +267,15 @@ def once_per_node(work: Callable[[], None]) -> None:
         raise failure
     if failed:
         raise PeerError
+
+
+def tell_mistake(error: UsageError) -> None:
+    """Print `error`: from one process of each machine, unless only this process has met it."""
+    if speaks_for_node() or error.is_own:
+        print(f"main.py: error: {error}", file=sys.stderr, flush=True)
+    else:
+        # a launcher ends all processes as soon as one has ended, and the one that speaks may be slower
+        time.sleep(10)
 
 
 def is_lost_peer(error: Exception) -> bool:
