@@ -1,0 +1,117 @@
+"""Several processes: the same numbers as one, one decision for all, and an end in seconds when one dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import MICRO, QUICK, ROOT, Result, finish, start
+from tests.program_data import write_cifar100
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+
+
+def lines(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """The process ids of the ranks that a launcher started, by rank."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                variables = (entry / "environ").read_text().split("\0")
+            except (OSError, ValueError):
+                continue
+            rank = [int(text[5:]) for text in variables if text.startswith("RANK=")]
+            if parent == process.pid and rank:
+                found[rank[0]] = int(entry.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def wait_for_epoch(process: subprocess.Popen[str], output: Path, epoch: int) -> None:
+    """Until log.txt has the line of `epoch`."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        if (output / "log.txt").exists() and len(lines(output)) > epoch:
+            return
+        time.sleep(0.1)
+    process.terminate()  # a launcher that is killed would leave its processes behind
+    raise AssertionError(process.communicate()[1])
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("name", ["torchrun", "launch"])
+def test_two_processes_do_what_one_does(name: str, program: Callable[..., Result], tmp_path: Path) -> None:
+    """The first step's loss is that of one process on the same batch, and accuracy does not count padding."""
+    data = write_cifar100(tmp_path / "data", train=8, test=15)
+    flags = [*QUICK, "--data-set", "CIFAR", "--data-path", data, "--mixup", 0, "--cutmix", 0, "--drop-path", 0]
+    flags += ["--dist-eval", "--no-model-ema", "--epochs", 3]
+    launch = ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--use_env", f"--master_port={free_port()}")
+    launcher = TORCHRUN if name == "torchrun" else launch
+    two = finish(start(*launcher, MICRO, *flags, "--batch-size", 4, "--output_dir", tmp_path / "two"))
+    assert two.code == 0, two.err
+    assert two.out.count("2 process(es)") == 1
+    assert program(*flags, "--output_dir", tmp_path / "one").code == 0
+    for first, second in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert first["train_loss"] == pytest.approx(second["train_loss"], rel=1e-4 if first["epoch"] else 1e-6)
+        assert first["test_acc5"] == second["test_acc5"]
+        assert first["test_loss"] == pytest.approx(second["test_loss"], rel=1e-4)
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step(
+    program: Callable[..., Result], cifar: Path, tmp_path: Path
+) -> None:
+    flags = [*QUICK, "--data-set", "CIFAR", "--data-path", cifar, "--batch-size", 4, "--output_dir", tmp_path]
+    flags += ["--num_workers", 1]
+    process = start(*TORCHRUN, MICRO, *flags, "--epochs", 1000)
+    wait_for_epoch(process, tmp_path, 1)
+    os.kill(ranks_of(process)[1], signal.SIGUSR1)
+    result = finish(process, 60)
+    assert result.code == 0, result.err
+    assert result.err.count("Stopped by") == 1
+    state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert len(state["processes"]) == 2
+    # one process goes on with what two have left
+    result = program(*flags, "--resume", "auto", "--epochs", state["epoch"] + 2)
+    assert result.code == 0
+    assert "saved by 2 processes" in result.err
+    assert [line["epoch"] for line in lines(tmp_path)] == list(range(state["epoch"] + 2))
+
+
+def test_killed_rank_ends_the_job_and_a_restart_goes_on(cifar: Path, tmp_path: Path) -> None:
+    flags = [*QUICK, "--data-set", "CIFAR", "--data-path", cifar, "--batch-size", 4, "--output_dir", tmp_path]
+    process = start(*TORCHRUN, "--max-restarts", 1, MICRO, *flags, "--epochs", 1000, "--resume", "auto")
+    for restart in range(2):
+        epochs = len(lines(tmp_path)) if restart else 0
+        wait_for_epoch(process, tmp_path, epochs + 1)
+        os.kill(ranks_of(process)[1], signal.SIGKILL)
+        began = time.monotonic()
+    result = finish(process, 60)
+    assert time.monotonic() - began < 30
+    assert result.code != 0
+    assert "Signal 9" in result.err
+    assert [line["epoch"] for line in lines(tmp_path)] == list(range(len(lines(tmp_path))))
+
+
+def test_a_mistake_is_told_once(tmp_path: Path) -> None:
+    result = finish(start(*TORCHRUN, MICRO, *QUICK, "--data-set", "IMNET", "--data-path", tmp_path / "nowhere"))
+    assert result.code != 0
+    assert result.err.count("nowhere does not exist") == 1
+    assert (ROOT / "main.py").exists()
