@@ -353,8 +353,10 @@ class TrainBatches:
         workers = _workers(args)
         options: dict[str, Any] = {}
         if isinstance(dataset, IterableDataset):
-            count = len(dataset) // utils.world_size()  # type: ignore[arg-type]
-            self.steps = count // self.batch_size or None
+            # timm's readers share their samples among processes, and count those of one
+            if hasattr(dataset, "set_loader_cfg"):
+                dataset.set_loader_cfg(num_workers=workers)
+            self.steps = len(dataset) // self.batch_size or None  # type: ignore[arg-type]
         else:
             repeats = REPEATS if args.repeated_aug else 1
             self.sampler = SeededSampler(dataset, args.seed, utils.rank(), utils.world_size(), repeats)
@@ -407,7 +409,7 @@ class EvalBatches:
             size = len(dataset)  # type: ignore[arg-type]
             self.steps = math.ceil(math.ceil(size / shares) / batch_size)
             options = {"sampler": range(utils.rank() % shares, size, shares)}
-        # timm's readers share streams among processes themselves
+        # timm's readers share streams themselves, as evenly as their shards allow
         self.shared = (shares if not streams else utils.world_size()) > 1
         workers = _workers(args)
         self.loader = DataLoader(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import sys
 import tarfile
 from collections.abc import Callable
@@ -136,8 +137,11 @@ def test_timm_folder(flags: Callable[..., argparse.Namespace], tmp_path: Path) -
 
 def test_web_dataset_shards(flags: Callable[..., argparse.Namespace], tmp_path: Path) -> None:
     pytest.importorskip("webdataset")
+    splits = {}
     for split, count in (("train", 16), ("validation", 6)):
-        with tarfile.open(tmp_path / f"{split}-0000.tar", "w") as shard:
+        file = f"{split}-0000.tar"
+        splits[split] = dict(name=split, num_samples=count, filenames=[file], shard_lengths=[count])
+        with tarfile.open(tmp_path / file, "w") as shard:
             for number, picture in enumerate(program_data.pictures(count)):
                 buffer = io.BytesIO()
                 Image.fromarray(picture).save(buffer, "JPEG")
@@ -145,10 +149,17 @@ def test_web_dataset_shards(flags: Callable[..., argparse.Namespace], tmp_path: 
                     entry = tarfile.TarInfo(f"{number:05}.{suffix}")
                     entry.size = len(content)
                     shard.addfile(entry, io.BytesIO(content))
+    (tmp_path / "_info.json").write_text(json.dumps({"name": "small", "splits": splits}))
     args = flags("--data-set", "timm/wds/small", "--data-path", tmp_path, "--num-classes", 4, "--batch-size", 4)
     dataset, classes = datasets.build_dataset(True, args)
     assert classes == 4
-    assert next(datasets.TrainBatches(dataset, args).epoch(0))[0].shape == (4, 3, 32, 32)
+    loader = datasets.TrainBatches(dataset, args)
+    assert loader.steps == 4
+    assert [images.shape for images, _ in loader.epoch(0)] == 4 * [(4, 3, 32, 32)]
+    whole, rest = ([targets.tolist() for _, targets in loader.epoch(1, start)] for start in (0, 2))
+    assert whole[2:] == rest
+    test, _ = datasets.build_dataset(False, args)
+    assert sum(len(targets) for _, targets in datasets.EvalBatches(test, args)) == 6
 
 
 def test_hugging_face_package_is_found_behind_this_module(
