@@ -142,7 +142,7 @@ def test_finetune_at_another_size_and_class_count(
 
 TRAININGS = {
     "soft": "--distillation-type soft --teacher-model vim_micro_patch8_32 --teacher-path {teacher}",
-    "hard": "--distillation-type hard --distillation-tau 2 --teacher-model vim_micro_patch8_32 --teacher-path {teacher}",
+    "hard": "--distillation-type hard --teacher-model vim_micro_patch8_32 --teacher-path {teacher}",
     "distilled heads": "--model deit_tiny_distilled_patch16_224 --input-size 32 --distillation-type hard "
     "--teacher-model vim_micro_patch8_32 --teacher-path {teacher}",
     "cosub": "--cosub",
