@@ -27,6 +27,9 @@ _VECTOR = 4
 _BACKWARD_STRIP, _BACKWARD_BLOCKS = 32, 8
 _MAX_GRID = 65535
 
+_FORWARD_SOURCE = _nvrtc.SHARED_SOURCES / "conv_forward.cu"
+_BACKWARD_SOURCE = _nvrtc.SHARED_SOURCES / "conv_backward.cu"
+
 _SIZES = struct.Struct("6i")
 _FORWARD = struct.Struct("4q4q2q")
 _BACKWARD = struct.Struct("4q4q4q3q6i2i")
@@ -104,9 +107,7 @@ def forward(convs: Sequence[Conv]) -> list[Tensor]:
     sizes = _SIZES.pack(batch, dim, seqlen, strips, first.silu, _time_fastest(first.x))
     device = _nvrtc.device(first.x.device.index)
     types = f"{CPP_TYPES[first.x.dtype]},{CPP_TYPES[kept[0][0].dtype]}"
-    kernel = device.kernel(
-        _nvrtc.SHARED_SOURCES / "conv_forward.cu", f"{types},{vector},{first.weight.shape[1]}", _THREADS
-    )
+    kernel = device.kernel(_FORWARD_SOURCE, f"{types},{vector},{first.weight.shape[1]}", _THREADS)
     grid = (-(-(dim // vector) * strips // _THREADS), min(batch, _MAX_GRID), len(convs))
     kernel(grid, b"".join(params) + bytes(len(params[0]) * (2 - len(params))) + sizes)
     return outs
@@ -141,12 +142,12 @@ def conv_backward(
         *(strip, 0),
     )
     types = f"{CPP_TYPES[x.dtype]},{CPP_TYPES[taps.dtype]}"
-    kernel = device.kernel(_nvrtc.SHARED_SOURCES / "conv_backward.cu", f"{types},{vector},{width}", _THREADS)
+    kernel = device.kernel(_BACKWARD_SOURCE, f"{types},{vector},{width}", _THREADS)
     kernel((blocks_across, rows, blocks_along), params)
-    dweight = weight.new_empty(weight.shape)
-    wanted = [Sum(sums[:, None, :, :width], dweight[None])]
+    dweight, parts, row = weight.new_empty(weight.shape), sums.data_ptr(), dim * (width + 1)
+    wanted = [Sum(parts, len(sums), row, (0, width + 1, 1), dweight, (0, width, 1), (1, dim, width))]
     dbias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     if bias is not None:
-        wanted.append(Sum(sums[:, None, None, :, width], dbias[None, None]))
+        wanted.append(Sum(parts + 4 * width, len(sums), row, (0, 0, width + 1), dbias, (0, 0, 1), (1, 1, dim)))
     add_up(device, wanted)
     return dx, dweight, dbias

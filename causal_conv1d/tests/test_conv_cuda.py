@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from causal_conv1d import _nvrtc, backend, causal_conv1d_fn, cuda, torch_kernels
-from causal_conv1d._reduce import Sum, add_up
+from causal_conv1d._reduce import Sum, add_up, dense_sum
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -277,9 +277,10 @@ def test_empty(batch, seqlen, device):
 @pytest.mark.parametrize("rows", [1, 16, 17, 100])
 def test_emulated_reduction(rows, device):
     parts, wide = torch.randn(rows, 2, 3, 50), torch.randn(rows, 7)
-    first, second = torch.empty(3, 50, 2).permute(2, 0, 1), torch.empty(7, dtype=torch.bfloat16)
-    add_up(_nvrtc.device(0), [Sum(parts, first), Sum(wide[:, None, None], second[None, None])])
-    torch.testing.assert_close(first, parts.sum(0))
+    first, second = torch.empty(3, 50, 2), torch.empty(7, dtype=torch.bfloat16)
+    turned = Sum(parts.data_ptr(), rows, 300, (150, 50, 1), first, (1, 100, 2), (2, 3, 50))
+    add_up(_nvrtc.device(0), [turned, dense_sum(wide.data_ptr(), rows, second)])
+    torch.testing.assert_close(first, parts.sum(0).permute(1, 2, 0))
     torch.testing.assert_close(second.float(), wide.sum(0), rtol=1e-2, atol=1e-2)
 
 

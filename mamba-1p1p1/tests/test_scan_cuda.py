@@ -239,7 +239,15 @@ def test_emulated_directions_share_a_launch(device):
 def test_emulated_scan_shares_memory_out_sparingly(device, monkeypatch):
     """Blocks that must share channel tiles or batch entries add to what is there already."""
     device(1)
-    monkeypatch.setattr(cuda, "_backward_grid", lambda plan, tiles: (2, 3))
+    wanted = cuda._backward_plan
+
+    def shared(plan):
+        how = wanted(plan)
+        assert how.slots > 2
+        assert how.rows > 3
+        return how._replace(grid=(2, 3, 1), sizes=plan.sizes(2, 2), slots=2, rows=3)
+
+    monkeypatch.setattr(cuda, "_backward_plan", shared)
     assert_scan_parity(arguments(7, 400, 20, 16), True, False)
 
 
@@ -326,12 +334,9 @@ def memory_beyond_results(batch, dim, seqlen, dstate, multiprocessors=132):
     states = np.prod(cuda.states_shape(batch, dim, seqlen, dstate))
     tensors = [torch.empty(size, device="meta") for size in ((batch, dim, seqlen),) * 2]
     A, B = torch.empty(dim, dstate, device="meta"), torch.empty(batch, 1, dstate, seqlen, device="meta")
-    plan = cuda._plan([cuda.Scan(*tensors, A, B, B, None, None, None, True, False)])
-    most = 0
-    for channels in (1, 2):
-        slots, rows = cuda._backward_grid(plan, plan.tiles(channels))
-        matrices = slots * batch * seqlen * 2 * plan.lanes * cuda.STATES
-        most = max(most, matrices + rows * plan.splits * dim * (dstate + 2))
+    plan = cuda._plan_for([cuda.Scan(*tensors, A, B, B, None, None, None, True, False)])
+    how = cuda._backward_plan(plan)
+    most = how.slots * batch * seqlen * 2 * plan.lanes * cuda.STATES + how.rows * dim * (dstate + 2)
     carried = plan.splits * batch * dim * (dstate + 1) if plan.splits > 1 else 0
     return (states + carried + most) / (batch * dim * seqlen)
 

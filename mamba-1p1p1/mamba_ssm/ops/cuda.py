@@ -12,13 +12,14 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from causal_conv1d import _nvrtc
 from causal_conv1d._nvrtc import CPP_TYPES
-from causal_conv1d._reduce import Sum, add_up
+from causal_conv1d._reduce import Sum, add_up, dense_sum
 from mamba_ssm.ops import torch_kernels
 from mamba_ssm.ops.cuda_norm import norm_backward, norm_forward
 from torch import Tensor
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 SOURCES = Path(__file__).parent.parent / "csrc"
+_FORWARD_SOURCE, _BACKWARD_SOURCE = SOURCES / "scan_forward.cu", SOURCES / "scan_backward.cu"
+_STATES_SOURCE, _CARRY_SOURCE = SOURCES / "scan_states.cu", SOURCES / "scan_carry.cu"
 MAX_DSTATE = 64
 # Of scan_tile.h.
 THREADS, STATES = 128, 4
@@ -114,12 +117,11 @@ def _address_of(tensor: Tensor | None, index: int) -> int:
 
 
 class _Plan(NamedTuple):
-    """What the launches of one operator share."""
+    """What the launches of one operator share; see `_plan`."""
 
     device: _nvrtc.Device
     types: str
     lanes: int
-    channels_per_thread: int
     batch: int
     dim: int
     seqlen: int
@@ -128,28 +130,30 @@ class _Plan(NamedTuple):
     directions: int
     splits: int
     split_length: int
-    softplus: bool
-    time_fastest: bool
-    state_fastest: bool
+    options: tuple[bool, bool, bool]
+    blocks_wanted: int
 
     def tiles(self, channels_per_thread: int) -> int:
         """Channel tiles in a group."""
         channels = THREADS // self.lanes * channels_per_thread
         return -(-(self.dim // self.groups) // channels)
 
-    def sizes(self, channels_per_thread: int, slots: int = 0, splits: int | None = None) -> bytes:
+    def fills(self, channels_per_thread: int) -> bool:
+        """Whether so many channels per thread are possible and leave the device enough blocks."""
+        blocks = self.batch * self.dim * self.directions * self.lanes // (channels_per_thread * THREADS)
+        return channels_per_thread <= self.lanes and blocks >= self.blocks_wanted
+
+    def sizes(self, channels_per_thread: int, slots: int = 0) -> bytes:
         """`struct Sizes` of scan_tile.h."""
         return _SIZES.pack(
             *(self.batch, self.dim, self.seqlen, self.dstate),
             *(self.groups, self.tiles(channels_per_thread), slots),
-            *(self.splits if splits is None else splits, self.split_length if splits is None else self.seqlen),
-            *(self.directions, INTERVAL),
-            *(self.softplus, self.time_fastest, self.state_fastest),
+            *(self.splits, self.split_length, self.directions, INTERVAL, *self.options),
         )
 
     def launch(
         self,
-        kernel: str,
+        source: Path,
         arguments: str,
         grid: tuple[int, int, int],
         params: list[bytes],
@@ -158,45 +162,85 @@ class _Plan(NamedTuple):
     ) -> None:
         """Launch a kernel whose argument is one struct per direction, twice, then `Sizes`."""
         directions = b"".join(params) if self.directions == 2 else params[0] + bytes(len(params[0]))
-        self.device.kernel(SOURCES / f"{kernel}.cu", arguments, THREADS)(grid, directions + sizes, dynamic_bytes)
+        self.device.kernel(source, arguments, THREADS)(grid, directions + sizes, dynamic_bytes)
 
 
-def _channels_per_thread(blocks_wanted: int, teams: int, lanes: int) -> int:
-    """As many channels per thread as leave the device enough blocks: more channels mean fewer reads of B and C."""
-    for channels in (4, 2):
-        if channels <= lanes and teams * lanes // (channels * THREADS) >= blocks_wanted:
-            return channels
-    return 1
+class _ForwardPlan(NamedTuple):
+    """How forward is launched."""
+
+    arguments: str
+    grid: tuple[int, int, int]
+    sizes: bytes
 
 
-def _plan(scans: Sequence[Scan]) -> _Plan:
-    first = scans[0]
-    (batch, dim, seqlen), dstate, lanes = first.u.shape, first.A.shape[1], lanes_for(first.A.shape[1])
-    device = _nvrtc.device(first.u.device.index)
+class _BackwardPlan(NamedTuple):
+    """How backward is launched: beside that, how many blocks share the channel tiles of a group, and the batch."""
+
+    arguments: str
+    grid: tuple[int, int, int]
+    sizes: bytes
+    shared_bytes: int
+    slots: int
+    rows: int
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    device: _nvrtc.Device,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, int, int],
+    dstate: int,
+    groups: int,
+    directions: int,
+    options: tuple[bool, bool, bool],
+) -> _Plan:
+    (batch, dim, seqlen), lanes = shape, lanes_for(dstate)
     blocks_wanted = 2 * device.multiprocessors
-    teams = batch * dim * len(scans)
     # A split costs a pass over u, delta and B, so only long sequences that leave most of the device idle are split.
-    splits = min(blocks_wanted * THREADS // max(1, teams * lanes), seqlen // (8 * INTERVAL))
+    splits = min(blocks_wanted * THREADS // (batch * dim * directions * lanes), seqlen // (8 * INTERVAL))
     split_length = seqlen if splits < 2 else -(-seqlen // (splits * INTERVAL)) * INTERVAL
-    z = first.u if first.z is None else first.z
-    types = ",".join(CPP_TYPES[tensor.dtype] for tensor in (first.u, first.delta, z, first.B))
-    return _Plan(
-        device,
-        types,
-        lanes,
-        _channels_per_thread(blocks_wanted, teams, lanes),
-        batch,
-        dim,
-        seqlen,
-        dstate,
-        first.B.shape[1],
-        len(scans),
-        -(-seqlen // split_length),
-        split_length,
-        first.delta_softplus,
-        first.u.stride(2) == 1 and first.u.stride(1) != 1,
-        first.B.stride(2) == 1,
-    )
+    types, splits = ",".join(CPP_TYPES[dtype] for dtype in dtypes), -(-seqlen // split_length)
+    sizes = lanes, batch, dim, seqlen, dstate, groups, directions, splits, split_length
+    return _Plan(device, types, *sizes, options, blocks_wanted)
+
+
+def _plan_for(scans: Sequence[Scan]) -> _Plan:
+    u, delta, A, B, _, _, z, _, softplus, _ = scans[0]
+    dtypes = u.dtype, delta.dtype, u.dtype if z is None else z.dtype, B.dtype
+    options = softplus, u.stride(2) == 1 and u.stride(1) != 1, B.stride(2) == 1
+    return _plan(_nvrtc.device(u.device.index), dtypes, u.shape, A.shape[1], B.shape[1], len(scans), options)
+
+
+@lru_cache(maxsize=256)
+def _forward_plan(plan: _Plan) -> _ForwardPlan:
+    # More channels per thread mean fewer reads of B and C.
+    channels = next((channels for channels in (4, 2) if plan.fills(channels)), 1)
+    grid = plan.groups * plan.tiles(channels), min(plan.batch, MAX_GRID), plan.directions * plan.splits
+    return _ForwardPlan(f"{plan.types},{plan.lanes},{channels}", grid, plan.sizes(channels))
+
+
+@lru_cache(maxsize=256)
+def _backward_plan(plan: _Plan) -> _BackwardPlan:
+    """Blocks share places in the workspace where it would else take more than `u` in float32 for the sums over B and C,
+    or more than half of that for the sums over A."""
+    channels = 2 if plan.lanes >= 4 and plan.fills(2) else 1
+    padded, tiles = plan.lanes * STATES, plan.tiles(channels)
+    slots = max(1, min(tiles, plan.dim // (plan.groups * padded * (2 if padded <= 16 else 4))))
+    rows = plan.batch * plan.seqlen // (2 * plan.dstate * plan.splits)
+    rows = max(1, min(plan.batch, MAX_GRID, rows))
+    rows = -(-plan.batch // -(-plan.batch // rows))
+    grid = plan.groups * slots, rows, plan.directions * plan.splits
+    shared = _backward_shared_bytes(plan.lanes, channels)
+    arguments = f"{plan.types},{plan.lanes},{channels}"
+    return _BackwardPlan(arguments, grid, plan.sizes(channels, slots), shared, slots, rows * plan.splits)
+
+
+def _backward_shared_bytes(lanes: int, channels_per_thread: int) -> int:
+    """Shared memory of scan_backward.cu."""
+    channels, dstate, sub, warps = THREADS // lanes * channels_per_thread, lanes * STATES, 4, THREADS // 32
+    rows, matrices = 3 * INTERVAL * channels, 2 * INTERVAL * dstate
+    starts = (INTERVAL // sub - 1) * channels_per_thread * THREADS * STATES
+    return 4 * (rows + matrices + starts + 2 * warps * sub * 2 * dstate + 2 * channels)
 
 
 def _prepared(scan: Scan) -> Scan:
@@ -235,19 +279,19 @@ def _carried_states(plan: _Plan, scans: Sequence[Scan], inputs: Sequence[Tensor]
         for i, (scan, given) in enumerate(zip(scans, inputs))
     ]
     grid = (grid_x, grid_y, plan.directions * plan.splits)
-    plan.launch("scan_states", f"{plan.types},{plan.lanes},{flag}", grid, params, sizes)
+    plan.launch(_STATES_SOURCE, f"{plan.types},{plan.lanes},{flag}", grid, params, sizes)
     params = [
         _CARRY.pack(_address(scan.A), _address_of(states, i), _address_of(dt_sums, i)) for i, scan in enumerate(scans)
     ]
     grid = (-(-plan.dim * plan.dstate // THREADS), grid_y, plan.directions)
-    plan.launch("scan_carry", flag, grid, params, sizes)
+    plan.launch(_CARRY_SOURCE, flag, grid, params, sizes)
     return states
 
 
 def forward(scans: Sequence[Scan], save_states: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(out, last_state, states) of one or two directions, in one launch (three, if the sequence is split)."""
     scans = [_prepared(scan) for scan in scans]
-    plan = _plan(scans)
+    plan = _plan_for(scans)
     u = scans[0].u
     carried = _carried_states(plan, scans, [scan.u for scan in scans], False) if plan.splits > 1 else None
     results, params = [], []
@@ -269,9 +313,8 @@ def forward(scans: Sequence[Scan], save_states: bool) -> list[tuple[Tensor, Tens
                 *(_address_of(carried, i), _address(last_state), _address(states) if states.numel() else 0),
             )
         )
-    channels = plan.channels_per_thread
-    grid = (plan.groups * plan.tiles(channels), min(plan.batch, MAX_GRID), plan.directions * plan.splits)
-    plan.launch("scan_forward", f"{plan.types},{plan.lanes},{channels}", grid, params, plan.sizes(channels))
+    arguments, grid, sizes = _forward_plan(plan)
+    plan.launch(_FORWARD_SOURCE, arguments, grid, params, sizes)
     return results
 
 
@@ -297,54 +340,46 @@ def scan_forward(
     return forward([scan], save_states)[0]
 
 
-def _backward_shared_bytes(lanes: int, channels_per_thread: int) -> int:
-    """Shared memory of scan_backward.cu."""
-    channels, dstate, sub, warps = THREADS // lanes * channels_per_thread, lanes * STATES, 4, THREADS // 32
-    rows, matrices = 3 * INTERVAL * channels, 2 * INTERVAL * dstate
-    starts = (INTERVAL // sub - 1) * channels_per_thread * THREADS * STATES
-    return 4 * (rows + matrices + starts + 2 * warps * sub * 2 * dstate + 2 * channels)
-
-
 class _Workspace(NamedTuple):
     """Where the blocks of a backward scan leave their sums, one row per block that shares a place: all float32."""
 
-    matrices: Tensor  # (directions, slots, batch * groups, seqlen, 2, padded dstate)
+    matrices: Tensor  # (directions, slots, batch, groups, seqlen, 2, padded dstate)
     A: Tensor  # (directions, rows, dim, dstate)
     D: Tensor  # (directions, rows, dim)
     bias: Tensor  # (directions, rows, dim)
 
+    @classmethod
+    def of(cls, plan: _Plan, how: _BackwardPlan, u: Tensor) -> _Workspace:
+        """Memory for it."""
+        sequences = how.slots, plan.batch, plan.groups, plan.seqlen
+        shapes = (*sequences, 2, plan.lanes * STATES), (how.rows, plan.dim, plan.dstate), (how.rows, plan.dim)
+        return cls(*(u.new_empty((plan.directions, *shapes[i]), dtype=torch.float32) for i in (0, 1, 2, 2)))
 
-def _backward_grid(plan: _Plan, tiles: int) -> tuple[int, int]:
-    """How many blocks share the channel tiles of a group, and how many share the batch.
-
-    As many as there are, unless their sums over B and C would then take more memory than `u` in float32, or those over
-    A more than half of it.
-    """
-    padded = plan.lanes * STATES
-    slots = plan.dim // (plan.groups * padded * (2 if padded <= 16 else 4))
-    rows = plan.batch * plan.seqlen // (2 * plan.dstate * plan.splits)
-    rows = max(1, min(plan.batch, MAX_GRID, rows))
-    return max(1, min(tiles, slots)), -(-plan.batch // -(-plan.batch // rows))
+    def sums(self, plan: _Plan, how: _BackwardPlan, direction: int, grads: Sequence[Tensor]) -> list[Sum]:
+        """How the gradients of A, B, C, D and delta_bias follow from what the blocks left."""
+        dA, dB, dC, dD, dbias = grads
+        sums = [dense_sum(_address_of(self.A, direction), how.rows, dA)]
+        step, sequences = 2 * plan.lanes * STATES, plan.batch * plan.groups
+        for number, grad in enumerate((dB, dC)):
+            parts = _address_of(self.matrices, direction) + number * plan.lanes * STATES * 4
+            strides, grad_strides = (plan.seqlen * step, step, 1), (plan.dstate * plan.seqlen, 1, plan.seqlen)
+            sizes = sequences, plan.seqlen, plan.dstate
+            sums.append(Sum(parts, how.slots, sequences * plan.seqlen * step, strides, grad, grad_strides, sizes))
+        for rows, grad in ((self.D, dD), (self.bias, dbias)):
+            if grad.numel():
+                sums.append(dense_sum(_address_of(rows, direction), how.rows, grad))
+        return sums
 
 
 def backward(scans: Sequence[Scan], douts: Sequence[Tensor], saved: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     """Gradients (u, delta, A, B, C, D, z, delta_bias) of each direction; `saved` is what `forward` kept of each."""
-    wanted, scans = scans, [_prepared(scan) for scan in scans]
+    given, scans = scans, [_prepared(scan) for scan in scans]
     douts = [dout.to(scan.u.dtype) for dout, scan in zip(douts, scans)]
-    plan, u = _plan(scans), scans[0].u
+    plan, u = _plan_for(scans), scans[0].u
+    how = _backward_plan(plan)
     carried = _carried_states(plan, scans, douts, True) if plan.splits > 1 else None
-    teams, enough = plan.batch * plan.dim * len(scans), 2 * plan.device.multiprocessors
-    channels = 2 if plan.lanes >= 4 and teams * plan.lanes // (2 * THREADS) >= enough else 1
-    tiles = plan.tiles(channels)
-    slots, rows = _backward_grid(plan, tiles)
-    floats, many = {"dtype": torch.float32}, plan.directions
-    work = _Workspace(
-        u.new_empty((many, slots, plan.batch * plan.groups, plan.seqlen, 2, plan.lanes * STATES), **floats),
-        u.new_empty((many, rows * plan.splits, plan.dim, plan.dstate), **floats),
-        u.new_empty((many, rows * plan.splits, plan.dim), **floats),
-        u.new_empty((many, rows * plan.splits, plan.dim), **floats),
-    )
-    results, params, sums, step = [], [], [], 2 * plan.lanes * STATES
+    work, step = _Workspace.of(plan, how, u), 2 * plan.lanes * STATES
+    results, params, sums = [], [], []
     for i, (scan, dout) in enumerate(zip(scans, douts)):
         du, ddelta = torch.empty_like(scan.u), torch.empty_like(scan.delta)
         dz = None if scan.z is None else torch.empty_like(scan.z)
@@ -369,30 +404,14 @@ def backward(scans: Sequence[Scan], douts: Sequence[Tensor], saved: Sequence[Ten
                 0 if scan.delta_bias is None else _address_of(work.bias, i),
             )
         )
-        parameters = scan.A, wanted[i].B, wanted[i].C, scan.D, scan.delta_bias
+        parameters = scan.A, given[i].B, given[i].C, scan.D, scan.delta_bias
         grads = [u.new_empty(0) if t is None else t.new_empty(t.shape) for t in parameters]
-        sums += _parameter_sums(scan, grads, work, i)
+        sums += work.sums(plan, how, i, grads)
         dA, dB, dC, dD, dbias = grads
         results.append((du, ddelta, dA, dB, dC, dD, u.new_empty(0) if dz is None else dz, dbias))
-    grid = (plan.groups * slots, rows, plan.directions * plan.splits)
-    arguments = f"{plan.types},{plan.lanes},{channels}"
-    shared = _backward_shared_bytes(plan.lanes, channels)
-    plan.launch("scan_backward", arguments, grid, params, plan.sizes(channels, slots), shared)
+    plan.launch(_BACKWARD_SOURCE, how.arguments, how.grid, params, how.sizes, how.shared_bytes)
     add_up(plan.device, sums)
     return results
-
-
-def _parameter_sums(scan: Scan, grads: Sequence[Tensor], work: _Workspace, direction: int) -> list[Sum]:
-    """How the gradients of A, B, C, D and delta_bias follow from what the blocks left."""
-    dA, dB, dC, dD, dbias = grads
-    sums = [Sum(work.A[direction][:, None], dA[None])]
-    for number, grad in enumerate((dB, dC)):
-        rows = work.matrices[direction][..., number, : scan.A.shape[1]]
-        sums.append(Sum(rows, grad.flatten(0, 1).transpose(1, 2)))
-    for argument, grad, rows in ((scan.D, dD, work.D), (scan.delta_bias, dbias, work.bias)):
-        if argument is not None:
-            sums.append(Sum(rows[direction][:, None, None], grad[None, None]))
-    return sums
 
 
 def scan_backward(

@@ -12,7 +12,8 @@ from causal_conv1d._reduce import Sum, add_up
 from mamba_ssm.ops import torch_norm
 from torch import Tensor
 
-SOURCES = Path(__file__).parent.parent / "csrc"
+_SOURCES = Path(__file__).parent.parent / "csrc"
+_FORWARD_SOURCE, _BACKWARD_SOURCE = _SOURCES / "norm_forward.cu", _SOURCES / "norm_backward.cu"
 # A lane holds at most so many elements of a row.
 MAX_SIZE = 32 * 32
 _THREADS, _WARPS = 128, 4  # of norm_tile.h
@@ -81,7 +82,7 @@ def norm_forward(
         *(size, is_rms_norm, eps),
     )
     blocks = min(-(-x_rows.shape[0] // _WARPS), _BLOCKS * device.multiprocessors)
-    device.kernel(SOURCES / "norm_forward.cu", arguments, _THREADS)((blocks, 1, 1), params)
+    device.kernel(_FORWARD_SOURCE, arguments, _THREADS)((blocks, 1, 1), params)
     return out, total, mean, scale
 
 
@@ -121,11 +122,11 @@ def norm_backward(
         *(dout_rows.stride(0), 0 if dtotal_rows is None else dtotal_rows.stride(0), total_rows.stride(0)),
         *(total_rows.shape[0], size, is_rms_norm),
     )
-    device.kernel(SOURCES / "norm_backward.cu", arguments, _THREADS)((blocks, 1, 1), params)
-    dweight = weight.new_empty(weight.shape)
-    wanted = [Sum(sums[:, None, None, 0], dweight[None, None])]
+    device.kernel(_BACKWARD_SOURCE, arguments, _THREADS)((blocks, 1, 1), params)
+    dweight, parts = weight.new_empty(weight.shape), sums.data_ptr()
+    wanted = [Sum(parts, blocks, 2 * size, (0, 0, 1), dweight, (0, 0, 1), (1, 1, size))]
     dbias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     if bias is not None:
-        wanted.append(Sum(sums[:, None, None, 1], dbias[None, None]))
+        wanted.append(Sum(parts + 4 * size, blocks, 2 * size, (0, 0, 1), dbias, (0, 0, 1), (1, 1, size)))
     add_up(device, wanted)
     return dx, dout.new_empty(0) if dresidual is None else dresidual, dweight, dbias
