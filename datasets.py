@@ -354,6 +354,7 @@ class TrainBatches:
         options: dict[str, Any] = {}
         if isinstance(dataset, IterableDataset):
             # timm's readers share their samples among processes, and count those of one
+            workers = max(workers, 1)  # in this process a stream would remember its last epoch
             if hasattr(dataset, "set_loader_cfg"):
                 dataset.set_loader_cfg(num_workers=workers)
             self.steps = len(dataset) // self.batch_size or None  # type: ignore[arg-type]
@@ -411,7 +412,7 @@ class EvalBatches:
             options = {"sampler": range(utils.rank() % shares, size, shares)}
         # timm's readers share streams themselves, as evenly as their shards allow
         self.shared = (shares if not streams else utils.world_size()) > 1
-        workers = _workers(args)
+        workers = max(_workers(args), int(streams))
         self.loader = DataLoader(
             dataset,
             batch_size=batch_size,
