@@ -1,0 +1,456 @@
+"""The CUDA kernels on the GPU at hand: time, bandwidth, error and memory, against the torch path and a device copy.
+
+    benchmarks/gpu_check.sh                                  # the GPU tests first, then this
+    python -m benchmarks.gpu_check --output output/gpu.json
+    python -m benchmarks.gpu_check --resources               # registers and spills of every kernel; needs no GPU
+
+Times are medians of CUDA events after a warm-up, over several sets of inputs where one would fit the cache. *Copy* is
+the share of the device's measured copy bandwidth that an operator reaches when each argument is counted as read once
+and each result as written once. *Error* is the largest difference from the torch path in float32, relative to the
+largest value. With `--published NAME` the published build's extension of that name, if it can be imported, is timed on
+the same sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import timm
+import torch
+from causal_conv1d import _nvrtc, backend
+from mamba_ssm.ops import cuda as scan_cuda
+from torch import Tensor
+
+import models_mamba  # noqa: F401 - its models join the registry
+
+SIZES = ((128, 384, 197), (8, 384, 197), (8, 768, 197), (8, 384, 14), (1, 384, 4096), (64, 128, 64))
+DSTATE, WIDTH = 16, 4
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CACHE_BYTES = 256 << 20
+Call = Callable[[], object]
+
+
+class Row(NamedTuple):
+    """One operator at one size: times in ms, share of the copy bandwidth, relative error."""
+
+    operator: str
+    size: str
+    dtype: str
+    ms: float
+    torch_ms: float
+    published_ms: float | None
+    copy: float
+    error: float
+
+
+class Case(NamedTuple):
+    """One operator on one set of inputs: `call()` gives its results, `moved` is the bytes it must move."""
+
+    operator: str
+    call: Callable[[], Sequence[Tensor]]
+    wide: Callable[[], Sequence[Tensor]]
+    published: Call | None
+    moved: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the check; 0, or 2 where there is nothing to run it on."""
+    options = _parser().parse_args(argv)
+    if options.resources:
+        _print_table(resources(options.targets))
+        return 0
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("gpu_check: no CUDA device is at hand, wanted one (or --resources)", file=sys.stderr)
+        return 2
+    published = _published(options.published)
+    copy = copy_bandwidth(device, options.seconds)
+    rows, sizes = [], [tuple(map(int, size.split(","))) for size in options.sizes]
+    for dtype in options.dtypes:
+        for size in sizes:
+            rows += measure(size, DTYPES[dtype], device, copy, published, options.seconds)
+    report = {
+        **_machine(device),
+        "command": " ".join(["python -m benchmarks.gpu_check", *(sys.argv[1:] if argv is None else argv)]),
+        "copy_GB_per_s": round(copy / 1e9, 1),
+        "published": None if published is None else published.__name__,
+        "operators": [row._asdict() for row in rows],
+        "host_us_per_call": host_time(device),
+        "extra_memory": {",".join(map(str, size)): extra_memory(size, device) for size in sizes},
+        "training_step": [] if options.batch == 0 else training_steps(options, device),
+        "kernels": resources([_nvrtc.device(device.index or 0).target]) if device.type == "cuda" else [],
+    }
+    _print_report(report)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="write the report as JSON")
+    parser.add_argument("--device", default="cuda", help="torch device; cpu times the C++ kernels the same way")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
+    sizes = [",".join(map(str, size)) for size in SIZES]
+    parser.add_argument("--sizes", nargs="+", default=sizes, metavar="BATCH,DIM,SEQLEN")
+    parser.add_argument("--seconds", type=float, default=0.3, help="about how long each figure is measured")
+    parser.add_argument("--published", default="selective_scan_cuda", help="module name of the published extension")
+    parser.add_argument("--models", nargs="+", default=["vim_tiny_patch16_224", "deit_tiny_patch16_224"])
+    parser.add_argument("--batch", type=int, default=64, help="images in a training step; 0 leaves the steps out")
+    parser.add_argument("--resources", action="store_true", help="compile every kernel and print what it takes")
+    parser.add_argument("--targets", nargs="+", default=["sm_80", "sm_90", "sm_100"], help="for --resources")
+    return parser
+
+
+def _machine(device: torch.device) -> dict[str, object]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
+    return {"device": name, "date": date.today().isoformat(), **versions}
+
+
+def _published(name: str) -> ModuleType | None:
+    """The published extension, if there is one to import."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+# --- timing ----------------------------------------------------------------------------------------------------------
+
+
+def median_ms(calls: Sequence[Call], device: torch.device, seconds: float) -> float:
+    """Median time of one call, in ms, taking the calls in turn."""
+    for call in calls:
+        call()
+    _synchronize(device)
+    start = time.perf_counter()
+    calls[0]()
+    _synchronize(device)
+    count = max(5, min(1000, int(seconds / max(1e-6, time.perf_counter() - start))))
+    if device.type != "cuda":
+        times = []
+        for i in range(count):
+            start = time.perf_counter()
+            calls[i % len(calls)]()
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for i, (before, after) in enumerate(events):
+        before.record()
+        calls[i % len(calls)]()
+        after.record()
+    torch.cuda.synchronize()
+    return statistics.median(before.elapsed_time(after) for before, after in events)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def copy_bandwidth(device: torch.device, seconds: float) -> float:
+    """Bytes per second, read and written, of a large copy on the device."""
+    source = torch.empty(CACHE_BYTES * (4 if device.type == "cuda" else 1) // 4, device=device).normal_()
+    target = torch.empty_like(source)
+    return 2 * 4 * source.numel() / (1e-3 * median_ms([lambda: target.copy_(source)], device, seconds))
+
+
+def host_time(device: torch.device, count: int = 500) -> dict[str, float]:
+    """Microseconds of host time per call of each operator, at a size that leaves the device nothing to do."""
+    with torch.no_grad():
+        cases = [*scan_cases((1, 8, 4), torch.float32, device, None), *conv_cases((1, 8, 4), torch.float32, device)]
+        cases += norm_cases((1, 8, 4), torch.float32, device)
+        times = {}
+        for case in cases:
+            case.call()
+            _synchronize(device)
+            start = time.perf_counter()
+            for _ in range(count):
+                case.call()
+            times[case.operator] = round(1e6 * (time.perf_counter() - start) / count, 1)
+            _synchronize(device)
+    return times
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _widened(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.float() for t in tensors]
+
+
+def scan_inputs(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """u, delta, A, B, C, D, z, delta_bias as the mixer makes them: channel-last, z half of a wider tensor."""
+    (batch, dim, seqlen), new = size, {"device": device, "dtype": dtype}
+    rows = [torch.randn(batch, seqlen, dim, **new).transpose(1, 2) for _ in range(2)]
+    z = torch.randn(batch, seqlen, 2 * dim, **new)[..., dim:].transpose(1, 2)
+    B, C = torch.randn(batch, seqlen, 2 * DSTATE, **new).transpose(1, 2).unsqueeze(1).chunk(2, dim=2)
+    A = -torch.arange(1.0, DSTATE + 1, device=device).repeat(dim, 1)
+    D, bias = torch.ones(dim, device=device), torch.rand(dim, device=device) - 4
+    return [*rows, A, B, C, D, z, bias]
+
+
+def scan_cases(
+    size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, published: ModuleType | None
+) -> list[Case]:
+    """The scan with everything it can do, forward as in training, and backward."""
+    ops, tensors, options = torch.ops.mamba_ssm, scan_inputs(size, dtype, device), (True, False)
+    u, delta, A, B, C, D, z, bias = tensors
+    out, _, states = ops.selective_scan(*tensors, *options, True)
+    dout = torch.randn_like(out)
+    moved = _bytes(u, delta, z, B, C, out)
+    forward = backward = None
+    if published is not None:
+        dense = [t.contiguous() for t in (u, delta, A, B, C)], z.contiguous(), dout.contiguous()
+        first = published.fwd(*dense[0], D, dense[1], bias, True)
+        given = (*dense[0], D, dense[1], bias, dense[2], first[1], first[0], None, True, False)
+
+        def forward():
+            return published.fwd(*dense[0], D, dense[1], bias, True)
+
+        def backward():
+            return published.bwd(*given)
+
+    return [
+        Case(
+            "scan forward",
+            lambda: ops.selective_scan(*tensors, *options, True)[:2],
+            lambda: ops.selective_scan(*_widened(tensors), *options, True)[:2],
+            forward,
+            moved,
+        ),
+        Case(
+            "scan backward",
+            lambda: ops.selective_scan_backward(dout, *tensors, states, *options),
+            lambda: ops.selective_scan_backward(dout.float(), *_widened(tensors), states, *options),
+            backward,
+            moved + _bytes(u, delta, z, B, C),
+        ),
+    ]
+
+
+def conv_cases(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> list[Case]:
+    """The convolution with bias and silu, on half of a wider channel-last tensor."""
+    batch, dim, seqlen = size
+    x = torch.randn(batch, seqlen, 2 * dim, device=device, dtype=dtype)[..., :dim].transpose(1, 2)
+    tensors = x, torch.randn(dim, WIDTH, device=device), torch.randn(dim, device=device)
+    ops, dout = torch.ops.causal_conv1d, torch.randn_like(x)
+    return [
+        Case(
+            "conv forward",
+            lambda: [ops.forward(*tensors, True, False)],
+            lambda: [ops.forward(*_widened(tensors), True, False)],
+            None,
+            2 * _bytes(x),
+        ),
+        Case(
+            "conv backward",
+            lambda: ops.backward(dout, *tensors, True, False),
+            lambda: ops.backward(dout.float(), *_widened(tensors), True, False),
+            None,
+            3 * _bytes(x),
+        ),
+    ]
+
+
+def norm_cases(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> list[Case]:
+    """Residual addition and RMSNorm as between two layers: the model's width is half of dim, the residual float32."""
+    batch, dim, seqlen = size
+    x = torch.randn(batch, seqlen, dim // 2, device=device, dtype=dtype)
+    residual, weight = torch.randn(x.shape, device=device), torch.ones(dim // 2, device=device)
+    ops, dout = torch.ops.mamba_ssm, torch.randn_like(x)
+    _, total, mean, scale = ops.add_norm(x, residual, weight, None, 1e-5, True, torch.float32)
+    saved = torch.randn_like(total), total, mean, scale, weight, None, True, torch.float32
+    return [
+        Case(
+            "norm forward",
+            lambda: ops.add_norm(x, residual, weight, None, 1e-5, True, torch.float32)[:2],
+            lambda: ops.add_norm(x.float(), residual, weight, None, 1e-5, True, torch.float32)[:2],
+            None,
+            2 * _bytes(x, residual),
+        ),
+        Case(
+            "norm backward",
+            lambda: ops.add_norm_backward(dout, *saved),
+            lambda: ops.add_norm_backward(dout.float(), *saved),
+            None,
+            2 * _bytes(x) + 3 * _bytes(total),
+        ),
+    ]
+
+
+def relative_error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest difference of any result, relative to the largest value of it."""
+    errors = [0.0]
+    for result, want in zip(got, wanted):
+        if want.numel():
+            scale = want.float().abs().max().clamp(min=1e-12)
+            errors.append(float((result.float() - want.float()).abs().max() / scale))
+    return float("nan") if any(error != error for error in errors) else max(errors)
+
+
+def measure(
+    size: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    copy: float,
+    published: ModuleType | None,
+    seconds: float,
+) -> list[Row]:
+    """All operators at one size."""
+    rows, label = [], ",".join(map(str, size))
+    with torch.no_grad():
+        for make in (lambda: scan_cases(size, dtype, device, published), lambda: conv_cases(size, dtype, device)):
+            rows += _measure(make, label, dtype, device, copy, seconds)
+        rows += _measure(lambda: norm_cases(size, dtype, device), label, dtype, device, copy, seconds)
+    return rows
+
+
+def _measure(make: Callable, label: str, dtype: torch.dtype, device: torch.device, copy: float, seconds: float):
+    first = make()
+    count = 1 if device.type != "cuda" else max(1, min(6, -(-CACHE_BYTES // max(case.moved for case in first))))
+    sets = [first, *(make() for _ in range(count - 1))]
+    rows = []
+    for same in zip(*sets):
+        got = same[0].call()
+        ms = median_ms([case.call for case in same], device, seconds)
+        with backend.use("torch"):
+            error = relative_error(got, same[0].wide())
+            torch_ms = median_ms([case.call for case in same], device, seconds)
+        ours = None
+        if same[0].published is not None:
+            ours = round(median_ms([case.published for case in same], device, seconds), 4)
+        share = same[0].moved / (1e-3 * ms) / copy
+        name = str(dtype).removeprefix("torch.")
+        rows.append(
+            Row(same[0].operator, label, name, round(ms, 4), round(torch_ms, 4), ours, round(share, 3), round(error, 7))
+        )
+    return rows
+
+
+def extra_memory(size: tuple[int, int, int], device: torch.device) -> float | None:
+    """Peak memory of scan forward and backward beside arguments, results and gradients, in sizes of u in float32."""
+    if device.type != "cuda":
+        return None
+    ops, tensors = torch.ops.mamba_ssm, scan_inputs(size, torch.float32, device)
+    dout = torch.randn_like(tensors[0])
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    out, last_state, states = ops.selective_scan(*tensors, True, False, True)
+    grads = ops.selective_scan_backward(dout, *tensors, states, True, False)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    return round((peak - _bytes(out, last_state, *grads)) / _bytes(tensors[0]), 2)
+
+
+# --- a training step -------------------------------------------------------------------------------------------------
+
+
+def training_steps(options: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
+    """Images per second and peak memory of one step (bfloat16 autocast, AdamW), with the kernels and without."""
+    rows = []
+    for name in options.models:
+        for chosen in ("auto", "torch") if name.startswith(("vim", "fastvim")) else ("auto",):
+            with backend.use(chosen):
+                rows.append({"model": name, "kernels": chosen, "batch": options.batch, **_step(name, options, device)})
+    return rows
+
+
+def _step(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, float | None]:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=1000).to(device).train()
+    size = model.pretrained_cfg["input_size"]
+    images = torch.randn(options.batch, *size, device=device)
+    targets = torch.randint(1000, (options.batch,), device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = torch.nn.functional.cross_entropy(model(images), targets)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    ms = median_ms([step], device, 5 * options.seconds)
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return {"images_per_s": round(1e3 * options.batch / ms, 1), "peak_GiB": None if peak is None else round(peak, 2)}
+
+
+# --- kernels and tables ----------------------------------------------------------------------------------------------
+
+
+def kernel_list() -> list[tuple[Path, str]]:
+    """Every kernel a Vim can need at d_state 16, one dtype per tensor."""
+    scan, conv, kernels = scan_cuda.SOURCES, _nvrtc.SHARED_SOURCES, []
+    for name in _nvrtc.CPP_TYPES.values():
+        types = ",".join([name] * 4)
+        kernels += [(scan / "scan_forward.cu", f"{types},4,{channels}") for channels in (1, 2, 4)]
+        kernels += [(scan / "scan_backward.cu", f"{types},4,{channels}") for channels in (1, 2)]
+        kernels += [(scan / "scan_states.cu", f"{types},4,{backwards}") for backwards in ("false", "true")]
+        kernels += [(scan / f"norm_{way}.cu", f"{name},float,float,float,4,2") for way in ("forward", "backward")]
+        kernels += [(conv / f"conv_{way}.cu", f"{name},float,4,{WIDTH}") for way in ("forward", "backward")]
+    kernels += [(scan / "scan_carry.cu", backwards) for backwards in ("false", "true")]
+    return [*kernels, (conv / "reduce.cu", "5")]
+
+
+def resources(targets: Sequence[str]) -> list[dict[str, object]]:
+    """What every kernel takes on each target, and how long it takes to compile."""
+
+    def one(job):
+        (path, arguments), target = job
+        start = time.perf_counter()
+        usage = _nvrtc.resource_usage(_nvrtc.compile_kernel(path, arguments, target).report)
+        seconds = round(time.perf_counter() - start, 2)
+        return {"kernel": path.stem, "arguments": arguments, "target": target, **usage._asdict(), "compile_s": seconds}
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, [(kernel, target) for kernel in kernel_list() for target in targets]))
+
+
+def _print_table(rows: Sequence[dict[str, object]]) -> None:
+    if not rows:
+        return
+    lines = [list(rows[0]), *([("" if value is None else str(value)) for value in row.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
+
+
+def _print_report(report: dict[str, object]) -> None:
+    tables = ("operators", "training_step")
+    for key, value in report.items():
+        if key not in (*tables, "kernels"):
+            print(f"{key}: {value}")
+    kernels = report["kernels"]
+    if kernels:
+        most, spilled = max(row["registers"] for row in kernels), sum(row["spill_stores"] > 0 for row in kernels)
+        seconds = sum(row["compile_s"] for row in kernels)
+        print(f"kernels: {len(kernels)} compiled in {seconds:.1f} s, at most {most} registers, {spilled} with spills")
+    for table in tables:
+        print()
+        _print_table(report[table])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
