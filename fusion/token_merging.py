@@ -128,7 +128,8 @@ def merge(x: Tensor, matching: Matching) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     total = x.new_zeros(batch * num_left, channels, dtype=dtype)
     total = total.scatter_add_(0, rows, x.reshape(-1, channels).to(dtype))
-    return (total.view(batch, num_left, channels) / matching.count.unsqueeze(-1)).to(x.dtype)
+    mean = total.div_(matching.count.view(-1, 1))
+    return mean.view(batch, num_left, channels).to(x.dtype)
 
 
 def unmerge(y: Tensor, matching: Matching) -> Tensor:
