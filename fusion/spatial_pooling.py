@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
+from mamba_ssm.ops.pooled import Lines
 from torch import Tensor
 
 from fusion.config import PoolingConfig
@@ -34,6 +36,13 @@ class GridPooling:
     pooled: int = -1
     method: str = "mean"
     scale: float = 1.0
+
+    @property
+    def lines(self) -> Lines | None:
+        """The rows or columns of a two-dimensional grid, if they are averaged: the case that has kernels."""
+        if len(self.shape) != 2 or self.method != "mean" or self.pooled % 2 != 1:
+            return None
+        return Lines(self.walked[0], self.axes == (1, 0), self.scale)
 
     @property
     def walked(self) -> tuple[int, ...]:
@@ -83,6 +92,7 @@ class VisiblePooling:
     grid: tuple[int, int]
     transposed: bool = False
     scale: float = 1.0
+    lines: ClassVar[None] = None
 
     @property
     def _walk(self) -> Tensor:

@@ -14,12 +14,19 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from mamba_ssm.ops.pooled import Lines, Taps, has_kernels, pooled_conv_fn, pooled_gate_fn
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor, nn
 
 
 class TokenPooling(Protocol):
-    """A map from tokens to scan groups and back, handed to the mixer; every tensor is channel-last."""
+    """A map from tokens to scan groups and back, handed to the mixer; every tensor is channel-last.
+
+    `lines` says so where the groups are the means over the lines of a full grid, for which there are kernels; the
+    methods do for any map what the kernels do for those.
+    """
+
+    lines: Lines | None
 
     def order(self, x: Tensor) -> Tensor:
         """(B, L, C) tokens in the order the convolution and the groups run in."""
@@ -201,27 +208,15 @@ class Mamba(nn.Module):
         if pooling is not None:
             if direction_gate is not None:
                 raise ValueError("Pooled groups mix both directions: wanted pooling without direction_gate.")
-            # every projection is position-wise, so the narrowest tensors are the ones to reorder
-            hidden_states = pooling.order(hidden_states)
+            return self._pooled(hidden_states, token_mask, pooling)
         xz = self.in_proj(hidden_states)
         gates = None if direction_gate is None else direction_gate(xz)
         x, z = xz.chunk(2, dim=-1)
-        # A LayerNorm or pooling stands between scan and gate; without them the scan applies the gate itself.
-        gate_last = pooling is not None or self.layernorm is not None
-        if pooling is not None:
-            y = self._pooled(x, token_mask, pooling)
-        else:
-            y = self._summed(x, None if gate_last else z, token_mask, gates, observe)
-            if self.if_divide_out and len(self.directions) == 2:
-                y = y / 2
-        if self.layernorm is not None:
-            y = self.layernorm(y)
-        if gate_last:
-            y = y * F.silu(z)
-        out = self.out_proj(y)
-        if pooling is not None:
-            out = pooling.restore(out)
-        return out if self.init_layer_scale is None else out * self.gamma
+        # A LayerNorm stands between scan and gate; without it the scan applies the gate itself.
+        y = self._summed(x, z if self.layernorm is None else None, token_mask, gates, observe)
+        if self._share != 1:
+            y = y * self._share
+        return self._project(y, None) if self.layernorm is None else self._project(self.layernorm(y), z)
 
     def _summed(
         self,
@@ -286,21 +281,38 @@ class Mamba(nn.Module):
         """One direction, channel-last: x, z (B, L, d_inner) -> (B, L, d_inner), before the sum."""
         return self._scan(direction, self._convolve(direction, x, token_mask), direction.D.float(), z, observe)
 
-    def _pooled(self, x: Tensor, token_mask: Tensor | None, pooling: TokenPooling) -> Tensor:
-        """Both directions scanning groups of tokens, summed: x (B, L, d_inner) -> (B, L, d_inner).
+    def _pooled(self, hidden_states: Tensor, token_mask: Tensor | None, pooling: TokenPooling) -> Tensor:
+        """The mixer with its scans over groups of tokens.
 
         D * u needs no scan, so it stays with the tokens; the scans meet it once, as the sum of both over the groups.
         """
-        directions = self.directions
-        share = 0.5 if self.if_divide_out and len(directions) == 2 else 1.0
-        tokens = groups = None
-        for direction in directions:
+        plain = token_mask is None and self.bimamba_type == "v2"
+        if plain and pooling.lines is not None and has_kernels(hidden_states):
+            return self._pooled_lines(hidden_states, pooling.lines)
+        # every projection is position-wise, so the narrowest tensors are the ones to reorder
+        x, z = self.in_proj(pooling.order(hidden_states)).chunk(2, dim=-1)
+        skip = groups = None
+        for direction in self.directions:
             u = self._convolve(direction, x, token_mask)
-            y = self._scan(direction, pooling.reduce(u), None, None) * share
-            D = (direction.D * share).to(u.dtype)
-            tokens = u * D if tokens is None else torch.addcmul(tokens, u, D)
+            y, D = self._scan(direction, pooling.reduce(u), None, None), direction.D.to(u.dtype)
+            skip = u * D if skip is None else torch.addcmul(skip, u, D)
             groups = y if groups is None else groups + y
-        return pooling.expand_add(tokens, groups)
+        y = pooling.expand_add(skip, groups) * self._share
+        return pooling.restore(self._project(y if self.layernorm is None else self.layernorm(y), z))
+
+    def _pooled_lines(self, hidden_states: Tensor, lines: Lines) -> Tensor:
+        """`_pooled` for v2 and the lines of a full grid, in two passes over the tokens."""
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        directions = self.directions
+        taps = [Taps(each.conv.weight.squeeze(1), each.conv.bias, each.D) for each in directions]
+        skip, *pooled = pooled_conv_fn(x, *taps, lines)
+        forward, backward = (self._scan(each, groups, None, None) for each, groups in zip(directions, pooled))
+        norm = (
+            (None, None, 0.0)
+            if self.layernorm is None
+            else (self.layernorm.weight, self.layernorm.bias, self.layernorm.eps)
+        )
+        return self._project(pooled_gate_fn(skip, forward + backward, z, *norm, lines, self._share), None)
 
     def _convolve(self, direction: _Direction, x: Tensor, token_mask: Tensor | None) -> Tensor:
         """Causal convolution and silu of x (B, L, d_inner); token_mask (B, L) before and after."""
@@ -381,6 +393,11 @@ class Mamba(nn.Module):
         ssm_state.copy_(ssm_state * torch.exp(dt.unsqueeze(-1) * A) + (dt * x).unsqueeze(-1) * B.unsqueeze(1))
         y = torch.einsum("bdn,bn->bd", ssm_state.float(), C.float()) + self.D.float() * x
         return self._project(y.to(x.dtype), z).unsqueeze(1), conv_state, ssm_state
+
+    @property
+    def _share(self) -> float:
+        """What the sum of the directions is multiplied by."""
+        return 0.5 if self.if_divide_out and self.bimamba_type != "none" else 1.0
 
     def _project(self, y: Tensor, z: Tensor | None) -> Tensor:
         if z is not None:

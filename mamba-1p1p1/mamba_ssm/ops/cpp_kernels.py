@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 from causal_conv1d.native import ABSENT_SIGNAL, DTYPE_CODES, address, call, load_library, signal
-from mamba_ssm.ops import cpp_norm
+from mamba_ssm.ops import cpp_norm, cpp_pooled
 from torch import Tensor
 
 _ABSENT_MATRIX = (0,) * 7
@@ -21,7 +21,12 @@ def load() -> ModuleType:
     global _library
     if _library is None:
         package = Path(__file__).resolve().parent.parent / "__init__.py"
-        sizes = {"mamba_scan_args_bytes": _SCAN_FIELDS, "mamba_norm_args_bytes": cpp_norm.NORM_FIELDS}
+        sizes = {
+            "mamba_scan_args_bytes": _SCAN_FIELDS,
+            "mamba_norm_args_bytes": cpp_norm.NORM_FIELDS,
+            "mamba_pooled_conv_args_bytes": cpp_pooled.CONV_FIELDS,
+            "mamba_pooled_gate_args_bytes": cpp_pooled.GATE_FIELDS,
+        }
         _library = load_library(str(package), sizes)
     return sys.modules[__name__]
 
@@ -153,3 +158,11 @@ def norm_forward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def norm_backward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return cpp_norm.norm_backward(_library, *args)
+
+
+def pooled_conv(*args) -> tuple[Tensor, Tensor, Tensor]:
+    return cpp_pooled.pooled_conv(_library, *args)
+
+
+def pooled_gate(*args) -> Tensor:
+    return cpp_pooled.pooled_gate(_library, *args)

@@ -1,0 +1,16 @@
+// The mixer over pooled lines for CPUs: a C interface without torch.
+#include <cstdlib>
+
+#include "isa.h"
+#include "parallel.h"
+#include "pooled_abi.h"
+
+#define KERNELS "pooled_kernels.h"
+#include "each_isa.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int mamba_pooled_conv(const PooledConvArgs *args) { return ISA_CALL(pooled_conv, *args); }
+EXPORT int mamba_pooled_gate(const PooledGateArgs *args) { return ISA_CALL(pooled_gate, *args); }
+EXPORT int mamba_pooled_conv_args_bytes() { return sizeof(PooledConvArgs); }
+EXPORT int mamba_pooled_gate_args_bytes() { return sizeof(PooledGateArgs); }

@@ -1,0 +1,186 @@
+// The mixer over pooled lines on CPU vectors, a lane a channel: both convolutions and the means they are pooled to in one
+// walk over the tokens, and, behind the scans, sum, LayerNorm and gate in another. No token is moved: lines across the grid
+// are walked where they stand. Included inside an instruction set's namespace (see each_isa.h).
+
+constexpr int STEPS = 4;  // tokens convolved at a time
+
+VEC int64_t padded(int64_t dim) { return (dim + LANES - 1) / LANES * LANES; }
+template <class T> VEC T *pointer(int64_t address) { return reinterpret_cast<T *>(address); }
+
+// ---- convolution ----
+
+// A direction's parameters as rows of channels: the taps, then bias, then D.
+inline void load_taps(const Taps &taps, int64_t dim, int64_t width, float *rows) {
+    const int64_t pitch = padded(dim);
+    const float *weight = pointer<float>(taps.weight), *bias = pointer<float>(taps.bias), *D = pointer<float>(taps.D);
+    for (int64_t c = 0; c < dim; ++c) {
+        for (int64_t k = 0; k < width; ++k) rows[k * pitch + c] = weight[c * width + k];
+        rows[width * pitch + c] = bias ? bias[c] : 0.f;
+        rows[(width + 1) * pitch + c] = D[c];
+    }
+}
+
+// COUNT tokens of one line from one vector of channels on. x: WIDTH - 1 rows before them, theirs, WIDTH - 1 behind them.
+// sums: the line's totals so far.
+template <class T, int WIDTH, int COUNT>
+void convolve(const T *const *x, T *const *skip, int64_t c, int channels, const float *forward, const float *backward,
+              int64_t pitch, float *sum_forward, float *sum_backward) {
+    V row[COUNT + 2 * (WIDTH - 1)], ahead[WIDTH], behind[WIDTH];
+#pragma GCC unroll 16
+    for (int i = 0; i < COUNT + 2 * (WIDTH - 1); ++i) row[i] = load_some(x[i] + c, channels);
+#pragma GCC unroll 8
+    for (int k = 0; k < WIDTH; ++k) {
+        ahead[k] = load(forward + k * pitch + c);
+        behind[k] = load(backward + k * pitch + c);
+    }
+    const V bias_f = load(forward + WIDTH * pitch + c), bias_b = load(backward + WIDTH * pitch + c);
+    const V D_f = load(forward + (WIDTH + 1) * pitch + c), D_b = load(backward + (WIDTH + 1) * pitch + c);
+    V total_f = load(sum_forward + c), total_b = load(sum_backward + c);
+#pragma GCC unroll 8
+    for (int i = 0; i < COUNT; ++i) {
+        V f = bias_f, b = bias_b;
+#pragma GCC unroll 8
+        for (int k = 0; k < WIDTH; ++k) {
+            f = fma(ahead[k], row[i + k], f);
+            b = fma(behind[k], row[i + 2 * (WIDTH - 1) - k], b);
+        }
+        f = shared_math::silu<Machine>(f), b = shared_math::silu<Machine>(b);
+        total_f = total_f + f, total_b = total_b + b;
+        store_some(skip[i] + c, fma(D_f, f, D_b * b), channels);
+    }
+    store(sum_forward + c, total_f), store(sum_backward + c, total_b);
+}
+
+template <class T, int WIDTH, int COUNT>
+void convolve_tokens(const PooledConvArgs &s, int64_t batch, int64_t place, const T *zeros, const float *forward,
+                     const float *backward, float *sum_forward, float *sum_backward) {
+    const T *x[COUNT + 2 * (WIDTH - 1)];
+    T *skip[COUNT];
+    for (int i = 0; i < COUNT + 2 * (WIDTH - 1); ++i) {
+        const int64_t at = place + i - (WIDTH - 1);
+        x[i] = at < 0 || at >= s.lines.tokens() ? zeros
+                                                : pointer<T>(s.x.data) + batch * s.x.batch_stride +
+                                                      s.lines.walked(at) * s.x.token_stride;
+    }
+    for (int i = 0; i < COUNT; ++i)
+        skip[i] = pointer<T>(s.skip) + (batch * s.lines.tokens() + s.lines.walked(place + i)) * s.dim;
+    const int64_t pitch = padded(s.dim);
+    for (int64_t c = 0; c < s.dim; c += LANES) {
+        const int channels = int(s.dim - c < LANES ? s.dim - c : LANES);
+        convolve<T, WIDTH, COUNT>(x, skip, c, channels, forward, backward, pitch, sum_forward, sum_backward);
+    }
+}
+
+template <class T> VEC void store_mean(T *to, const float *sums, V factor, int64_t dim) {
+    for (int64_t c = 0; c < dim; c += LANES)
+        store_some(to + c, load(sums + c) * factor, int(dim - c < LANES ? dim - c : LANES));
+}
+
+template <class T, int WIDTH>
+void convolve_line(const PooledConvArgs &s, int64_t task, const float *parameters, const T *zeros, float *sums) {
+    const int64_t batch = task / s.lines.count, line = task % s.lines.count, pitch = padded(s.dim);
+    const float *forward = parameters, *backward = parameters + (WIDTH + 2) * pitch;
+    const int64_t end = (line + 1) * s.lines.length;
+    std::memset(sums, 0, 2 * pitch * sizeof(float));
+    int64_t place = line * s.lines.length;
+    for (; place + STEPS <= end; place += STEPS)
+        convolve_tokens<T, WIDTH, STEPS>(s, batch, place, zeros, forward, backward, sums, sums + pitch);
+    for (; place < end; ++place)
+        convolve_tokens<T, WIDTH, 1>(s, batch, place, zeros, forward, backward, sums, sums + pitch);
+    const V factor = set(float(double_of(s.scale) / double(s.lines.length)));
+    store_mean(pointer<T>(s.pooled_forward) + task * s.dim, sums, factor, s.dim);
+    store_mean(pointer<T>(s.pooled_backward) + task * s.dim, sums + pitch, factor, s.dim);
+}
+
+template <class T> auto line_of_width(const PooledConvArgs &s) {
+    return s.width == 2 ? convolve_line<T, 2> : s.width == 3 ? convolve_line<T, 3> : convolve_line<T, 4>;
+}
+
+template <class T> int pooled_conv_of(const PooledConvArgs &s) {
+    const int64_t tasks = s.batch * s.lines.count, pitch = padded(s.dim), parameters = 2 * (s.width + 2) * pitch;
+    const int shares = parallel::shares_for(s.threads, tasks, s.batch * s.lines.tokens() * pitch / LANES * 4);
+    float *const scratch = static_cast<float *>(std::calloc(parameters + (1 + 2 * shares) * pitch, sizeof(float)));
+    if (!scratch) return 1;
+    load_taps(s.forward, s.dim, s.width, scratch);
+    load_taps(s.backward, s.dim, s.width, scratch + parameters / 2);
+    const T *zeros = reinterpret_cast<const T *>(scratch + parameters);
+    const auto line = line_of_width<T>(s);
+    parallel::run(shares, [&](int share) {
+        float *sums = scratch + parameters + (1 + 2 * share) * pitch;
+        const parallel::Range range = parallel::share_of(tasks, shares, share);
+        for (int64_t task = range.begin; task < range.end; ++task) line(s, task, scratch, zeros, sums);
+    });
+    std::free(scratch);
+    return 0;
+}
+
+// Not zero where there was no memory.
+inline int pooled_conv(const PooledConvArgs &s) {
+    return s.dtype == FLOAT32    ? pooled_conv_of<float>(s)
+           : s.dtype == BFLOAT16 ? pooled_conv_of<bfloat16>(s)
+                                 : pooled_conv_of<float16>(s);
+}
+
+// ---- norm and gate ----
+
+// total is a scratch row of whole vectors.
+template <class T>
+VEC void gate_token(const PooledGateArgs &s, int64_t batch, int64_t token, const float *weight, const float *bias,
+                    float *total) {
+    const int64_t dim = s.dim, row = batch * s.lines.tokens() + token;
+    const T *skip = pointer<T>(s.skip) + row * dim;
+    const T *group = pointer<T>(s.groups) + (batch * s.lines.count + s.lines.line_of(token)) * dim;
+    const T *z = pointer<T>(s.z.data) + batch * s.z.batch_stride + token * s.z.token_stride;
+    T *out = pointer<T>(s.out) + row * dim;
+    const V share = set(float(double_of(s.share)));
+    V sums = set(0.f);
+    for (int64_t c = 0; c < dim; c += LANES) {
+        const int channels = int(dim - c < LANES ? dim - c : LANES);
+        V x = (load_some(skip + c, channels) + load_some(group + c, channels)) * share;
+        store(total + c, x);
+        sums = sums + x;
+    }
+    V center = set(0.f), scale = set(1.f);
+    if (s.weight) {
+        const float mean = sum(sums) / float(dim);
+        center = set(mean);
+        V squares = set(0.f);
+        for (int64_t c = 0; c + LANES <= dim; c += LANES) {
+            V x = load(total + c) - center;
+            squares = fma(x, x, squares);
+        }
+        float square = sum(squares);
+        for (int64_t c = dim / LANES * LANES; c < dim; ++c) square += (total[c] - mean) * (total[c] - mean);
+        scale = set(1.f / std::sqrt(square / float(dim) + float(double_of(s.eps))));
+    }
+    for (int64_t c = 0; c < dim; c += LANES) {
+        const int channels = int(dim - c < LANES ? dim - c : LANES);
+        V x = fma((load(total + c) - center) * scale, load(weight + c), load(bias + c));
+        store_some(out + c, x * shared_math::silu<Machine>(load_some(z + c, channels)), channels);
+    }
+}
+
+template <class T> int pooled_gate_of(const PooledGateArgs &s) {
+    const int64_t tasks = s.batch * s.lines.tokens(), pitch = padded(s.dim);
+    const int shares = parallel::shares_for(s.threads, tasks, tasks * pitch / LANES * 2);
+    float *const scratch = static_cast<float *>(std::calloc((2 + shares) * pitch, sizeof(float)));
+    if (!scratch) return 1;
+    float *const weight = scratch, *const bias = scratch + pitch;
+    for (int64_t c = 0; c < s.dim; ++c) weight[c] = s.weight ? pointer<float>(s.weight)[c] : 1.f;
+    if (s.bias) std::memcpy(bias, pointer<float>(s.bias), s.dim * sizeof(float));
+    parallel::run(shares, [&](int share) {
+        float *total = scratch + (2 + share) * pitch;
+        const parallel::Range range = parallel::share_of(tasks, shares, share);
+        for (int64_t task = range.begin; task < range.end; ++task)
+            gate_token<T>(s, task / s.lines.tokens(), task % s.lines.tokens(), weight, bias, total);
+    });
+    std::free(scratch);
+    return 0;
+}
+
+// Not zero where there was no memory.
+inline int pooled_gate(const PooledGateArgs &s) {
+    return s.dtype == FLOAT32    ? pooled_gate_of<float>(s)
+           : s.dtype == BFLOAT16 ? pooled_gate_of<bfloat16>(s)
+                                 : pooled_gate_of<float16>(s);
+}

@@ -1,0 +1,83 @@
+"""The mixer over pooled lines of the C++ kernel set; `csrc/pooled_abi.h` has the layout of what is passed."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from causal_conv1d.native import DTYPE_CODES, address, call
+from torch import Tensor
+
+CONV_FIELDS = 6 + 3 + 3 + 2 * 3 + 3
+GATE_FIELDS = 6 + 3 + 3 + 2 + 3
+
+
+def _bits(value: float) -> int:
+    return struct.unpack("q", struct.pack("d", value))[0]
+
+
+def _float32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def _tokens(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """`x` (batch, tokens, dim), copied only if its stride along dim is not 1, and its description."""
+    x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+    return x, (x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def pooled_conv(
+    library,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    D: Tensor,
+    weight_b: Tensor,
+    bias_b: Tensor | None,
+    D_b: Tensor,
+    lines: int,
+    across: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, dim = x.shape
+    skip = x.new_empty(x.shape)
+    pooled, pooled_b = (x.new_empty((batch, lines, dim)) for _ in range(2))
+    if skip.numel():
+        x, described = _tokens(x)
+        taps = [_float32(parameter) for parameter in (weight, bias, D, weight_b, bias_b, D_b)]
+        fields = (
+            *(batch, dim, DTYPE_CODES[x.dtype], weight.shape[1], _bits(scale), torch.get_num_threads()),
+            *(lines, tokens // lines, across),
+            *described,
+            *(address(parameter) for parameter in taps),
+            *(skip.data_ptr(), pooled.data_ptr(), pooled_b.data_ptr()),
+        )
+        call(library.mamba_pooled_conv, fields)
+    return skip, pooled, pooled_b
+
+
+def pooled_gate(
+    library,
+    skip: Tensor,
+    groups: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    across: bool,
+    share: float,
+) -> Tensor:
+    batch, tokens, dim = skip.shape
+    out = skip.new_empty(skip.shape)
+    if out.numel():
+        (z, described), lines = _tokens(z), groups.shape[1]
+        skip, groups, weight, bias = skip.contiguous(), groups.contiguous(), _float32(weight), _float32(bias)
+        fields = (
+            *(batch, dim, DTYPE_CODES[skip.dtype], _bits(share), _bits(eps), torch.get_num_threads()),
+            *(lines, tokens // lines, across),
+            *described,
+            *(address(weight), address(bias)),
+            *(skip.data_ptr(), groups.data_ptr(), out.data_ptr()),
+        )
+        call(library.mamba_pooled_gate, fields)
+    return out

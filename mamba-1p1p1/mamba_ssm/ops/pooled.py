@@ -1,0 +1,174 @@
+"""The mixer over pooled lines of a token grid (FastVim), in two operators around the scans.
+
+The mixer can be put together from the convolution, the scan and torch's own operations for any map of tokens to groups.
+Where groups are the means over the lines of a full grid, these operators do the same with one pass over the tokens
+before the scans and one behind them, leave the tokens where they are whichever way the lines run, and keep nothing for
+the backward pass but their arguments. They need a kernel set that has them: `has_kernels`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from mamba_ssm.ops.operators import LIBRARY, backends, register
+from torch import Tensor
+
+_TAG = torch.Tag.pt2_compliant_tag
+_TAPS = "Tensor weight, Tensor? bias, Tensor D, Tensor weight_b, Tensor? bias_b, Tensor D_b"
+LIBRARY.define(
+    f"pooled_conv(Tensor x, {_TAPS}, int lines, bool across, float scale) -> (Tensor, Tensor, Tensor)", tags=_TAG
+)
+LIBRARY.define(
+    "pooled_gate(Tensor skip, Tensor groups, Tensor z, Tensor? weight, Tensor? bias, float eps, bool across,"
+    " float share) -> Tensor",
+    tags=_TAG,
+)
+
+
+class Lines(NamedTuple):
+    """A token grid cut into `count` lines of equal length, each pooled to `scale` times its mean.
+
+    Token k of line g is number g * length + k of the sequence or, if `across`, number k * count + g. The convolutions
+    run from line to line.
+    """
+
+    count: int
+    across: bool
+    scale: float = 1.0
+
+
+class Taps(NamedTuple):
+    """What one direction's convolution needs: weight (dim, width), bias (dim,) or None, and the skip's D (dim,)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    D: Tensor
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether there are kernels for `x`. Not while a graph is exported, whose reader knows the plain operators only."""
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    if torch.jit.is_tracing() or exporting():
+        return False
+    return hasattr(backends.pick(x), "pooled_conv")
+
+
+def pooled_conv_fn(x: Tensor, forward: Taps, backward: Taps, lines: Lines) -> tuple[Tensor, Tensor, Tensor]:
+    """Both directions' causal convolutions with silu, u and u_b, seen through what the mixer needs of them.
+
+    Args:
+        x: (batch, tokens, dim), float32, bfloat16 or float16, any strides; stride 1 along dim is not copied.
+
+    Returns:
+        D * u + D_b * u_b (batch, tokens, dim), and the lines' pooled tokens of u and of u_b, (batch, lines, dim) each,
+        in the dtype of `x`.
+    """
+    if lines.count < 1 or x.dim() != 3 or x.shape[1] % lines.count:
+        raise ValueError(f"x has shape {tuple(x.shape)}, wanted (batch, tokens, dim) that fill {lines.count} lines")
+    return torch.ops.mamba_ssm.pooled_conv(x, *forward, *backward, *lines)
+
+
+def pooled_gate_fn(
+    skip: Tensor,
+    groups: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    lines: Lines,
+    share: float,
+) -> Tensor:
+    """`norm(share * (skip + groups)) * silu(z)`, each token with its line's group.
+
+    Args:
+        skip, z: (batch, tokens, dim), of one dtype.
+        groups: (batch, lines, dim), in that dtype.
+        weight, bias: (dim,) of the LayerNorm; no norm if `weight` is None.
+
+    Returns:
+        (batch, tokens, dim) in the dtype of `skip`.
+    """
+    if groups.shape != (skip.shape[0], lines.count, skip.shape[2]) or z.shape != skip.shape:
+        raise ValueError(
+            f"groups and z have shapes {tuple(groups.shape)} and {tuple(z.shape)}, wanted (batch, {lines.count}, dim)"
+            f" and {tuple(skip.shape)}"
+        )
+    return torch.ops.mamba_ssm.pooled_gate(skip, groups, z, weight, bias, eps, lines.across, share)
+
+
+def _conv(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale):
+    return backends.pick(x).pooled_conv(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale)
+
+
+def _gate(skip, groups, z, weight, bias, eps, across, share):
+    return backends.pick(skip).pooled_gate(skip, groups, z, weight, bias, eps, across, share)
+
+
+def _fake_conv(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale):
+    pooled = (x.shape[0], lines, x.shape[2])
+    return x.new_empty(x.shape), x.new_empty(pooled), x.new_empty(pooled)
+
+
+def _fake_gate(skip, groups, z, weight, bias, eps, across, share):
+    return skip.new_empty(skip.shape)
+
+
+def _in_lines(x: Tensor, lines: int, across: bool) -> Tensor:
+    """(batch, tokens, dim) -> (batch, lines, length, dim), a view."""
+    return x.unflatten(1, (-1, lines)).transpose(1, 2) if across else x.unflatten(1, (lines, -1))
+
+
+def _in_place(x: Tensor, across: bool) -> Tensor:
+    """Inverse of `_in_lines`."""
+    return (x.transpose(1, 2) if across else x).flatten(1, 2)
+
+
+def _save_conv(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.lines, ctx.across, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_conv(ctx, dskip: Tensor, dpooled: Tensor, dpooled_b: Tensor) -> tuple:
+    x, *taps = ctx.saved_tensors
+    x, dskip = _in_lines(x, ctx.lines, ctx.across), _in_lines(dskip, ctx.lines, ctx.across)
+    share, walked, grads, dx = ctx.scale / x.shape[2], x.flatten(1, 2).transpose(1, 2), [], None
+    for (weight, bias, D), pooled, reverse in ((taps[:3], dpooled, False), (taps[3:], dpooled_b, True)):
+        u = torch.ops.causal_conv1d.forward(walked, weight, bias, True, reverse)
+        du = torch.addcmul((pooled * share).unsqueeze(2), dskip, D.to(dskip.dtype)).flatten(1, 2).transpose(1, 2)
+        part, dweight, dbias = torch.ops.causal_conv1d.backward(du, walked, weight, bias, True, reverse)
+        dD = (dskip.flatten(1, 2) * u.transpose(1, 2)).sum((0, 1), dtype=D.dtype)
+        grads += [dweight, None if bias is None else dbias, dD]
+        dx = part if dx is None else dx + part
+    dx = _in_place(dx.transpose(1, 2).unflatten(1, (ctx.lines, -1)), ctx.across)
+    return dx, *grads, None, None, None
+
+
+def _save_gate(ctx, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.eps, ctx.across, ctx.share = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_gate(ctx, dout: Tensor) -> tuple:
+    skip, groups, z, weight, bias = ctx.saved_tensors
+    lines, across, share = groups.shape[1], ctx.across, ctx.share
+    total = _in_place((_in_lines(skip, lines, across) + groups.unsqueeze(2)) * share, across)
+    dnormed, dweight, dbias = dout * F.silu(z), None, None
+    if weight is None:
+        dtotal, normed = dnormed, total
+    else:
+        size = total.shape[-1:]
+        weight_t, bias_t = (None if t is None else t.to(total.dtype) for t in (weight, bias))
+        normed, mean, scale = torch.native_layer_norm(total, size, weight_t, bias_t, ctx.eps)
+        dtotal, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+            dnormed, total, size, mean, scale, weight_t, bias_t, [True, True, bias is not None]
+        )
+        dweight, dbias = dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
+    dz = torch.ops.aten.silu_backward(dout * normed, z)
+    dskip = dtotal * share
+    return dskip, _in_lines(dskip, lines, across).sum(2), dz, dweight, dbias, None, None, None
+
+
+register("pooled_conv", _conv, _fake_conv, save=_save_conv, differentiate=_differentiate_conv)
+register("pooled_gate", _gate, _fake_gate, save=_save_gate, differentiate=_differentiate_gate)

@@ -1,0 +1,182 @@
+"""The mixer over pooled lines: every instruction set against autograd through the formulas."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+import torch.nn.functional as F
+from causal_conv1d import backend, causal_conv1d_ref, native
+from mamba_ssm.modules.mamba_simple import Mamba
+from mamba_ssm.ops.operators import backends
+from mamba_ssm.ops.pooled import Lines, Taps, has_kernels, pooled_conv_fn, pooled_gate_fn
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+pytestmark = pytest.mark.skipif(backends.available("cpu") != "cpp", reason="the C++ kernels are not built")
+
+
+@pytest.fixture(params=["plain", "avx2", "avx512"])
+def isa(request):
+    with ExitStack() as stack:
+        if stack.enter_context(native.isa(request.param)) != request.param:
+            pytest.skip(f"this processor has no {request.param}")
+        stack.enter_context(backend.use("cpp"))
+        yield request.param
+
+
+def in_lines(x, lines):
+    """(batch, tokens, dim) -> (batch, lines, length, dim)."""
+    return x.unflatten(1, (-1, lines.count)).transpose(1, 2) if lines.across else x.unflatten(1, (lines.count, -1))
+
+
+def in_place(x, lines):
+    return (x.transpose(1, 2) if lines.across else x).flatten(1, 2)
+
+
+def conv_formula(x, taps, lines):
+    walked, skip, pooled = in_lines(x, lines).flatten(1, 2).transpose(1, 2), 0, []
+    for (weight, bias, D), reverse in zip((taps[:3], taps[3:]), (False, True)):
+        u = causal_conv1d_ref(walked, weight, bias, "silu", reverse=reverse).transpose(1, 2)
+        u = u.unflatten(1, (lines.count, -1))
+        skip = skip + D * u
+        pooled.append(lines.scale * u.mean(2))
+    return in_place(skip, lines), *pooled
+
+
+def gate_formula(skip, groups, z, weight, bias, lines, share):
+    total = in_place(in_lines(skip, lines) + groups.unsqueeze(2), lines) * share
+    total = total if weight is None else F.layer_norm(total, total.shape[-1:], weight, bias, 1e-5)
+    return total * F.silu(z)
+
+
+def assert_as_formula(function, formula, tensors, dtype):
+    """Values and gradients of `function`, whose results have `dtype`, against `formula` in float64."""
+    found_in = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    wanted_in = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+    found, wanted = function(*found_in), formula(*wanted_in)
+    found, wanted = (y if isinstance(y, tuple) else (y,) for y in (found, wanted))
+    generator = torch.Generator().manual_seed(7)
+    douts = [torch.randn(y.shape, generator=generator) for y in wanted]
+    grads = torch.autograd.grad(found, [t for t in found_in if t is not None], [d.to(dtype) for d in douts])
+    wanted_grads = torch.autograd.grad(wanted, [t for t in wanted_in if t is not None], [d.double() for d in douts])
+    for got, want in zip((*found, *grads), (*wanted, *wanted_grads)):
+        tolerance = 4 * TOLERANCE[dtype] * want.detach().abs().max().item()
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance)
+    assert all(y.dtype == dtype for y in found)
+    return found
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+GRIDS = [Lines(3, False), Lines(5, True, 0.25), Lines(1, False), Lines(15, True)]
+
+
+@pytest.mark.parametrize("lines", GRIDS, ids=str)
+@pytest.mark.parametrize(("dim", "width"), [(40, 4), (16, 3), (5, 2)])
+def test_conv(lines, dim, width, isa):
+    for batch, with_bias in ((2, True), (1, False)):
+        taps = [
+            random(dim, width),
+            random(dim) if with_bias else None,
+            random(dim),
+            random(dim, width).flip(0),
+            random(dim).flip(0) if with_bias else None,
+            random(dim) + 1,
+        ]
+        xz = random(batch, 15, 2 * dim)
+        assert_as_formula(
+            lambda x, *taps: pooled_conv_fn(x, Taps(*taps[:3]), Taps(*taps[3:]), lines),
+            lambda x, *taps: conv_formula(x, taps, lines),
+            [xz[..., :dim], *taps],
+            torch.float32,
+        )
+
+
+@pytest.mark.parametrize("lines", GRIDS, ids=str)
+@pytest.mark.parametrize("norm", ["none", "weight", "both"])
+def test_gate(lines, norm, isa):
+    for dim in (40, 5):
+        weight = None if norm == "none" else random(dim)
+        bias = random(dim) - 1 if norm == "both" else None
+        z = random(2, 15, 2 * dim)[..., dim:]
+        assert_as_formula(
+            lambda *tensors: pooled_gate_fn(*tensors, 1e-5, lines, 0.5),
+            lambda *tensors: gate_formula(*tensors, lines, 0.5),
+            [random(2, 15, dim), random(2, lines.count, dim), z, weight, bias],
+            torch.float32,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype, isa):
+    lines, dim = Lines(5, True), 33
+    taps = [random(dim, 4), random(dim), random(dim), random(dim, 4).flip(0), random(dim), random(dim)]
+    function = lambda x, *taps: pooled_conv_fn(x, Taps(*taps[:3]), Taps(*taps[3:]), lines)  # noqa: E731
+    x = random(2, 15, dim, dtype=dtype)
+    skip, pooled, _ = assert_as_formula(function, lambda x, *taps: conv_formula(x, taps, lines), [x, *taps], dtype)
+    assert_as_formula(
+        lambda *tensors: pooled_gate_fn(*tensors, 1e-5, lines, 0.5),
+        lambda *tensors: gate_formula(*tensors, lines, 0.5),
+        [skip, pooled, x, random(dim), random(dim)],
+        dtype,
+    )
+
+
+def test_registration():
+    lines, taps = Lines(5, True), [random(8, 4), random(8), random(8), random(8, 4), None, random(8)]
+    tensors = [t if t is None else t.requires_grad_() for t in (random(2, 15, 8), *taps)]
+    torch.library.opcheck(torch.ops.mamba_ssm.pooled_conv.default, (*tensors, *lines))
+    tensors = [random(2, 15, 8), random(2, 5, 8), random(2, 15, 8), random(8), None]
+    tensors = [t if t is None else t.requires_grad_() for t in tensors]
+    torch.library.opcheck(torch.ops.mamba_ssm.pooled_gate.default, (*tensors, 1e-5, True, 0.5))
+
+
+def test_empty_batch_and_errors():
+    taps, lines = Taps(random(8, 4), None, random(8)), Lines(5, True)
+    skip, pooled, _ = pooled_conv_fn(torch.empty(0, 15, 8), taps, taps, lines)
+    assert skip.shape == (0, 15, 8)
+    assert pooled_gate_fn(skip, pooled, skip, None, None, 0.0, lines, 1.0).shape == (0, 15, 8)
+    with pytest.raises(ValueError, match="that fill 5 lines"):
+        pooled_conv_fn(random(2, 14, 8), taps, taps, lines)
+    with pytest.raises(ValueError, match=r"wanted \(batch, 5, dim\)"):
+        pooled_gate_fn(random(2, 15, 8), random(2, 3, 8), random(2, 15, 8), None, None, 0.0, lines, 1.0)
+
+
+class Rows:
+    """Pools rows of two tokens."""
+
+    lines = Lines(2, False)
+
+    def order(self, x):
+        return x
+
+    restore = order
+
+    def reduce(self, x):
+        return x.unflatten(1, (2, 2)).mean(2)
+
+    def expand_add(self, x, groups):
+        return x + groups.repeat_interleave(2, 1)
+
+
+class PooledMixer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mixer = Mamba(8, bimamba_type="v2")
+
+    def forward(self, x):
+        return self.mixer(x, pooling=Rows())
+
+
+def test_kernels_are_for_eager_and_compiled_runs_only():
+    x, model = random(1, 4, 8), PooledMixer()
+    assert has_kernels(x)
+    assert not has_kernels(x.double())
+    with backend.use("torch"):
+        assert not has_kernels(x)
+        plain = model(x)
+    torch.testing.assert_close(model(x), plain)
+    exported = torch.export.export(model, (x,))
+    assert not any("pooled" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(x), plain)
