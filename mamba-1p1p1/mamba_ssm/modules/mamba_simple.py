@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from mamba_ssm.modules.linear import Linear, linear
 from mamba_ssm.ops.pooled import Lines, Taps, has_kernels, pooled_conv_fn, pooled_gate_fn
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ class Mamba(nn.Module):
         self.use_fast_path, self.layer_idx, self.bimamba_type = use_fast_path, layer_idx, bimamba_type
         self.if_divide_out = if_divide_out if if_devide_out is None else if_devide_out
 
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
+        self.in_proj = Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
         self._add_direction("", conv_bias, factory)
         self._init_dt(self.dt_proj, dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
         if bimamba_type == "v1":
@@ -115,7 +116,7 @@ class Mamba(nn.Module):
         elif bimamba_type == "v2":
             self._add_direction("_b", conv_bias, factory)
         self.layernorm = nn.LayerNorm(self.d_inner, **factory) if use_norm_after_ssm else None
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
+        self.out_proj = Linear(self.d_inner, d_model, bias=bias, **factory)
         if init_layer_scale is not None:
             self.gamma = nn.Parameter(init_layer_scale * torch.ones(d_model, **factory))
         self.init_layer_scale = init_layer_scale
@@ -141,7 +142,7 @@ class Mamba(nn.Module):
         D._no_weight_decay = True
         setattr(self, f"conv1d{suffix}", conv)
         setattr(
-            self, f"x_proj{suffix}", nn.Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False, **factory)
+            self, f"x_proj{suffix}", Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False, **factory)
         )
         setattr(self, f"dt_proj{suffix}", nn.Linear(self.dt_rank, self.d_inner, bias=True, **factory))
         setattr(self, f"A{suffix}_log", self._new_A_log(factory["device"]))
@@ -334,7 +335,7 @@ class Mamba(nn.Module):
     ) -> Tensor:
         """Projections and scan of u (B, L, d_inner), in the direction's order."""
         dt, B, C = direction.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        delta = F.linear(dt, direction.dt_proj.weight)
+        delta = linear(dt, direction.dt_proj.weight)
         if observe is not None:
             observe(F.softplus(delta + direction.dt_proj.bias), B)
         return selective_scan_fn(
