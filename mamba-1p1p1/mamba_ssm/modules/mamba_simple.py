@@ -141,9 +141,7 @@ class Mamba(nn.Module):
         D = nn.Parameter(torch.ones(self.d_inner, device=factory["device"]))
         D._no_weight_decay = True
         setattr(self, f"conv1d{suffix}", conv)
-        setattr(
-            self, f"x_proj{suffix}", Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False, **factory)
-        )
+        setattr(self, f"x_proj{suffix}", Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False, **factory))
         setattr(self, f"dt_proj{suffix}", nn.Linear(self.dt_rank, self.d_inner, bias=True, **factory))
         setattr(self, f"A{suffix}_log", self._new_A_log(factory["device"]))
         setattr(self, f"D{suffix}", D)
