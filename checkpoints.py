@@ -14,7 +14,6 @@ import os
 import pickle
 import re
 import shutil
-import tempfile
 import urllib.request
 import warnings
 from collections.abc import Callable
@@ -33,10 +32,11 @@ from torch.optim import Optimizer
 
 import utils
 from embeddings import resize_pos_embed
-from utils import Meters, UsageError
+from utils import Meters, RunError, UsageError
 
 _logger = logging.getLogger(__name__)
 
+OUTPUT_FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "args.json")
 EMA_ENTRIES = ("model_ema", "state_dict_ema", "ema_state_dict")
 WEIGHT_ENTRIES = ("model", "state_dict", "model_state_dict")
 EMA_PREFIXES = ("model_ema.", "ema_model.", "ema.")
@@ -120,17 +120,16 @@ def download(url: str) -> Path:
 def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in the place of `path` once it is whole on the
     disk."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(name)
+            temporary.unlink(missing_ok=True)
         raise
     with contextlib.suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)
@@ -154,7 +153,7 @@ def save(path: Path, checkpoint: dict[str, Any]) -> bool:
 def copy_whole(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`, at once and without writing it again where the file system allows."""
     try:
-        temporary = target.with_name(f".{target.name}.link.tmp")
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         temporary.unlink(missing_ok=True)
         try:
             os.link(source, temporary)
@@ -420,25 +419,73 @@ def _load_scheduler_state(scheduler: Scheduler | None, state: dict[str, Any]) ->
         scheduler.load_state_dict(state)
 
 
-def newest_whole(output_dir: Path) -> tuple[str, dict[str, Any]] | None:
-    """The newest checkpoint in `output_dir` that can be read, and what it holds; None if there is none at all.
+def save_run(
+    run: Run, args: argparse.Namespace, output: Path, log: dict[str, Any] | None = None, is_best: bool = False
+) -> bool:
+    """Write the checkpoint of this moment and, once it is whole, the line of the epoch that just ended.
+
+    Returns whether the checkpoint is on the disk. Raises RunError instead of saving weights that are not finite. Every
+    process must call this together.
+    """
+    broken = [name for name, parameter in run.model.named_parameters() if not bool(parameter.isfinite().all())]
+    if broken:
+        raise RunError(f"{broken[0]} is not finite in epoch {run.epoch}; it is not saved, and the run stops.")
+    checkpoint = run.capture(args, log)
+    if not utils.is_main_process():
+        return True
+    is_saved = save(output / "checkpoint.pth", checkpoint)
+    if is_saved and is_best:
+        copy_whole(output / "checkpoint.pth", output / "best_checkpoint.pth")
+    if log is not None:
+        try:
+            with open(output / "log.txt", "a") as file:
+                file.write(json.dumps(log) + "\n")
+        except OSError as error:
+            _logger.warning("log.txt could not be written (%s).", error)
+    return is_saved
+
+
+def find(args: argparse.Namespace) -> tuple[str, Any]:
+    """The checkpoint that --resume names and where it lies; ("", None) if it is auto and there is none yet.
 
     Raises UsageError if there are checkpoints and none of them is whole, since going on from nothing would bury them.
     """
-    files = sorted(output_dir.glob("*checkpoint*.pth"), key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in files:
+    if args.resume != "auto":
+        return args.resume, read(args.resume)
+    output = Path(args.output_dir)
+    files = [file for name in OUTPUT_FILES[:2] if (file := output / name).is_file()]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
         try:
             return str(file), read(str(file))
         except UsageError as error:
             _logger.warning("%s Trying the one before it.", error)
-    if files:
-        raise UsageError(f"--resume auto: no checkpoint in {output_dir} is whole; wanted one, or an empty folder.")
-    return None
+    if files or args.eval:
+        raise UsageError(f"--resume auto: no checkpoint in {output} is whole; wanted one, or an empty folder to train.")
+    return "", None
+
+
+def resume(run: Run, args: argparse.Namespace) -> None:
+    """Go on from the checkpoint that --resume names, in the middle of an epoch if it was saved there."""
+    path, checkpoint = find(args)
+    if checkpoint is None:
+        _logger.info("--resume auto: no checkpoint in %s yet, starting from the beginning.", args.output_dir)
+        return
+    if not isinstance(checkpoint, dict):
+        raise UsageError(f"{path} holds a {type(checkpoint).__name__}; wanted the checkpoint of a run.")
+    run.restore(checkpoint, path, args.model)
+    before = checkpoint.get("args") or {}
+    before = vars(before) if isinstance(before, argparse.Namespace) else before
+    total, now = before.get("batch_size", 0) * before.get("world_size", 1), args.batch_size * utils.world_size()
+    if run.step and total != now:
+        run.step = run.step * total // now
+        _logger.warning("The total batch was %d and is %d: the epoch goes on at step %d.", total, now, run.step)
+    if args.output_dir and utils.is_main_process():
+        repair_log(Path(args.output_dir, "log.txt"), run.epoch, checkpoint.get("log"))
+    _logger.info("Resumed %s at epoch %d step %d.", path, run.epoch, run.step)
 
 
 def repair_log(file: Path, epoch: int, last: dict[str, Any] | None) -> None:
-    """Make log.txt end with epoch `epoch` - 1, whose line is `last`: a killed run may have written a line too many or
-    too few."""
+    """Make log.txt end with epoch `epoch` - 1, whose line is `last`: a kill leaves a line too many or too few."""
     lines = []
     if file.exists():
         for text in file.read_text().splitlines():
@@ -452,10 +499,21 @@ def repair_log(file: Path, epoch: int, last: dict[str, Any] | None) -> None:
         write_atomically(file, lambda stream: stream.write(text.encode()))
 
 
-def remove_leftovers(output_dir: Path) -> None:
-    """Remove the temporary files of writes that were killed."""
-    for file in output_dir.glob(".*.tmp"):
-        file.unlink(missing_ok=True)
+def prepare_output(args: argparse.Namespace) -> None:
+    """Make --output_dir, remove what killed writes left there, put an earlier run's log aside, and keep the flags."""
+    output = Path(args.output_dir)
+    text = json.dumps(vars(args), indent=2, default=str)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name in OUTPUT_FILES:
+            for file in output.glob(f".{name}.*.tmp"):
+                file.unlink(missing_ok=True)
+        if not args.resume and (output / "log.txt").exists():
+            os.replace(output / "log.txt", output / "log_before.txt")
+            _logger.warning("%s has a run already: its log is now log_before.txt.", output)
+        write_atomically(output / "args.json", lambda file: file.write(text.encode()))
+    except OSError as error:
+        raise UsageError(f"--output_dir {output} cannot be written: {error}.") from error
 
 
 def main(argv: list[str] | None = None) -> None:

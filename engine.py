@@ -30,7 +30,6 @@ from utils import PeerError, Progress, RunError, StopRequest, UsageError, neares
 _logger = logging.getLogger(__name__)
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "wsd", "rsqrt", "constant", "none")
-TENSORBOARD_STEPS = 20  # steps between two TensorBoard points of the training loss
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,7 +167,7 @@ def _fetch(batches: Iterator[tuple[Tensor, Tensor]], stop: StopRequest) -> tuple
 
 
 def train_one_epoch(
-    run: Run, batches: TrainBatches, args: argparse.Namespace, stop: StopRequest, writer: Any = None
+    run: Run, batches: TrainBatches, args: argparse.Namespace, stop: StopRequest, board: utils.Board
 ) -> dict[str, float] | None:
     """Train from `run.step` to the end of `run.epoch`; returns the epoch's means, or None if a signal stopped it
     before that.
@@ -216,8 +215,8 @@ def train_one_epoch(
             run.meters.update(lr=run.optimizer.param_groups[0]["lr"])
         run.seconds = before + progress.elapsed()
         progress.step(run.step, len(images) * utils.world_size(), str(run.meters))
-        if writer is not None and run.updates % TENSORBOARD_STEPS == 1:
-            writer.add_scalar("train/step_loss", value, run.updates)
+        if run.updates % utils.Board.every == 1:
+            board.add({"train/step_loss": value, "train/step_lr": run.optimizer.param_groups[0]["lr"]}, run.updates)
     progress.close()
     return run.meters.averages()
 

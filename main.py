@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterable
@@ -198,7 +197,7 @@ def evaluate_only(
     autocast, _ = engine.build_precision(args, device)
     versions: list[tuple[str, dict[str, Any] | None]] = [("", None)]
     if args.resume:
-        path, checkpoint = find_checkpoint(args)
+        path, checkpoint = checkpoints.find(args)
         versions = [("", checkpoints.find_weights(checkpoint, path)[0])]
         if args.model_ema and isinstance(checkpoint, dict) and checkpoint.get("model_ema"):
             versions.append((", moving average", checkpoints.find_weights(checkpoint, path, ema=True)[0]))
@@ -238,13 +237,6 @@ def report_pruning(
         _logger.info("%s", line)
 
 
-def find_checkpoint(args: argparse.Namespace) -> tuple[str, Any]:
-    """The checkpoint that --resume names and where it lies; ("", None) if it is auto and there is none yet."""
-    if args.resume != "auto":
-        return args.resume, checkpoints.read(args.resume)
-    return checkpoints.newest_whole(Path(args.output_dir)) or ("", None)
-
-
 def train(
     args: argparse.Namespace,
     run: Run,
@@ -254,10 +246,10 @@ def train(
 ) -> None:
     """Train to the last epoch; after each, test, save and log."""
     output = Path(args.output_dir) if args.output_dir else None
-    writer = open_tensorboard(output, run.updates) if output and utils.is_main_process() else None
+    board = utils.Board(output if utils.is_main_process() else None, run.updates)
     parameters = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
     while run.epoch < args.epochs:
-        trained = engine.train_one_epoch(run, batches, args, stop, writer)
+        trained = engine.train_one_epoch(run, batches, args, stop, board)
         tested = None
         if trained is not None:
             memory = utils.peak_memory_mib(run.device)
@@ -274,64 +266,18 @@ def train(
         log |= {"epoch": run.epoch, "n_parameters": parameters, "seconds": run.seconds, "peak_memory_mib": memory}
         run.end_epoch()
         if output:
-            save(args, run, output, log, is_best)
-        if writer is not None:
-            for name, value in log.items():
-                writer.add_scalar(name.replace("_", "/", 1), value, run.updates)
-            writer.flush()
+            checkpoints.save_run(run, args, output, log, is_best)
+        board.add({name.replace("_", "/", 1): value for name, value in log.items()}, run.updates)
         _logger.info(
             "Epoch %d: test top-1 %.2f %% (best %.2f %%), loss %.4f, %.1f s",
             *(log["epoch"], tested["acc1"], run.best_accuracy, tested["loss"], log["seconds"]),
         )
-    if writer is not None:
-        writer.close()
+    board.close()
     if run.epoch < args.epochs:
-        if output:
-            save(args, run, output)
-        kept = (
-            f"saved in {output}; --resume auto goes on from there"
-            if output
-            else "nothing is saved without --output_dir"
-        )
+        kept = "nothing is saved"
+        if output and checkpoints.save_run(run, args, output):
+            kept = f"saved in {output}; --resume auto goes on from there"
         _logger.warning("Stopped by %s at epoch %d step %d: %s.", stop.name or "a signal", run.epoch, run.step, kept)
-
-
-def save(
-    args: argparse.Namespace, run: Run, output: Path, log: dict[str, Any] | None = None, is_best: bool = False
-) -> None:
-    """Write the checkpoint and, once it is whole, the epoch's line in log.txt. Every process must call this
-    together."""
-    broken = [name for name, parameter in run.model.named_parameters() if not bool(parameter.isfinite().all())]
-    if broken:
-        raise RunError(f"Epoch {run.epoch} left {broken[0]} non-finite; it is not saved, and the run stops.")
-    checkpoint = run.capture(args, log)
-    if not utils.is_main_process():
-        return
-    if checkpoints.save(output / "checkpoint.pth", checkpoint) and is_best:
-        checkpoints.copy_whole(output / "checkpoint.pth", output / "best_checkpoint.pth")
-    if log is not None:
-        with open(output / "log.txt", "a") as file:
-            file.write(json.dumps(log) + "\n")
-
-
-def resume(args: argparse.Namespace, run: Run) -> None:
-    """Go on from the checkpoint that --resume names, in the middle of an epoch if it was saved there."""
-    path, checkpoint = find_checkpoint(args)
-    if checkpoint is None:
-        _logger.info("--resume auto: no checkpoint in %s yet, starting from the beginning.", args.output_dir)
-        return
-    if not isinstance(checkpoint, dict):
-        raise UsageError(f"{path} holds a {type(checkpoint).__name__}; wanted the checkpoint of a run.")
-    run.restore(checkpoint, path, args.model)
-    before = checkpoint.get("args")
-    before = before if isinstance(before, dict) else vars(before) if before is not None else {}
-    total, now = (before.get("batch_size", 0) * before.get("world_size", 1), args.batch_size * utils.world_size())
-    if run.step and total != now:
-        run.step = run.step * total // now
-        _logger.warning("The total batch was %d and is %d: the epoch goes on at step %d.", total, now, run.step)
-    if args.output_dir and utils.is_main_process():
-        checkpoints.repair_log(Path(args.output_dir, "log.txt"), run.epoch, checkpoint.get("log"))
-    _logger.info("Resumed %s at epoch %d step %d.", path, run.epoch, run.step)
 
 
 def visualize(
@@ -353,13 +299,6 @@ def visualize(
         from fusion.visualize_pruning import visualize_pruning
 
         visualize_pruning(model, torch.stack(images).to(device), args.visualize, meter)
-
-
-def open_tensorboard(output: Path, updates: int) -> Any:
-    """A TensorBoard writer in `output` that takes the place of points after `updates` steps."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(output), purge_step=updates + 1 if updates else None)
 
 
 def work(args: argparse.Namespace, stop: StopRequest) -> None:
@@ -385,13 +324,9 @@ def work(args: argparse.Namespace, stop: StopRequest) -> None:
     if run.epoch and run.scheduler is not None:
         run.scheduler.step(run.epoch)
     if args.resume:
-        resume(args, run)
+        checkpoints.resume(run, args)
     if args.output_dir and utils.is_main_process():
-        output = Path(args.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
-        checkpoints.remove_leftovers(output)
-        text = json.dumps(vars(args), indent=2, default=str)
-        checkpoints.write_atomically(output / "args.json", lambda file: file.write(text.encode()))
+        checkpoints.prepare_output(args)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     _logger.info(
         "%s: %.3f M parameters, %d process(es) on %s.", args.model, parameters / 1e6, utils.world_size(), device

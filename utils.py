@@ -19,6 +19,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -487,6 +488,38 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+class Board:
+    """TensorBoard events in a folder, None for none; points after `updates` steps, of a run that was killed, are
+    replaced."""
+
+    every = 20  # steps between two points of the training loss
+
+    def __init__(self, folder: Path | None, updates: int = 0) -> None:
+        self._writer = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder), purge_step=updates + 1 if updates else None)
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """Add a point to each curve. A disk that is full ends the curves, not the run."""
+        if self._writer is None:
+            return
+        try:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+        except OSError as error:
+            _logger.warning("TensorBoard's events could not be written (%s): no more are.", error)
+            self._writer = None
+
+    def close(self) -> None:
+        """End the file."""
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
 
 
 def accuracy(outputs: Tensor, targets: Tensor, top: tuple[int, ...] = (1, 5)) -> list[float]:

@@ -172,18 +172,19 @@ def test_full_disk_in_the_middle_of_a_write(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_newest_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert checkpoints.newest_whole(tmp_path) is None
+def test_auto_is_the_newest_whole_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    args = argparse.Namespace(resume="auto", output_dir=str(tmp_path), eval=False)
+    assert checkpoints.find(args) == ("", None)
     for epoch, name in enumerate(("best_checkpoint.pth", "checkpoint.pth")):
         torch.save({"epoch": epoch}, tmp_path / name)
         os.utime(tmp_path / name, (epoch, epoch))
-    assert checkpoints.newest_whole(tmp_path) == (str(tmp_path / "checkpoint.pth"), {"epoch": 1})
+    assert checkpoints.find(args) == (str(tmp_path / "checkpoint.pth"), {"epoch": 1})
     (tmp_path / "checkpoint.pth").write_bytes(b"half")
-    assert checkpoints.newest_whole(tmp_path) == (str(tmp_path / "best_checkpoint.pth"), {"epoch": 0})
+    assert checkpoints.find(args) == (str(tmp_path / "best_checkpoint.pth"), {"epoch": 0})
     assert "checkpoint.pth is no whole checkpoint" in caplog.text
     (tmp_path / "best_checkpoint.pth").write_bytes(b"")
     with pytest.raises(UsageError, match="is whole"):
-        checkpoints.newest_whole(tmp_path)
+        checkpoints.find(args)
 
 
 def test_every_truncation_and_flip_is_refused_or_harmless(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -197,6 +199,36 @@ def test_attention_only_trains_nothing_else(program: Callable[..., Result], cifa
     assert changed == {name for name in first if ".mixer." in name or name.startswith(("head", "pos_embed"))}
 
 
+def test_an_earlier_log_is_put_aside(program: Callable[..., Result], cifar: Path, tmp_path: Path) -> None:
+    flags = [*QUICK, "--data-set", "CIFAR", "--data-path", cifar, "--output_dir", tmp_path]
+    assert program(*flags).code == 0
+    before = (tmp_path / "log.txt").read_text()
+    result = program(*flags, "--seed", 1)
+    assert "log_before.txt" in result.err
+    assert (tmp_path / "log_before.txt").read_text() == before
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
+
+
+def test_full_disk_does_not_end_the_run(
+    program: Callable[..., Result], cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*QUICK, "--data-set", "CIFAR", "--data-path", cifar, "--epochs", 3, "--output_dir", tmp_path]
+    plain, calls = os.fsync, [0]
+
+    def full(handle: int) -> None:
+        calls[0] += 1
+        if calls[0] in (3, 4):  # the first file and its folder are the flags'
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = program(*flags)
+    assert result.code == 0
+    assert "No space left" in result.err
+    assert checkpoints.read(str(tmp_path / "checkpoint.pth"))["epoch"] == 2
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 3
+
+
 def test_learning_rate_is_scaled(program: Callable[..., Result], cifar: Path, tmp_path: Path) -> None:
     common = [*QUICK, "--data-set", "CIFAR", "--data-path", cifar, "--lr", 0.01, "--sched", "constant"]
     for flags, rate in (([], 0.01 * 8 / 512), (["--unscale-lr"], 0.01)):
@@ -279,7 +311,7 @@ def test_broken_weights_are_not_saved(
     flags = [*QUICK, "--data-set", "CIFAR", "--data-path", cifar, "--batch-size", 40, "--output_dir", tmp_path]
     result = program(*flags)
     assert result.code == 1
-    assert "non-finite; it is not saved" in result.err
+    assert "is not finite in epoch" in result.err
     assert not list(tmp_path.glob("*.pth"))
 
 
