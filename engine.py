@@ -163,6 +163,8 @@ def _fetch(batches: Iterator[tuple[Tensor, Tensor]], stop: StopRequest) -> tuple
         raise failure
     if fails:
         raise PeerError
+    if stops and not stop:
+        stop.name = "a signal to another process"
     return batch, stops
 
 

@@ -277,7 +277,7 @@ def train(
         kept = "nothing is saved"
         if output and checkpoints.save_run(run, args, output):
             kept = f"saved in {output}; --resume auto goes on from there"
-        _logger.warning("Stopped by %s at epoch %d step %d: %s.", stop.name or "a signal", run.epoch, run.step, kept)
+        _logger.warning("Stopped by %s at epoch %d step %d: %s.", stop.name, run.epoch, run.step, kept)
 
 
 def visualize(
@@ -336,11 +336,14 @@ def work(args: argparse.Namespace, stop: StopRequest) -> None:
         visualize(args, model, test_set, device)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the program; returns its exit code: 0, 1 for a run that failed, 2 for a mistake of the user's."""
+def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> int:
+    """Run the program; returns its exit code: 0, 1 for a run that failed, 2 for a mistake of the user's.
+
+    After a run that a signal ended early, which is no failure, `stop` is true.
+    """
     utils.setup_logging()
     try:
-        with StopRequest() as stop:
+        with stop if stop is not None else StopRequest() as stop:
             work(parse(argv), stop)
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -352,9 +352,9 @@ def use_deterministic_algorithms() -> None:
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGUSR1, which ask the run to save itself and end at the next step."""
+    """Notes SIGTERM, SIGUSR1 (SLURM's) and SIGUSR2 (submitit's): the run is to save itself and end at the next step."""
 
-    signals = (signal.SIGTERM, signal.SIGUSR1)
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self) -> None:
         self.name: str | None = None

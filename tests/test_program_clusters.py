@@ -1,0 +1,78 @@
+"""SLURM and submitit, with stand-ins for the commands of a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+import run_with_submitit
+from tests.conftest import QUICK, ROOT
+from utils import UsageError
+
+# srun starts the tasks and passes signals on; scancel signals the tasks; scontrol notes that it was called
+COMMANDS = {
+    "srun": """#!/usr/bin/env bash
+shift
+for task in 0 1; do
+    SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_STEP_NODELIST=localhost "$@" &
+    echo $! >>"$STATE/tasks"
+done
+code=0
+for job in $(jobs -p); do wait "$job" || code=$?; done
+exit $code
+""",
+    "scancel": """#!/usr/bin/env bash
+for task in $(cat "$STATE/tasks"); do kill -USR1 "$task"; done
+""",
+    "scontrol": """#!/usr/bin/env bash
+if [ "$1" = show ]; then echo localhost; else echo "$@" >>"$STATE/requeued"; fi
+""",
+}
+
+
+def test_slurm_job_saves_itself_and_queues_again(cifar: Path, tmp_path: Path) -> None:
+    for name, text in COMMANDS.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER", "RANK", "WORLD"))
+    }
+    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STATE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_SUBMIT_DIR": str(ROOT)}
+    output = tmp_path / "output"
+    flags = [*QUICK, "--model", "vim_nano_patch4_32", "--data-set", "CIFAR", "--data-path", cifar, "--epochs", 1000]
+    command = ["bash", ROOT / "scripts" / "slurm" / "train.sbatch", *flags, "--output_dir", output]
+    job = subprocess.Popen(
+        list(map(str, command)), env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    end = time.monotonic() + 120
+    while time.monotonic() < end and job.poll() is None and not (output / "log.txt").exists():
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    out, err = job.communicate(timeout=60)
+    assert job.returncode == 0, err
+    assert "2 process(es)" in out
+    assert err.count("Stopped by SIGUSR1") == 1
+    assert (tmp_path / "requeued").read_text().split() == ["requeue", str(os.getpid())]
+    assert json.loads((output / "log.txt").read_text().splitlines()[0])["epoch"] == 0
+
+
+def test_submitit_runs_the_program(cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = [*QUICK, "--model", "vim_nano_patch4_32", "--data-set", "CIFAR", "--data-path", str(cifar)]
+    job = run_with_submitit.submit([*flags, "--cluster", "local", "--ngpus", "2", "--job_dir", str(tmp_path)])
+    assert job.results() == [None, None]
+    assert json.loads((tmp_path / "log.txt").read_text())["epoch"] == 0
+    assert json.loads((tmp_path / "args.json").read_text())["world_size"] == 2
+
+
+def test_submitit_refuses_before_it_queues(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--data-set 'NONE' is unknown"):
+        run_with_submitit.submit(["--cluster", "local", "--job_dir", str(tmp_path / "job"), "--data-set", "NONE"])
+    assert not (tmp_path / "job").exists()
