@@ -278,7 +278,7 @@ class VisionMamba(nn.Module):
             cls_index = (int(torch.randint(num_patches + 1, ())),)
         if cls_index:
             classes = torch.cat([getattr(self, name) for name in self.cls_token_names], 1)
-            patches = join_cls(classes.expand(len(patches), -1, -1), patches, cls_index)
+            patches = join_cls(classes.expand(patches.shape[0], -1, -1), patches, cls_index)
         if self.pos_embed is not None:
             patches = patches + self.pos_embed_for(grid)
         state = TokenState(self.pos_drop(patches), cls_index=cls_index, grid=grid)

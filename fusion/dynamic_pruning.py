@@ -116,7 +116,7 @@ def pruning_output(state: TokenState, tokens: Tensor, logits: Tensor) -> Pruning
     """Gather what the sites left in `state`; tokens (B, K + M, D) are normalised, the K class tokens first."""
     policy, positions = patch_policy(state), state.positions
     if positions is None and state.grid is not None:
-        positions = torch.arange(policy.shape[1], device=policy.device).expand(len(policy), -1)
+        positions = torch.arange(policy.shape[1], device=policy.device).expand(policy.shape[0], -1)
     return PruningOutput(
         logits=logits,
         tokens=tokens[:, state.num_cls :],
@@ -203,7 +203,7 @@ class DynamicPruning(SiteMethod):
         else:
             tokens = state.hidden if state.residual is None else state.hidden + state.residual
         choice = self.token_policy(stage, split_cls(tokens, state.cls_index)[1], policy)
-        batch = len(policy)
+        batch = policy.shape[0]
         if choice.is_floating_point():
             order, kept = kept_first(choice)
             cls_index = [

@@ -190,13 +190,13 @@ def _with_cls(
 ) -> Matching:
     """The matching of a sequence whose patch tokens go to `slot`, and whose class tokens, each a group of its own, go
     from the indices `old` to `new`."""
-    places = new.split(1, 1) if isinstance(new, Tensor) else [slot.new_full((len(slot), 1), at) for at in new]
+    places = new.split(1, 1) if isinstance(new, Tensor) else [slot.new_full((slot.shape[0], 1), at) for at in new]
     for place in places:
         slot = slot + (slot >= place)
     if places:
         slot = join_cls(torch.stack(places, 1), slot.unsqueeze(-1), old).squeeze(-1)
-        kept = join_cls(kept.new_ones(len(kept), len(places), 1), kept.unsqueeze(-1), old).squeeze(-1)
-    count = slot.new_zeros(len(slot), num_left + len(places))
+        kept = join_cls(kept.new_ones(kept.shape[0], len(places), 1), kept.unsqueeze(-1), old).squeeze(-1)
+    count = slot.new_zeros(slot.shape[0], num_left + len(places))
     return Matching(slot, kept, count.scatter_add_(1, slot, torch.ones_like(slot)))
 
 

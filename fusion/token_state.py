@@ -98,7 +98,7 @@ def join_cls(classes: Tensor, patches: Tensor, cls_index: tuple[int, ...] | Tens
 def patch_policy(state: TokenState) -> Tensor:
     """1 for every patch token still kept, else 0: (B, n)."""
     if state.token_mask is None:
-        return state.hidden.new_ones(len(state.hidden), state.num_tokens - state.num_cls, dtype=torch.float32)
+        return state.hidden.new_ones(state.hidden.shape[0], state.num_tokens - state.num_cls, dtype=torch.float32)
     return split_cls(state.token_mask.unsqueeze(-1), state.cls_index)[1].squeeze(-1)
 
 
