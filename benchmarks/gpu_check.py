@@ -405,9 +405,9 @@ def kernel_list() -> list[tuple[Path, str]]:
     scan, conv, kernels = scan_cuda.SOURCES, _nvrtc.SHARED_SOURCES, []
     for name in _nvrtc.CPP_TYPES.values():
         types = ",".join([name] * 4)
-        kernels += [(scan / "scan_forward.cu", f"{types},4,{channels}") for channels in (1, 2, 4)]
-        kernels += [(scan / "scan_backward.cu", f"{types},4,{channels}") for channels in (1, 2)]
-        kernels += [(scan / "scan_states.cu", f"{types},4,{backwards}") for backwards in ("false", "true")]
+        kernels += [(scan / "scan_forward.cu", f"{types},4,{channels},4") for channels in (1, 2, 4)]
+        kernels += [(scan / "scan_backward.cu", f"{types},4,{channels},4") for channels in (1, 2)]
+        kernels += [(scan / "scan_states.cu", f"{types},4,{backwards},4") for backwards in ("false", "true")]
         kernels += [(scan / f"norm_{way}.cu", f"{name},float,float,float,4,2") for way in ("forward", "backward")]
         kernels += [(conv / f"conv_{way}.cu", f"{name},float,4,{WIDTH}") for way in ("forward", "backward")]
     kernels += [(scan / "scan_carry.cu", backwards) for backwards in ("false", "true")]

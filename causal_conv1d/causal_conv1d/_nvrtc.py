@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 SHARED_SOURCES = Path(__file__).parent / "csrc"
-OPTIONS = ("--std=c++17", "--prec-div=false", "--ptxas-options=-v")
+OPTIONS = ("--std=c++17", "--prec-div=false", "--ftz=true", "--ptxas-options=-v")
 CACHE_VARIABLE = "KERNEL_CACHE_DIR"
 # What a block gets of shared memory without asking.
 DEFAULT_DYNAMIC_BYTES = 48 << 10

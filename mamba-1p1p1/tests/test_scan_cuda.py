@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parent / "golden"
 CSRC = cuda.SOURCES
 TARGETS = ("sm_80", "sm_90", "sm_100")
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def load_emulation():
@@ -60,14 +60,13 @@ compiled = pytest.mark.skipif(why_no_compiler() is not None, reason=f"no NVRTC: 
 
 F, H, BF = "float", "Float16", "BFloat16"
 KERNELS = [
-    *[("scan_forward", f"{t},{t},{t},{t},4,{cpt}") for t in (F, BF) for cpt in (1, 2, 4)],
-    ("scan_forward", f"{H},{H},{H},{H},4,4"),
-    *[("scan_forward", f"{F},{F},{F},{F},{lanes},{cpt}") for lanes, cpt in ((1, 1), (2, 1), (2, 2), (8, 4))],
-    *[("scan_forward", f"{F},{F},{F},{F},16,{cpt}") for cpt in (1, 2, 4)],
-    ("scan_forward", f"{BF},{F},{BF},{F},4,4"),
-    *[("scan_backward", f"{t},{t},{t},{t},4,2") for t in (F, H, BF)],
-    *[("scan_backward", f"{F},{F},{F},{F},{lanes},{cpt}") for lanes, cpt in ((4, 1), (1, 1), (16, 2))],
-    *[("scan_states", f"{F},{F},{F},{F},4,{back}") for back in ("false", "true")],
+    *[("scan_forward", f"{BF},{BF},{BF},{BF},4,{cpt},4") for cpt in (1, 2, 4)],
+    *[("scan_forward", f"{F},{F},{F},{F},{more}") for more in ("4,1,4", "4,4,4", "4,4,0", "4,4,1")],
+    *[("scan_forward", f"{F},{F},{F},{F},{more}") for more in ("1,1,4", "2,2,4", "8,4,4", "16,1,4")],
+    ("scan_forward", f"{H},{F},{H},{F},4,4,4"),
+    *[("scan_backward", f"{t},{t},{t},{t},4,2,4") for t in (F, BF)],
+    *[("scan_backward", f"{F},{F},{F},{F},{more}") for more in ("4,2,1", "4,1,4", "16,2,4")],
+    *[("scan_states", f"{F},{F},{F},{F},4,{back},4") for back in ("false", "true")],
     *[("scan_carry", back) for back in ("false", "true")],
     *[("norm_forward", f"{t},{F},{F},{F},4,2") for t in (F, BF)],
     *[("norm_backward", f"{t},{F},{F},{F},4,2") for t in (F, BF)],
@@ -87,15 +86,12 @@ def usages() -> dict[tuple[str, str, str], _nvrtc.Usage]:
 @compiled
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("name", "arguments"), KERNELS)
-def test_compiles(name, arguments, target, record_property):
+def test_compiles_without_spills(name, arguments, target, record_property):
     usage = usages()[name, arguments, target]
     record_property("usage", usage._asdict())
     assert 0 < usage.registers <= 255
     assert usage.shared <= 48 << 10
-    if name == "scan_forward":
-        assert usage.stack == usage.spill_stores == usage.spill_loads == 0
-    else:
-        assert usage.spill_stores <= 64
+    assert usage.stack == usage.spill_stores == usage.spill_loads == 0
 
 
 # --- emulation -------------------------------------------------------------------------------------------------------
@@ -179,15 +175,15 @@ def device(monkeypatch):
 CASES = {
     "channel-last": ((2, 40, 37, 16), {}, 4),
     "time-last": ((2, 40, 37, 16), {"channel_last": False}, 4),
-    "four channels per thread, not all there": ((2, 400, 37, 16), {}, 1),
-    "bare": ((2, 400, 33, 16), {"D": False, "z": False, "bias": False}, 1),
+    "four channels per thread, not all there": ((1, 268, 20, 16), {}, 1),
+    "bare": ((1, 268, 33, 16), {"D": False, "z": False, "bias": False}, 1),
     "groups": ((2, 24, 19, 16), {"groups": 3}, 4),
     "bfloat16": ((2, 72, 40, 16), {"dtype": torch.bfloat16}, 1),
     "float16": ((2, 72, 40, 16), {"dtype": torch.float16}, 1),
     "mixed dtypes": ((2, 40, 20, 16), {"dtype": torch.bfloat16, "other": torch.float32}, 4),
     "one step": ((3, 40, 1, 16), {}, 4),
+    "odd dim": ((2, 37, 40, 16), {}, 4),
     "dstate 3": ((1, 20, 40, 3), {}, 4),
-    "dstate 7": ((1, 20, 40, 7), {}, 4),
     "dstate 64": ((3, 20, 40, 64), {}, 4),
     "split sequence": ((1, 20, 600, 16), {}, 8),
 }
@@ -200,8 +196,10 @@ def test_emulated_scan(case, reverse, device):
     sizes, options, multiprocessors = CASES[case]
     used = device(multiprocessors)
     assert_scan_parity(arguments(*sizes, **options), case != "bare", reverse)
-    launched = [name for name, _ in used.launched]
+    launched = dict(used.launched)
     assert ("scan_carry" in launched) == (case == "split sequence")
+    pack = "0" if case == "time-last" else "1" if case == "odd dim" else "4"
+    assert {launched["scan_forward"][-1], launched["scan_backward"][-1]} == {pack}
 
 
 @emulated
@@ -248,7 +246,7 @@ def test_emulated_scan_shares_memory_out_sparingly(device, monkeypatch):
         return how._replace(grid=(2, 3, 1), sizes=plan.sizes(2, 2), slots=2, rows=3)
 
     monkeypatch.setattr(cuda, "_backward_plan", shared)
-    assert_scan_parity(arguments(7, 400, 20, 16), True, False)
+    assert_scan_parity(arguments(7, 268, 40, 16), True, False)
 
 
 @emulated

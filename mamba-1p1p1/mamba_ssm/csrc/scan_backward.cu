@@ -5,7 +5,8 @@
 // their states and decays in registers, and goes back over them. Sums over channels are taken within the block and
 // written per block; scan parameters' sums over time and batch likewise. A later kernel adds them up, always in one order.
 //
-// KERNEL_ARGUMENTS: types of u, out and their gradients, delta, z, B and C; lanes per channel; channels per thread.
+// KERNEL_ARGUMENTS: types of u, out and their gradients, delta, z, B and C; lanes per channel; channels per thread; PACK
+// of RowMap.
 #include "scan_tile.h"
 
 struct BackwardDirection {
@@ -25,24 +26,29 @@ struct BackwardParams {
     Sizes sizes;
 };
 
-template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT> struct BackwardScan {
+template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT, int PACK> struct BackwardScan {
     using Own = Team<LANES, CPT>;
     using Sums = shared_math::BackwardSums<Thread>;
     static constexpr int CHANNELS = Own::CHANNELS, DSTATE = Own::DSTATE;
     static constexpr int TILE = 32, SUB = 4, SUBS = TILE / SUB;  // TILE is the interval of the checkpoints
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    static constexpr int BLOCKS = 2;  // per multiprocessor: for more there is no shared memory
+#else
     static constexpr int BLOCKS = 3;
+#endif
     static constexpr int PARTS = THREADS / CHANNELS;  // threads that add up one channel's column of a tile
     // One step's dB and dC of STATES states, added over the warp's teams: what each lane then holds of them.
     static constexpr int TEAMS = 32 / LANES, VALUES = 2 * STATES;
     static constexpr int HELD = VALUES > TEAMS ? VALUES / TEAMS : 1, COPIES = TEAMS > VALUES ? TEAMS / VALUES : 1;
-    using RowMap = TileMap<TILE, CHANNELS>;
-    using MatrixMap = TileMap<TILE, DSTATE>;
-    // Elements of each tensor that a thread reads at once.
-    static constexpr int PART = RowMap::COUNT < 4 ? RowMap::COUNT : 4;
-    static constexpr int MATRIX_PART = MatrixMap::COUNT < 4 ? MatrixMap::COUNT : 4;
+    using Rows = RowMap<TILE, CHANNELS, PACK>;
+    using Entries = MatrixMap<TILE, DSTATE>;
+    static constexpr int VEC = Rows::VEC;
+    // Units of each tensor that a thread reads at once.
+    static constexpr int PART_LIMIT = VEC > 1 ? 2 : 4, PART = Rows::COUNT < PART_LIMIT ? Rows::COUNT : PART_LIMIT;
+    static constexpr int ENTRIES_PART = Entries::COUNT < 4 ? Entries::COUNT : 4;
 
     // Shared memory; the host asks for as much.
-    static constexpr int ROW_FLOATS = RowMap::SIZE, MATRIX_FLOATS = MatrixMap::SIZE;
+    static constexpr int ROW_FLOATS = Rows::SIZE, MATRIX_FLOATS = Entries::SIZE;
     static constexpr int START_FLOATS = (SUBS - 1) * CPT * THREADS * STATES, SUM_FLOATS = WARPS * SUB * 2 * DSTATE;
     float *u, *dt, *dy;     // [TILE][CHANNELS]; replaced by du, ddt and y, step by step
     float *B, *C;           // [TILE][DSTATE]
@@ -72,44 +78,55 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT> struct
         int batch, group, channel0, limit, step, times;  // times: steps of the tile inside the sequence
     };
 
-    DEVICE void load_tile(const BackwardDirection &d, const Sizes &sizes, const RowMap &rows, const MatrixMap &entries,
+    DEVICE void load_tile(const BackwardDirection &d, const Sizes &sizes, const Rows &rows, const Entries &entries,
                           const Place &at) {
-        const Stream<TU> us(d.u, rows, at.batch, at.channel0, at.step), douts(d.dout, rows, at.batch, at.channel0, at.step);
-        const Stream<TDelta> deltas(d.delta, rows, at.batch, at.channel0, at.step);
-        const Stream<TZ> zs(d.z, rows, at.batch, at.channel0, at.step);
+        const Stream<TU, Rows> us(d.u, rows, at.batch, at.channel0, at.step);
+        const Stream<TU, Rows> douts(d.dout, rows, at.batch, at.channel0, at.step);
+        const Stream<TDelta, Rows> deltas(d.delta, rows, at.batch, at.channel0, at.step);
+        const Stream<TZ, Rows> zs(d.z, rows, at.batch, at.channel0, at.step);
         const bool gated = d.z.data != nullptr;
 #pragma unroll 1
-        for (int first = 0; first < RowMap::COUNT; first += PART) {
-            TU read_u[PART], read_dout[PART];
-            TDelta read_delta[PART];
-            TZ read_z[PART];
+        for (int first = 0; first < Rows::COUNT; first += PART) {
+            Pack<TU, VEC> read_u[PART], read_dout[PART];
+            Pack<TDelta, VEC> read_delta[PART];
+            Pack<TZ, VEC> read_z[PART];
             us.read(read_u, first, rows, d.u, at.times, at.limit);
             deltas.read(read_delta, first, rows, d.delta, at.times, at.limit);
             douts.read(read_dout, first, rows, d.dout, at.times, at.limit);
             if (gated) zs.read(read_z, first, rows, d.z, at.times, at.limit);
 #pragma unroll
             for (int i = 0; i < PART; i++) {
+                if (!rows.exists(first + i)) continue;
+                float values[VEC], steps[VEC], grads[VEC], shift[VEC], gate[VEC];
+                unpack(read_u[i], values);
+                unpack(read_delta[i], steps);
+                unpack(read_dout[i], grads);
+                if (gated) unpack(read_z[i], gate);
+                load_floats(bias + rows.place_of(first + i), shift);
+                const bool inside = rows.holds(first + i, at.times, at.limit);
+#pragma unroll
+                for (int k = 0; k < VEC; k++) {
+                    steps[k] = inside ? step_size(steps[k], shift[k], sizes.softplus) : 0.f;
+                    if (gated) grads[k] *= shared_math::silu<Thread>(gate[k]);
+                }
                 const int index = rows.index_of(first + i);
-                const float shift = bias[rows.place_of(first + i)];
-                const float value = step_size(to_float(read_delta[i]), shift, sizes.softplus);
-                float grad = to_float(read_dout[i]);
-                if (gated) grad *= shared_math::silu<Thread>(to_float(read_z[i]));
-                u[index] = to_float(read_u[i]);
-                dt[index] = rows.holds(first + i, at.times, at.limit) ? value : 0.f;
-                dy[index] = grad;
+                store_floats(u + index, values);
+                store_floats(dt + index, steps);
+                store_floats(dy + index, grads);
             }
         }
-        const Stream<TM> Bs(d.B, entries, at.batch, at.group, at.step), Cs(d.C, entries, at.batch, at.group, at.step);
+        const Stream<TM, Entries> Bs(d.B, entries, at.batch, at.group, at.step);
+        const Stream<TM, Entries> Cs(d.C, entries, at.batch, at.group, at.step);
 #pragma unroll 1
-        for (int first = 0; first < MatrixMap::COUNT; first += MATRIX_PART) {
-            TM read_B[MATRIX_PART], read_C[MATRIX_PART];
+        for (int first = 0; first < Entries::COUNT; first += ENTRIES_PART) {
+            Pack<TM, 1> read_B[ENTRIES_PART], read_C[ENTRIES_PART];
             Bs.read(read_B, first, entries, d.B, at.times, sizes.dstate);
             Cs.read(read_C, first, entries, d.C, at.times, sizes.dstate);
 #pragma unroll
-            for (int i = 0; i < MATRIX_PART; i++) {
-                if (!entries.holds(first + i, TILE, DSTATE)) continue;
-                B[entries.index_of(first + i)] = to_float(read_B[i]);
-                C[entries.index_of(first + i)] = to_float(read_C[i]);
+            for (int i = 0; i < ENTRIES_PART; i++) {
+                if (!entries.exists(first + i)) continue;
+                B[entries.index_of(first + i)] = to_float(read_B[i].v[0]);
+                C[entries.index_of(first + i)] = to_float(read_C[i].v[0]);
             }
         }
     }
@@ -232,31 +249,39 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT> struct
         }
     }
 
-    DEVICE void store_tile(const BackwardDirection &d, const Sizes &sizes, const RowMap &rows, const Place &at,
+    DEVICE void store_tile(const BackwardDirection &d, const Sizes &sizes, const Rows &rows, const Place &at,
                            Carried &carried) {
         const bool gated = d.z.data != nullptr;
-        Stream<TU> du(d.du, rows, at.batch, at.channel0, at.step), dout(d.dout, rows, at.batch, at.channel0, at.step);
-        Stream<TDelta> delta(d.delta, rows, at.batch, at.channel0, at.step);
-        Stream<TDelta> ddelta(d.ddelta, rows, at.batch, at.channel0, at.step);
-        Stream<TZ> z(d.z, rows, at.batch, at.channel0, at.step), dz(d.dz, rows, at.batch, at.channel0, at.step);
+        const Stream<TU, Rows> dus(d.du, rows, at.batch, at.channel0, at.step);
+        const Stream<TU, Rows> douts(d.dout, rows, at.batch, at.channel0, at.step);
+        const Stream<TDelta, Rows> deltas(d.delta, rows, at.batch, at.channel0, at.step);
+        const Stream<TDelta, Rows> ddeltas(d.ddelta, rows, at.batch, at.channel0, at.step);
+        const Stream<TZ, Rows> zs(d.z, rows, at.batch, at.channel0, at.step);
+        const Stream<TZ, Rows> dzs(d.dz, rows, at.batch, at.channel0, at.step);
 #pragma unroll 1
-        for (int i = 0; i < RowMap::COUNT; i++) {
-            if (rows.holds(i, at.times, at.limit)) {
-                const int index = rows.index_of(i);
-                du.at[i * Stream<TU>::step(d.du, rows)] = from_float<TU>(u[index]);
-                float grad = dt[index];
-                if (sizes.softplus) {
-                    const float raw = to_float(delta.at[i * Stream<TDelta>::step(d.delta, rows)]);
-                    grad *= shared_math::sigmoid<Thread>(raw + bias[rows.place_of(i)]);
-                    dt[index] = grad;
-                }
-                ddelta.at[i * Stream<TDelta>::step(d.ddelta, rows)] = from_float<TDelta>(grad);
-                if (gated) {
-                    const float out_grad = to_float(dout.at[i * Stream<TU>::step(d.dout, rows)]);
-                    const float gate = to_float(z.at[i * Stream<TZ>::step(d.z, rows)]);
-                    const float gate_grad = out_grad * dy[index] * shared_math::silu_grad<Thread>(gate);
-                    dz.at[i * Stream<TZ>::step(d.dz, rows)] = from_float<TZ>(gate_grad);
-                }
+        for (int i = 0; i < Rows::COUNT; i++) {
+            if (!rows.holds(i, at.times, at.limit)) continue;
+            const int index = rows.index_of(i);
+            float grads[VEC], raw[VEC], shift[VEC];
+            load_floats(u + index, grads);
+            dus.unit(i * dus.step(d.du, rows)) = pack_as<TU>(grads);
+            load_floats(dt + index, grads);
+            if (sizes.softplus) {
+                unpack(deltas.unit(i * deltas.step(d.delta, rows)), raw);
+                load_floats(bias + rows.place_of(i), shift);
+#pragma unroll
+                for (int k = 0; k < VEC; k++) grads[k] *= shared_math::sigmoid<Thread>(raw[k] + shift[k]);
+                store_floats(dt + index, grads);
+            }
+            ddeltas.unit(i * ddeltas.step(d.ddelta, rows)) = pack_as<TDelta>(grads);
+            if (gated) {
+                float gate[VEC], y[VEC];
+                unpack(douts.unit(i * douts.step(d.dout, rows)), grads);
+                unpack(zs.unit(i * zs.step(d.z, rows)), gate);
+                load_floats(dy + index, y);
+#pragma unroll
+                for (int k = 0; k < VEC; k++) grads[k] *= y[k] * shared_math::silu_grad<Thread>(gate[k]);
+                dzs.unit(i * dzs.step(d.dz, rows)) = pack_as<TZ>(grads);
             }
         }
         if (d.bias_sums == nullptr) return;
@@ -274,8 +299,8 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT> struct
         const int slot = blockIdx.x % sizes.slots;
         const int begin = split * sizes.split_length, end = min(begin + sizes.split_length, sizes.seqlen);
         const int64 row = int64(blockIdx.y) * sizes.splits + split;
-        const RowMap rows(sizes.time_fastest);
-        const MatrixMap entries(!sizes.state_fastest);
+        const Rows rows;
+        const Entries entries(sizes.state_fastest);
         Place at;
         at.group = blockIdx.x / sizes.slots;
 

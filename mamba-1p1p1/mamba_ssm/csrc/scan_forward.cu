@@ -1,6 +1,6 @@
 // Selective scan, forward: one block per channel tile, batch entry, split of the sequence and direction.
 //
-// KERNEL_ARGUMENTS: types of u and out, delta, z, B and C; lanes per channel; channels per thread.
+// KERNEL_ARGUMENTS: types of u and out, delta, z, B and C; lanes per channel; channels per thread; PACK of RowMap.
 #include "scan_tile.h"
 
 struct ForwardDirection {
@@ -17,24 +17,22 @@ struct ForwardParams {
     Sizes sizes;
 };
 
-template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT> struct ForwardScan {
+template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT, int PACK> struct ForwardScan {
     using Own = Team<LANES, CPT>;
     static constexpr int CHANNELS = Own::CHANNELS, DSTATE = Own::DSTATE;
-    static constexpr int TILE = CHANNELS >= 16 ? 8 : 16;
-    using RowMap = TileMap<TILE, CHANNELS>;
-    using MatrixMap = TileMap<TILE, DSTATE>;
+    static constexpr int TILE = CHANNELS >= 64 ? 8 : 16;
+    using Rows = RowMap<TILE, CHANNELS, PACK>;
+    using Entries = MatrixMap<TILE, DSTATE>;
+    static constexpr int VEC = Rows::VEC;
     // Resident blocks that a multiprocessor must have registers for; chosen so that none spill.
-    static constexpr int BLOCKS = CPT == 4 || RowMap::COUNT >= 8 ? 3 : CPT == 1 && LANES == 4 ? 6 : 4;
+    static constexpr int BLOCKS = CPT == 4 || Rows::COUNT >= 8 ? 3 : CPT == 1 && LANES == 4 ? 5 : 4;
 
     static DEVICE void run(const ForwardParams &p) {
-        SHARED_ARRAY(float, s_dt, RowMap::SIZE);
-        SHARED_ARRAY(float, s_input, RowMap::SIZE);
-        SHARED_ARRAY(float, s_y, RowMap::SIZE);
-        SHARED_ARRAY(float, s_gate, RowMap::SIZE);
-        SHARED_ARRAY(float, s_B, MatrixMap::SIZE);
-        SHARED_ARRAY(float, s_C, MatrixMap::SIZE);
-        SHARED_ARRAY(float, s_D, CHANNELS);
-        SHARED_ARRAY(float, s_bias, CHANNELS);
+        SHARED_ARRAY(float, s_rows, 4 * Rows::SIZE);
+        SHARED_ARRAY(float, s_entries, 2 * Entries::SIZE);
+        SHARED_ARRAY(float, s_channels, 2 * CHANNELS);
+        float *s_dt = s_rows, *s_input = s_dt + Rows::SIZE, *s_y = s_input + Rows::SIZE, *s_gate = s_y + Rows::SIZE;
+        float *s_B = s_entries, *s_C = s_B + Entries::SIZE, *s_D = s_channels, *s_bias = s_D + CHANNELS;
 
         const Sizes &sizes = p.sizes;
         const int direction = blockIdx.z / sizes.splits, split = blockIdx.z % sizes.splits;
@@ -44,8 +42,8 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT> struct
         const int limit = min(CHANNELS, group_size - channel_in_group);
         const int begin = split * sizes.split_length, end = min(begin + sizes.split_length, sizes.seqlen);
         const Own own(channel0, limit);
-        const RowMap rows(sizes.time_fastest);
-        const MatrixMap entries(!sizes.state_fastest);
+        const Rows rows;
+        const Entries entries(sizes.state_fastest);
 
         float A[CPT][STATES];
         {
@@ -60,20 +58,20 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT> struct
 
         for (int b = blockIdx.y; b < sizes.batch; b += gridDim.y) {
             const ForwardDirection &first = p.direction[unhoisted(direction)];
-            Stream<TU> u(first.u, rows, b, channel0, begin), out(first.out, rows, b, channel0, begin);
-            Stream<TDelta> delta(first.delta, rows, b, channel0, begin);
-            Stream<TZ> z(first.z, rows, b, channel0, begin);
-            Stream<TM> B(first.B, entries, b, group, begin), C(first.C, entries, b, group, begin);
+            Stream<TU, Rows> u(first.u, rows, b, channel0, begin), out(first.out, rows, b, channel0, begin);
+            Stream<TDelta, Rows> delta(first.delta, rows, b, channel0, begin);
+            Stream<TZ, Rows> z(first.z, rows, b, channel0, begin);
+            Stream<TM, Entries> B(first.B, entries, b, group, begin), C(first.C, entries, b, group, begin);
 
             float h[CPT][STATES] = {};
             if (first.carry != nullptr) {
                 own.read_states(h, first.carry + (int64(b) * sizes.splits + split) * states_size(sizes), sizes);
             }
 
-            TU next_u[RowMap::COUNT];
-            TDelta next_delta[RowMap::COUNT];
-            TZ next_z[RowMap::COUNT];
-            TM next_B[MatrixMap::COUNT], next_C[MatrixMap::COUNT];
+            Pack<TU, VEC> next_u[Rows::COUNT];
+            Pack<TDelta, VEC> next_delta[Rows::COUNT];
+            Pack<TZ, VEC> next_z[Rows::COUNT];
+            Pack<TM, 1> next_B[Entries::COUNT], next_C[Entries::COUNT];
             auto fetch = [&](const ForwardDirection &d, int times) {
                 u.next(next_u, rows, d.u, times, limit);
                 delta.next(next_delta, rows, d.delta, times, limit);
@@ -88,21 +86,37 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT> struct
                 const int times = end - step;
                 const bool gated = d.z.data != nullptr;
 #pragma unroll
-                for (int i = 0; i < RowMap::COUNT; i++) {
-                    const float u_value = to_float(next_u[i]);
-                    const float dt = step_size(to_float(next_delta[i]), s_bias[rows.place_of(i)], sizes.softplus);
-                    // A step outside the sequence changes nothing: its decay is exp(0), its input 0.
-                    const float inside = rows.holds(i, times, limit) ? dt : 0.f;
-                    s_dt[rows.index_of(i)] = inside;
-                    s_input[rows.index_of(i)] = inside * u_value;
-                    s_y[rows.index_of(i)] = s_D[rows.place_of(i)] * u_value;
-                    if (gated) s_gate[rows.index_of(i)] = shared_math::silu<Thread>(to_float(next_z[i]));
+                for (int i = 0; i < Rows::COUNT; i++) {
+                    if (!rows.exists(i)) continue;
+                    float u_values[VEC], dt[VEC], input[VEC], skip[VEC], shift[VEC], D[VEC];
+                    unpack(next_u[i], u_values);
+                    unpack(next_delta[i], dt);
+                    load_floats(s_bias + rows.place_of(i), shift);
+                    load_floats(s_D + rows.place_of(i), D);
+                    const bool inside = rows.holds(i, times, limit);
+#pragma unroll
+                    for (int k = 0; k < VEC; k++) {
+                        // A step outside the sequence changes nothing: its decay is exp(0), its input 0.
+                        dt[k] = inside ? step_size(dt[k], shift[k], sizes.softplus) : 0.f;
+                        input[k] = dt[k] * u_values[k];
+                        skip[k] = D[k] * u_values[k];
+                    }
+                    store_floats(s_dt + rows.index_of(i), dt);
+                    store_floats(s_input + rows.index_of(i), input);
+                    store_floats(s_y + rows.index_of(i), skip);
+                    if (gated) {
+                        float gate[VEC];
+                        unpack(next_z[i], gate);
+#pragma unroll
+                        for (int k = 0; k < VEC; k++) gate[k] = shared_math::silu<Thread>(gate[k]);
+                        store_floats(s_gate + rows.index_of(i), gate);
+                    }
                 }
 #pragma unroll
-                for (int i = 0; i < MatrixMap::COUNT; i++) {
-                    if (!entries.holds(i, TILE, DSTATE)) continue;
-                    s_B[entries.index_of(i)] = to_float(next_B[i]);
-                    s_C[entries.index_of(i)] = to_float(next_C[i]);
+                for (int i = 0; i < Entries::COUNT; i++) {
+                    if (!entries.exists(i)) continue;
+                    s_B[entries.index_of(i)] = to_float(next_B[i].v[0]);
+                    s_C[entries.index_of(i)] = to_float(next_C[i].v[0]);
                 }
                 __syncthreads();
                 if (times > TILE) fetch(d, times - TILE);
@@ -116,14 +130,18 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT> struct
                 __syncthreads();
 
                 const int64 stride = out.step(d.out, rows);
-                TU *to = out.at;
 #pragma unroll
-                for (int i = 0; i < RowMap::COUNT; i++) {
-                    if (rows.holds(i, times, limit)) {
-                        float y = s_y[rows.index_of(i)];
-                        *to = from_float<TU>(gated ? y * s_gate[rows.index_of(i)] : y);
+                for (int i = 0; i < Rows::COUNT; i++) {
+                    if (!rows.holds(i, times, limit)) continue;
+                    float y[VEC];
+                    load_floats(s_y + rows.index_of(i), y);
+                    if (gated) {
+                        float gate[VEC];
+                        load_floats(s_gate + rows.index_of(i), gate);
+#pragma unroll
+                        for (int k = 0; k < VEC; k++) y[k] *= gate[k];
                     }
-                    to += stride;
+                    out.unit(i * stride) = pack_as<TU>(y);
                 }
                 out.at += TILE * d.out.time;
             }

@@ -2,7 +2,7 @@
 // sum of its step sizes, from which its decay follows. Forwards that is h; backwards it is the carry a_t * dL/dh_t, walked
 // from the split's end, with the gated output gradient as input and C in the place of B.
 //
-// KERNEL_ARGUMENTS: types of the input, delta, z, B or C; lanes per channel; whether backwards.
+// KERNEL_ARGUMENTS: types of the input, delta, z, B or C; lanes per channel; whether backwards; PACK of RowMap.
 #include "scan_tile.h"
 
 struct StatesDirection {
@@ -18,12 +18,14 @@ struct StatesParams {
     Sizes sizes;
 };
 
-template <class TInput, class TDelta, class TZ, class TM, int LANES, bool BACKWARDS> struct SplitStates {
+template <class TInput, class TDelta, class TZ, class TM, int LANES, bool BACKWARDS, int PACK>
+struct SplitStates {
     using Own = Team<LANES, 1>;
     static constexpr int CHANNELS = Own::CHANNELS, DSTATE = Own::DSTATE;
     static constexpr int TILE = CHANNELS >= 128 ? 8 : 16;
-    using RowMap = TileMap<TILE, CHANNELS>;
-    using MatrixMap = TileMap<TILE, DSTATE>;
+    using Rows = RowMap<TILE, CHANNELS, PACK>;
+    using Entries = MatrixMap<TILE, DSTATE>;
+    static constexpr int VEC = Rows::VEC;
 
     template <class Tensor> static DEVICE Tensor in_scan_order(Tensor tensor) {
         if (BACKWARDS) tensor.time = -tensor.time;
@@ -31,9 +33,9 @@ template <class TInput, class TDelta, class TZ, class TM, int LANES, bool BACKWA
     }
 
     static DEVICE void run(const StatesParams &p) {
-        SHARED_ARRAY(float, s_dt, RowMap::SIZE);
-        SHARED_ARRAY(float, s_input, RowMap::SIZE);
-        SHARED_ARRAY(float, s_matrix, MatrixMap::SIZE);
+        SHARED_ARRAY(float, s_dt, Rows::SIZE);
+        SHARED_ARRAY(float, s_input, Rows::SIZE);
+        SHARED_ARRAY(float, s_matrix, Entries::SIZE);
         SHARED_ARRAY(float, s_bias, CHANNELS);
 
         const Sizes &sizes = p.sizes;
@@ -46,8 +48,8 @@ template <class TInput, class TDelta, class TZ, class TM, int LANES, bool BACKWA
         const int begin = split * sizes.split_length, end = min(begin + sizes.split_length, sizes.seqlen);
         if (split == (BACKWARDS ? 0 : sizes.splits - 1)) return;  // nothing follows it
         const Own own(channel0, limit);
-        const RowMap rows(sizes.time_fastest);
-        const MatrixMap entries(!sizes.state_fastest);
+        const Rows rows;
+        const Entries entries(sizes.state_fastest);
         const Slab input_slab = in_scan_order(d.input), delta_slab = in_scan_order(d.delta), z_slab = in_scan_order(d.z);
         const Matrix matrix_slab = in_scan_order(d.matrix);
         const int start = BACKWARDS ? 1 - end : begin;
@@ -59,34 +61,43 @@ template <class TInput, class TDelta, class TZ, class TM, int LANES, bool BACKWA
         own.read_decay(A, d.A, sizes);
 
         for (int b = blockIdx.y; b < sizes.batch; b += gridDim.y) {
-            Stream<TInput> inputs(input_slab, rows, b, channel0, start);
-            Stream<TDelta> deltas(delta_slab, rows, b, channel0, start);
-            Stream<TZ> gates(z_slab, rows, b, channel0, start);
-            Stream<TM> matrices(matrix_slab, entries, b, group, start);
+            Stream<TInput, Rows> inputs(input_slab, rows, b, channel0, start);
+            Stream<TDelta, Rows> deltas(delta_slab, rows, b, channel0, start);
+            Stream<TZ, Rows> gates(z_slab, rows, b, channel0, start);
+            Stream<TM, Entries> matrices(matrix_slab, entries, b, group, start);
             float h[1][STATES] = {}, dt_sum = 0.f;
 
             for (int times = end - begin; times > 0; times -= TILE) {
-                TInput input[RowMap::COUNT];
-                TDelta delta[RowMap::COUNT];
-                TZ z[RowMap::COUNT];
-                TM matrix[MatrixMap::COUNT];
+                Pack<TInput, VEC> input[Rows::COUNT];
+                Pack<TDelta, VEC> delta[Rows::COUNT];
+                Pack<TZ, VEC> z[Rows::COUNT];
+                Pack<TM, 1> matrix[Entries::COUNT];
                 inputs.next(input, rows, input_slab, times, limit);
                 deltas.next(delta, rows, delta_slab, times, limit);
                 if (d.z.data != nullptr) gates.next(z, rows, z_slab, times, limit);
                 matrices.next(matrix, entries, matrix_slab, times, sizes.dstate);
                 __syncthreads();
 #pragma unroll
-                for (int i = 0; i < RowMap::COUNT; i++) {
-                    const float dt = step_size(to_float(delta[i]), s_bias[rows.place_of(i)], sizes.softplus);
-                    const float inside = rows.holds(i, times, limit) ? dt : 0.f;
-                    float value = to_float(input[i]);
-                    if (d.z.data != nullptr) value *= shared_math::silu<Thread>(to_float(z[i]));
-                    s_dt[rows.index_of(i)] = inside;
-                    s_input[rows.index_of(i)] = BACKWARDS ? value : inside * value;
+                for (int i = 0; i < Rows::COUNT; i++) {
+                    if (!rows.exists(i)) continue;
+                    float values[VEC], dt[VEC], shift[VEC], gate[VEC];
+                    unpack(input[i], values);
+                    unpack(delta[i], dt);
+                    load_floats(s_bias + rows.place_of(i), shift);
+                    if (d.z.data != nullptr) unpack(z[i], gate);
+                    const bool inside = rows.holds(i, times, limit);
+#pragma unroll
+                    for (int k = 0; k < VEC; k++) {
+                        dt[k] = inside ? step_size(dt[k], shift[k], sizes.softplus) : 0.f;
+                        if (d.z.data != nullptr) values[k] *= shared_math::silu<Thread>(gate[k]);
+                        if (!BACKWARDS) values[k] *= dt[k];
+                    }
+                    store_floats(s_dt + rows.index_of(i), dt);
+                    store_floats(s_input + rows.index_of(i), values);
                 }
 #pragma unroll
-                for (int i = 0; i < MatrixMap::COUNT; i++) {
-                    if (entries.holds(i, TILE, DSTATE)) s_matrix[entries.index_of(i)] = to_float(matrix[i]);
+                for (int i = 0; i < Entries::COUNT; i++) {
+                    if (entries.exists(i)) s_matrix[entries.index_of(i)] = to_float(matrix[i].v[0]);
                 }
                 __syncthreads();
 #pragma unroll 4
@@ -110,4 +121,4 @@ template <class TInput, class TDelta, class TZ, class TM, int LANES, bool BACKWA
     }
 };
 
-KERNEL(scan_states, StatesParams, THREADS, 4) { SplitStates<KERNEL_ARGUMENTS>::run(p); }
+KERNEL(scan_states, StatesParams, THREADS, 3) { SplitStates<KERNEL_ARGUMENTS>::run(p); }

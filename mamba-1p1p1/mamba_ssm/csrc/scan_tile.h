@@ -30,68 +30,92 @@ struct Sizes {
     int groups, tiles, slots;         // tiles: channel tiles of a group; slots: blocks that share them
     int splits, split_length;         // the sequence is cut into splits of split_length steps
     int directions, interval;         // interval: steps between checkpoints
-    int softplus, time_fastest, state_fastest;
+    int softplus, state_fastest;
 };
 
-// Where a thread stands in a tile of TILE steps by WIDTH channels (or states), for loads and stores in memory order.
-template <int TILE, int WIDTH> struct TileMap {
-    static constexpr int TIMES = TILE, SIZE = TILE * WIDTH;
-    static constexpr int COUNT = (SIZE + THREADS - 1) / THREADS;
+// How the threads of a block share a tile of TILE steps by WIDTH channels for loads and stores, in the order of memory.
+// PACK 0: neighbouring threads hold neighbouring steps. Else each holds PACK neighbouring channels, which must be dense
+// and aligned if PACK > 1, and neighbouring threads hold neighbouring packs. A thread has COUNT of these units.
+template <int TILE, int WIDTH, int PACK> struct RowMap {
+    static constexpr int TIMES = TILE, SIZE = TILE * WIDTH, VEC = PACK > 1 ? PACK : 1;
+    static constexpr int UNITS = SIZE / VEC, COUNT = (UNITS + THREADS - 1) / THREADS;
+    static constexpr int ACROSS = PACK == 0 ? TILE : WIDTH / VEC;
+    int time, place;
+
+    DEVICE RowMap() {
+        const int inner = threadIdx.x % ACROSS, outer = threadIdx.x / ACROSS;
+        time = PACK == 0 ? inner : outer;
+        place = PACK == 0 ? outer : inner * VEC;
+    }
+    DEVICE int time_of(int i) const { return PACK == 0 ? time : time + i * (THREADS / ACROSS); }
+    DEVICE int place_of(int i) const { return PACK == 0 ? place + i * (THREADS / ACROSS) : place; }
+    DEVICE int index_of(int i) const { return time_of(i) * WIDTH + place_of(i); }
+    // Whether unit i is in the tile, and of so many steps and channels. A pack is inside or outside as a whole.
+    DEVICE bool holds(int i, int times, int places) const {
+        return time_of(i) < times && place_of(i) < places && exists(i);
+    }
+    DEVICE bool exists(int i) const { return UNITS % THREADS == 0 || (time_of(i) < TILE && place_of(i) < WIDTH); }
+    DEVICE int64 step(int64 time_stride, int64 place_stride) const {
+        return THREADS / ACROSS * (PACK == 0 ? place_stride : time_stride);
+    }
+};
+
+// The same for the few states of B and C: one element at a time, in either order.
+template <int TILE, int WIDTH> struct MatrixMap {
+    static constexpr int TIMES = TILE, SIZE = TILE * WIDTH, VEC = 1, COUNT = (SIZE + THREADS - 1) / THREADS;
     int time, place, time_step, place_step;
 
-    DEVICE explicit TileMap(bool time_fastest) {
-        int thread = threadIdx.x;
-        time = time_fastest ? thread % TILE : thread / WIDTH;
-        place = time_fastest ? thread / TILE : thread % WIDTH;
-        time_step = time_fastest ? 0 : THREADS / WIDTH;
-        place_step = time_fastest ? THREADS / TILE : 0;
+    DEVICE explicit MatrixMap(bool state_fastest) {
+        const int thread = threadIdx.x;
+        time = state_fastest ? thread / WIDTH : thread % TILE;
+        place = state_fastest ? thread % WIDTH : thread / TILE;
+        time_step = state_fastest ? THREADS / WIDTH : 0;
+        place_step = state_fastest ? 0 : THREADS / TILE;
     }
     DEVICE int time_of(int i) const { return time + i * time_step; }
     DEVICE int place_of(int i) const { return place + i * place_step; }
     DEVICE int index_of(int i) const { return time_of(i) * WIDTH + place_of(i); }
     DEVICE bool holds(int i, int times, int places) const {
-        return time_of(i) < times && place_of(i) < places && (SIZE % THREADS == 0 || time_of(i) < TILE);
+        return time_of(i) < times && place_of(i) < places && exists(i);
+    }
+    DEVICE bool exists(int i) const { return SIZE % THREADS == 0 || (time_of(i) < TILE && place_of(i) < WIDTH); }
+    DEVICE int64 step(int64 time_stride, int64 place_stride) const {
+        return time_step * time_stride + place_step * place_stride;
     }
 };
 
-// A thread's elements of a tensor, tile after tile. Only the place is kept between tiles: strides are read again from
-// the kernel's arguments, since registers are what limits how many blocks run at once.
-template <class T> struct Stream {
+// A thread's units of a tensor, tile after tile. Only the place is kept between tiles: strides are read again from the
+// kernel's arguments, since registers are what limits how many blocks run at once.
+template <class T, class Map> struct Stream {
+    using Unit = Pack<T, Map::VEC>;
     T *at;
 
-    template <class Map>
     DEVICE Stream(const Slab &slab, const Map &map, int batch, int channel, int start)
         : at(static_cast<T *>(slab.data) + batch * slab.batch + (channel + map.place) * slab.channel +
              (start + map.time) * slab.time) {}
-    template <class Map>
     DEVICE Stream(const Matrix &matrix, const Map &map, int batch, int group, int start)
         : at(static_cast<T *>(matrix.data) + batch * matrix.batch + group * matrix.group + map.place * matrix.state +
              (start + map.time) * matrix.time) {}
 
-    template <class Map> static DEVICE int64 step(const Slab &slab, const Map &map) {
-        return map.time_step * slab.time + map.place_step * slab.channel;
-    }
-    template <class Map> static DEVICE int64 step(const Matrix &matrix, const Map &map) {
-        return map.time_step * matrix.time + map.place_step * matrix.state;
-    }
+    static DEVICE int64 step(const Slab &slab, const Map &map) { return map.step(slab.time, slab.channel); }
+    static DEVICE int64 step(const Matrix &matrix, const Map &map) { return map.step(matrix.time, matrix.state); }
 
-    // COUNT of the thread's elements of this tile, from `first` on, zero outside `times` steps and `places` channels or
-    // states.
-    template <int COUNT, class Map, class Strides>
-    DEVICE void read(T (&to)[COUNT], int first, const Map &map, const Strides &strides, int times, int places) const {
+    DEVICE Unit &unit(int64 offset) const { return *reinterpret_cast<Unit *>(at + offset); }
+
+    // COUNT of the thread's units of this tile, from `first` on, zero outside `times` steps and `places` channels.
+    template <int COUNT, class Strides>
+    DEVICE void read(Unit (&to)[COUNT], int first, const Map &map, const Strides &strides, int times, int places) const {
         const int64 stride = step(strides, map);
-        const T *here = at + first * stride;
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
-            to[i] = T{};
-            if (map.holds(first + i, times, places)) to[i] = *here;
-            here += stride;
+            to[i] = Unit{};
+            if (map.holds(first + i, times, places)) to[i] = unit((first + i) * stride);
         }
     }
 
-    // All of the thread's elements of this tile; then stands at the next.
-    template <int COUNT, class Map, class Strides>
-    DEVICE void next(T (&to)[COUNT], const Map &map, const Strides &strides, int times, int places) {
+    // All of the thread's units of this tile; then stands at the next.
+    template <int COUNT, class Strides>
+    DEVICE void next(Unit (&to)[COUNT], const Map &map, const Strides &strides, int times, int places) {
         read(to, 0, map, strides, times, places);
         at += Map::TIMES * strides.time;
     }

@@ -13,6 +13,7 @@ import struct
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ INTERVAL = 32
 MAX_GRID = 65535
 
 _SLAB, _MATRIX, _POINTER, _NONE = "4q", "5q", "q", (0, 0, 0, 0)
-_SIZES = struct.Struct("14i")
+_SIZES = struct.Struct("13i4x")
 _FORWARD = struct.Struct(4 * _SLAB + 2 * _MATRIX + 6 * _POINTER)
 _STATES = struct.Struct(3 * _SLAB + _MATRIX + 4 * _POINTER)
 _CARRY = struct.Struct(3 * _POINTER)
@@ -107,6 +108,18 @@ def _matrix(tensor: Tensor, reverse: bool) -> tuple[int, int, int, int, int]:
     return tensor.data_ptr(), batch, group, time, state
 
 
+def _pack(slabs: Sequence[tuple[int, int, int, int]], itemsizes: Sequence[int], group_size: int) -> int:
+    """PACK of scan_tile.h: 4 neighbouring channels at once, 1, or 0 where time is the dense dimension of the first."""
+    _, _, channel, time = slabs[0]
+    if channel != 1:
+        return 0 if abs(time) == 1 else 1
+    rest = group_size
+    for (address, batch, channel, time), itemsize in zip(slabs, itemsizes):
+        if address:
+            rest |= batch | time | (channel != 1) | address // itemsize
+    return 1 if rest % 4 else 4
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -130,13 +143,19 @@ class _Plan(NamedTuple):
     directions: int
     splits: int
     split_length: int
-    options: tuple[bool, bool, bool]
+    options: tuple[bool, bool]
     blocks_wanted: int
+    itemsizes: tuple[int, int, int]  # of u, delta and z
+
+    @property
+    def group_size(self) -> int:
+        """Channels that share B and C."""
+        return self.dim // self.groups
 
     def tiles(self, channels_per_thread: int) -> int:
         """Channel tiles in a group."""
         channels = THREADS // self.lanes * channels_per_thread
-        return -(-(self.dim // self.groups) // channels)
+        return -(-self.group_size // channels)
 
     def fills(self, channels_per_thread: int) -> bool:
         """Whether so many channels per thread are possible and leave the device enough blocks."""
@@ -192,7 +211,7 @@ def _plan(
     dstate: int,
     groups: int,
     directions: int,
-    options: tuple[bool, bool, bool],
+    options: tuple[bool, bool],
 ) -> _Plan:
     (batch, dim, seqlen), lanes = shape, lanes_for(dstate)
     blocks_wanted = 2 * device.multiprocessors
@@ -201,13 +220,13 @@ def _plan(
     split_length = seqlen if splits < 2 else -(-seqlen // (splits * INTERVAL)) * INTERVAL
     types, splits = ",".join(CPP_TYPES[dtype] for dtype in dtypes), -(-seqlen // split_length)
     sizes = lanes, batch, dim, seqlen, dstate, groups, directions, splits, split_length
-    return _Plan(device, types, *sizes, options, blocks_wanted)
+    return _Plan(device, types, *sizes, options, blocks_wanted, tuple(dtype.itemsize for dtype in dtypes[:3]))
 
 
 def _plan_for(scans: Sequence[Scan]) -> _Plan:
     u, delta, A, B, _, _, z, _, softplus, _ = scans[0]
     dtypes = u.dtype, delta.dtype, u.dtype if z is None else z.dtype, B.dtype
-    options = softplus, u.stride(2) == 1 and u.stride(1) != 1, B.stride(2) == 1
+    options = softplus, B.stride(2) == 1
     return _plan(_nvrtc.device(u.device.index), dtypes, u.shape, A.shape[1], B.shape[1], len(scans), options)
 
 
@@ -268,18 +287,17 @@ def _carried_states(plan: _Plan, scans: Sequence[Scan], inputs: Sequence[Tensor]
     dt_sums = scans[0].u.new_empty(shape, dtype=torch.float32)
     sizes, flag = plan.sizes(1), "true" if backwards else "false"
     grid_x, grid_y = plan.groups * plan.tiles(1), min(plan.batch, MAX_GRID)
-    params = [
-        _STATES.pack(
-            *_slab(given, scan.reverse),
-            *_slab(scan.delta, scan.reverse),
-            *(_slab(scan.z, scan.reverse) if backwards else _NONE),
-            *_matrix(scan.C if backwards else scan.B, scan.reverse),
-            *(_address(scan.A), _address(scan.delta_bias), _address_of(states, i), _address_of(dt_sums, i)),
-        )
-        for i, (scan, given) in enumerate(zip(scans, inputs))
-    ]
+    params, slabs = [], []
+    for i, (scan, given) in enumerate(zip(scans, inputs)):
+        z = scan.z if backwards else None
+        rows = [_slab(tensor, scan.reverse) for tensor in (given, scan.delta, z)]
+        matrix = _matrix(scan.C if backwards else scan.B, scan.reverse)
+        addresses = _address(scan.A), _address(scan.delta_bias), _address_of(states, i), _address_of(dt_sums, i)
+        params.append(_STATES.pack(*chain(*rows), *matrix, *addresses))
+        slabs += rows
     grid = (grid_x, grid_y, plan.directions * plan.splits)
-    plan.launch(_STATES_SOURCE, f"{plan.types},{plan.lanes},{flag}", grid, params, sizes)
+    pack = _pack(slabs, plan.itemsizes * plan.directions, plan.group_size)
+    plan.launch(_STATES_SOURCE, f"{plan.types},{plan.lanes},{flag},{pack}", grid, params, sizes)
     params = [
         _CARRY.pack(_address(scan.A), _address_of(states, i), _address_of(dt_sums, i)) for i, scan in enumerate(scans)
     ]
@@ -294,19 +312,18 @@ def forward(scans: Sequence[Scan], save_states: bool) -> list[tuple[Tensor, Tens
     plan = _plan_for(scans)
     u = scans[0].u
     carried = _carried_states(plan, scans, [scan.u for scan in scans], False) if plan.splits > 1 else None
-    results, params = [], []
+    results, params, slabs = [], [], []
     for i, scan in enumerate(scans):
         out = torch.empty_like(scan.u)
         last_state = u.new_empty((plan.batch, plan.dim, plan.dstate), dtype=torch.float32)
         kept = states_shape(plan.batch, plan.dim, plan.seqlen, plan.dstate) if save_states else (0,)
         states = u.new_empty(kept, dtype=torch.float32)
         results.append((out, last_state, states))
+        rows = [_slab(tensor, scan.reverse) for tensor in (scan.u, scan.delta, scan.z, out)]
+        slabs += rows
         params.append(
             _FORWARD.pack(
-                *_slab(scan.u, scan.reverse),
-                *_slab(scan.delta, scan.reverse),
-                *_slab(scan.z, scan.reverse),
-                *_slab(out, scan.reverse),
+                *chain(*rows),
                 *_matrix(scan.B, scan.reverse),
                 *_matrix(scan.C, scan.reverse),
                 *(_address(scan.A), _address(scan.D), _address(scan.delta_bias)),
@@ -314,7 +331,8 @@ def forward(scans: Sequence[Scan], save_states: bool) -> list[tuple[Tensor, Tens
             )
         )
     arguments, grid, sizes = _forward_plan(plan)
-    plan.launch(_FORWARD_SOURCE, arguments, grid, params, sizes)
+    pack = _pack(slabs, (*plan.itemsizes, plan.itemsizes[0]) * plan.directions, plan.group_size)
+    plan.launch(_FORWARD_SOURCE, f"{arguments},{pack}", grid, params, sizes)
     return results
 
 
@@ -379,19 +397,16 @@ def backward(scans: Sequence[Scan], douts: Sequence[Tensor], saved: Sequence[Ten
     how = _backward_plan(plan)
     carried = _carried_states(plan, scans, douts, True) if plan.splits > 1 else None
     work, step = _Workspace.of(plan, how, u), 2 * plan.lanes * STATES
-    results, params, sums = [], [], []
+    results, params, sums, slabs = [], [], [], []
     for i, (scan, dout) in enumerate(zip(scans, douts)):
         du, ddelta = torch.empty_like(scan.u), torch.empty_like(scan.delta)
         dz = None if scan.z is None else torch.empty_like(scan.z)
+        tensors = scan.u, scan.delta, scan.z, dout, du, ddelta, dz
+        rows = [_slab(tensor, scan.reverse) for tensor in tensors]
+        slabs += rows
         params.append(
             _BACKWARD.pack(
-                *_slab(scan.u, scan.reverse),
-                *_slab(scan.delta, scan.reverse),
-                *_slab(scan.z, scan.reverse),
-                *_slab(dout, scan.reverse),
-                *_slab(du, scan.reverse),
-                *_slab(ddelta, scan.reverse),
-                *_slab(dz, scan.reverse),
+                *chain(*rows),
                 *_matrix(scan.B, scan.reverse),
                 *_matrix(scan.C, scan.reverse),
                 *(_address(scan.A), _address(scan.D), _address(scan.delta_bias)),
@@ -409,7 +424,10 @@ def backward(scans: Sequence[Scan], douts: Sequence[Tensor], saved: Sequence[Ten
         sums += work.sums(plan, how, i, grads)
         dA, dB, dC, dD, dbias = grads
         results.append((du, ddelta, dA, dB, dC, dD, u.new_empty(0) if dz is None else dz, dbias))
-    plan.launch(_BACKWARD_SOURCE, how.arguments, how.grid, params, how.sizes, how.shared_bytes)
+    # u, delta, z, dout, du, ddelta, dz: dout and du are as wide as u
+    itemsizes = (*plan.itemsizes, plan.itemsizes[0], *plan.itemsizes) * plan.directions
+    arguments = f"{how.arguments},{_pack(slabs, itemsizes, plan.group_size)}"
+    plan.launch(_BACKWARD_SOURCE, arguments, how.grid, params, how.sizes, how.shared_bytes)
     add_up(plan.device, sums)
     return results
 
