@@ -1,10 +1,12 @@
 """CUDA convolution: compiled for every architecture, emulated on the CPU, and run where a GPU is (`-m gpu`)."""
 
+import ctypes
 import importlib.util
 import json
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
@@ -144,6 +146,80 @@ def test_newer_devices_get_portable_code(small_kernel):
     target = _nvrtc._target((99, 0))
     assert target.startswith("compute_")
     assert b".target" in _nvrtc.compile_kernel(small_kernel, "1.f", target).code
+
+
+# --- launching -------------------------------------------------------------------------------------------------------
+
+
+class FakeResult(IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_INVALID_CONTEXT = 201
+
+
+class FakeDriver:
+    """Records what a kernel asks of the driver; the first launches end with `statuses`."""
+
+    CUresult = FakeResult
+
+    class CUfunction_attribute:
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = "dynamic bytes"
+
+    def __init__(self, *statuses):
+        self.statuses = list(statuses)
+        self.calls = []
+
+    def cuLaunchKernel(self, function, *rest):
+        *shape, dynamic_bytes, stream, address, _ = rest
+        params = ctypes.cast(address, ctypes.POINTER(ctypes.c_void_p))[0]
+        self.calls.append((shape, dynamic_bytes, stream, ctypes.string_at(params, 6)))
+        return ((self.statuses.pop(0) if self.statuses else FakeResult.CUDA_SUCCESS),)
+
+    def cuFuncSetAttribute(self, function, attribute, value):
+        self.calls.append((attribute, value))
+        return (FakeResult.CUDA_SUCCESS,)
+
+    def cuDevicePrimaryCtxRetain(self, index):
+        return FakeResult.CUDA_SUCCESS, "context"
+
+    def cuCtxSetCurrent(self, context):
+        self.calls.append(context)
+        return (FakeResult.CUDA_SUCCESS,)
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 70 + index, raising=False)
+
+
+def test_launch_passes_the_struct_grid_and_stream(stream):
+    driver = FakeDriver()
+    kernel = _nvrtc.Kernel(driver, "function", 3, 128)
+    kernel((4, 5, 6), b"struct")
+    kernel((1, 1, 1), b"second")
+    assert driver.calls == [([4, 5, 6, 128, 1, 1], 0, 73, b"struct"), ([1, 1, 1, 128, 1, 1], 0, 73, b"second")]
+
+
+def test_launch_asks_once_for_more_shared_memory(stream):
+    driver = FakeDriver()
+    kernel = _nvrtc.Kernel(driver, "function", 0, 128)
+    for _ in range(2):
+        kernel((1, 1, 1), b"struct", 60_000)
+    assert [call for call in driver.calls if call[0] == "dynamic bytes"] == [("dynamic bytes", 60_000)]
+    assert [call[1] for call in driver.calls[1:]] == [60_000, 60_000]
+
+
+def test_launch_from_a_thread_without_context(stream):
+    driver = FakeDriver(FakeResult.CUDA_ERROR_INVALID_CONTEXT)
+    _nvrtc.Kernel(driver, "function", 0, 128)((1, 1, 1), b"struct")
+    assert driver.calls[1] == "context"
+    assert driver.calls[0] == driver.calls[2]
+
+
+def test_launch_failure_names_the_status(stream):
+    driver = FakeDriver(FakeResult.CUDA_ERROR_INVALID_VALUE)
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_VALUE"):
+        _nvrtc.Kernel(driver, "function", 0, 128)((1, 1, 1), b"struct")
 
 
 # --- emulation -------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def assert_scan_parity(tensors, softplus, reverse, multiprocessors=4, order=0, t
     wanted, wanted_state, _ = torch_kernels.scan_forward(*widened(tensors), softplus, reverse, True)
     assert out.stride() == torch.empty_like(tensors[0]).stride()
     assert_near(out, wanted, tolerance, "out")
-    assert_near(last_state, wanted_state, 2e-6, "last_state")
+    assert_near(last_state, wanted_state, 5e-6, "last_state")
     dout = torch.randn_like(out)
     grads = cuda.scan_backward(dout, *tensors, states, softplus, reverse)
     wanted = torch_kernels.scan_backward(dout.float(), *widened(tensors), states, softplus, reverse)
