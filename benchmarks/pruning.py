@@ -42,7 +42,8 @@ def images_per_second(
     seconds: float,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> list[float]:
-    """The median speed of each of `models` on a batch (B, C, H, W) in eval mode, run in turns for about `seconds`."""
+    """The median speed of each of `models` on a batch (B, C, H, W) in eval mode, run in turns for `seconds`
+    or 100 rounds, whichever is less."""
     times: list[list[float]] = [[] for _ in models]
 
     def run(model: nn.Module) -> float:
@@ -57,7 +58,7 @@ def images_per_second(
         for model in models:
             run(model.eval())
         end = time.perf_counter() + seconds
-        while time.perf_counter() < end or not times[0]:
+        while not times[0] or (time.perf_counter() < end and len(times[0]) < 100):
             for model, taken in zip(models, times):
                 taken.append(run(model))
     return [len(images) / statistics.median(taken) for taken in times]
