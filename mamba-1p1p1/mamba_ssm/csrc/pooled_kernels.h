@@ -2,7 +2,8 @@
 // walk over the tokens, and, behind the scans, sum, LayerNorm and gate in another. No token is moved: lines across the grid
 // are walked where they stand. Included inside an instruction set's namespace (see each_isa.h).
 
-constexpr int STEPS = 4;  // tokens convolved at a time
+constexpr int STEPS = 4;             // tokens convolved at a time
+constexpr int64_t STEPS_A_VECTOR = 32;  // what a vector of convolved channels costs, in the steps of parallel.h
 
 VEC int64_t padded(int64_t dim) { return (dim + LANES - 1) / LANES * LANES; }
 template <class T> VEC T *pointer(int64_t address) { return reinterpret_cast<T *>(address); }
@@ -98,7 +99,7 @@ template <class T> auto line_of_width(const PooledConvArgs &s) {
 
 template <class T> int pooled_conv_of(const PooledConvArgs &s) {
     const int64_t tasks = s.batch * s.lines.count, pitch = padded(s.dim), parameters = 2 * (s.width + 2) * pitch;
-    const int shares = parallel::shares_for(s.threads, tasks, s.batch * s.lines.tokens() * pitch / LANES * 4);
+    const int shares = parallel::shares_for(s.threads, tasks, s.batch * s.lines.tokens() * pitch / LANES * STEPS_A_VECTOR);
     float *const scratch = static_cast<float *>(std::calloc(parameters + (1 + 2 * shares) * pitch, sizeof(float)));
     if (!scratch) return 1;
     load_taps(s.forward, s.dim, s.width, scratch);
@@ -162,7 +163,7 @@ VEC void gate_token(const PooledGateArgs &s, int64_t batch, int64_t token, const
 
 template <class T> int pooled_gate_of(const PooledGateArgs &s) {
     const int64_t tasks = s.batch * s.lines.tokens(), pitch = padded(s.dim);
-    const int shares = parallel::shares_for(s.threads, tasks, tasks * pitch / LANES * 2);
+    const int shares = parallel::shares_for(s.threads, tasks, tasks * pitch / LANES * STEPS_A_VECTOR / 2);
     float *const scratch = static_cast<float *>(std::calloc((2 + shares) * pitch, sizeof(float)));
     if (!scratch) return 1;
     float *const weight = scratch, *const bias = scratch + pitch;
