@@ -205,6 +205,13 @@ class Kernel:
 
     def __call__(self, grid: tuple[int, int, int], params: bytes, dynamic_bytes: int = 0) -> None:
         """Launch with the bytes of the kernel's argument struct, which are copied before this returns."""
+        if torch._C._cuda_getDevice() == self._device_index:
+            self._launch_here(grid, params, dynamic_bytes)
+        else:
+            with torch.cuda.device(self._device_index):
+                self._launch_here(grid, params, dynamic_bytes)
+
+    def _launch_here(self, grid: tuple[int, int, int], params: bytes, dynamic_bytes: int) -> None:
         if dynamic_bytes > self._dynamic_bytes:
             limit = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(self._driver.cuFuncSetAttribute(self._function, limit, dynamic_bytes), "asking for shared memory")

@@ -1,5 +1,6 @@
 """CUDA convolution: compiled for every architecture, emulated on the CPU, and run where a GPU is (`-m gpu`)."""
 
+import contextlib
 import ctypes
 import importlib.util
 import json
@@ -190,6 +191,10 @@ class FakeDriver:
 @pytest.fixture
 def stream(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 70 + index, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext(entered.append(index)))
+    entered = []
+    return entered
 
 
 def test_launch_passes_the_struct_grid_and_stream(stream):
@@ -197,6 +202,7 @@ def test_launch_passes_the_struct_grid_and_stream(stream):
     kernel = _nvrtc.Kernel(driver, "function", 3, 128)
     kernel((4, 5, 6), b"struct")
     kernel((1, 1, 1), b"second")
+    assert stream == [3, 3]
     assert driver.calls == [([4, 5, 6, 128, 1, 1], 0, 73, b"struct"), ([1, 1, 1, 128, 1, 1], 0, 73, b"second")]
 
 
