@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from causal_conv1d import _nvrtc, backend
-from mamba_ssm.ops import cuda, cuda_norm, torch_kernels
+from mamba_ssm.ops import cuda, cuda_norm, operators, torch_kernels
+from mamba_ssm.ops.bidirectional import bidirectional_scan_fn
 from mamba_ssm.ops.reference import selective_scan_ref
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from mamba_ssm.ops.triton.layernorm import layer_norm_fn
@@ -233,6 +234,59 @@ def test_emulated_directions_share_a_launch(device):
             assert_near(grad, want, 1e-6, f"d{name}")
 
 
+def as_arguments(tensors):
+    """The tensors as a caller has them: B and C without groups, everything wanting a gradient."""
+    tensors = [tensor.squeeze(1) if i in (3, 4) else tensor for i, tensor in enumerate(tensors)]
+    return [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
+
+
+@emulated
+def test_emulated_bidirectional_scan(device, monkeypatch):
+    """Through the operator and autograd, against two scans on the torch kernel set."""
+    used = device(1)
+    first, second = (as_arguments(arguments(2, 40, 37, 16)) for _ in range(2))
+    with backend.use("torch"):
+        wanted = bidirectional_scan_fn(first, second, True)
+        one = selective_scan_fn(*second, delta_softplus=True, reverse=True)
+        torch.testing.assert_close(wanted[1], one)
+        douts = [torch.randn_like(out) for out in wanted]
+        wanted_grads = torch.autograd.grad(wanted, [*first, *second], douts)
+    monkeypatch.setattr(operators.backends, "pick", lambda tensor: cuda)
+    got = bidirectional_scan_fn(first, second, True)
+    grads = torch.autograd.grad(got, [*first, *second], douts)
+    assert [name for name, _ in used.launched] == ["scan_forward", "scan_backward", "reduce"]
+    for name, out, want in zip(("out", "out_b"), got, wanted):
+        assert_near(out.detach(), want.detach(), 5e-6, name)
+    for name, grad, want in zip(2 * NAMES, grads, wanted_grads):
+        assert_near(grad, want, 1e-5, f"d{name}")
+
+
+@emulated
+@pytest.mark.parametrize("ways", [("torch", "cuda"), ("cuda", "torch")])
+def test_backward_on_another_kernel_set_than_forward(ways, device, monkeypatch):
+    kernels, tensors = {"torch": torch_kernels, "cuda": cuda}, as_arguments(arguments(1, 8, 100, 16))
+    with backend.use("torch"):
+        out = selective_scan_fn(*tensors, delta_softplus=True)
+        wanted = torch.autograd.grad(out.square().sum(), tensors)
+    monkeypatch.setattr(operators.backends, "pick", lambda tensor: kernels[ways[0]])
+    out = selective_scan_fn(*tensors, delta_softplus=True)
+    monkeypatch.setattr(operators.backends, "pick", lambda tensor: kernels[ways[1]])
+    for name, grad, want in zip(NAMES, torch.autograd.grad(out.square().sum(), tensors), wanted):
+        assert_near(grad, want, 1e-5, f"d{name}")
+
+
+@emulated
+def test_operators_meet_torch_library_on_the_emulated_kernels(device, monkeypatch):
+    """Schema, fake results, gradients: `torch.library.opcheck`."""
+    device(1)
+    monkeypatch.setattr(operators.backends, "pick", lambda tensor: cuda)
+    tensors = [t.detach().requires_grad_() for t in arguments(1, 8, 40, 16)]
+    torch.library.opcheck(torch.ops.mamba_ssm.selective_scan, (*tensors, True, True, True))
+    torch.library.opcheck(torch.ops.mamba_ssm.scan_both, (*tensors, *tensors, True, True))
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    torch.library.opcheck(torch.ops.mamba_ssm.add_norm, (x, x, weight, None, 1e-5, True, torch.float32))
+
+
 @emulated
 def test_emulated_scan_shares_memory_out_sparingly(device, monkeypatch):
     """Blocks that must share channel tiles or batch entries add to what is there already."""
@@ -444,7 +498,7 @@ class TestGpu:
         tensors = [t if t is None else t.requires_grad_() for t in on_gpu(arguments(4, 64, 50, 16))]
         with backend.use("torch"):
             wanted = selective_scan_fn(*tensors, delta_softplus=True)
-        wanted_grads = torch.autograd.grad(wanted.square().sum(), tensors)
+            wanted_grads = torch.autograd.grad(wanted.square().sum(), tensors)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -453,6 +507,18 @@ class TestGpu:
         stream.synchronize()
         assert_near(out.detach(), wanted.detach(), 2e-5, "out")
         for name, grad, want in zip(NAMES, grads, wanted_grads):
+            assert_near(grad, want, 1e-4, f"d{name}")
+
+    def test_bidirectional_scan(self):
+        first, second = (as_arguments(on_gpu(arguments(8, 64, 197, 16))) for _ in range(2))
+        with backend.use("torch"):
+            wanted = bidirectional_scan_fn(first, second, True)
+            douts = [torch.randn_like(out) for out in wanted]
+            wanted_grads = torch.autograd.grad(wanted, [*first, *second], douts)
+        got = bidirectional_scan_fn(first, second, True)
+        for out, want in zip(got, wanted):
+            assert_near(out.detach(), want.detach(), 5e-5, "out")
+        for name, grad, want in zip(2 * NAMES, torch.autograd.grad(got, [*first, *second], douts), wanted_grads):
             assert_near(grad, want, 1e-4, f"d{name}")
 
     @pytest.mark.parametrize("case", NORMS)

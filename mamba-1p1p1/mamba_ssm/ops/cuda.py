@@ -33,7 +33,9 @@ __all__ = [
     "norm_backward",
     "norm_forward",
     "scan_backward",
+    "scan_backward_both",
     "scan_forward",
+    "scan_forward_both",
     "states_shape",
 ]
 
@@ -451,3 +453,31 @@ def scan_backward(
         given = u, delta, A, B, C, D, z, delta_bias
         return torch_kernels.scan_backward(dout, *given, states, delta_softplus, reverse)
     return backward([scan], [dout], [states])[0]
+
+
+def scan_forward_both(
+    first: Sequence[Tensor | None], second: Sequence[Tensor | None], delta_softplus: bool, save_states: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both directions of a bidirectional block, the second against the sequence: outputs, then states kept."""
+    scans = Scan(*first, delta_softplus, False), Scan(*second, delta_softplus, True)
+    if all(_covers(scan) and not _empty(scan) for scan in scans):
+        (out, _, states), (out_b, _, states_b) = forward(scans, save_states)
+    else:
+        (out, _, states), (out_b, _, states_b) = (scan_forward(*scan, save_states) for scan in scans)
+    return out, out_b, states, states_b
+
+
+def scan_backward_both(
+    douts: Sequence[Tensor],
+    first: Sequence[Tensor | None],
+    second: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    delta_softplus: bool,
+) -> tuple[Tensor, ...]:
+    """The gradients of both directions' tensors, in their order."""
+    scans = Scan(*first, delta_softplus, False), Scan(*second, delta_softplus, True)
+    if all(_covers(scan) and not _empty(scan) for scan in scans):
+        grads = backward(scans, douts, saved)
+    else:
+        grads = [scan_backward(dout, *scan[:8], states, *scan[8:]) for scan, dout, states in zip(scans, douts, saved)]
+    return *grads[0], *grads[1]

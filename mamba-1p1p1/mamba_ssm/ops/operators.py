@@ -63,6 +63,10 @@ def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_sta
 
 def _scan_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse):
     kernels = backends.pick(u)
+    if tuple(states.shape) != kernels.states_shape(*u.shape, A.shape[1]):
+        kernels = (
+            backends.fallback
+        )  # the forward scan ran on another kernel set, and left nothing this one can start from
     return kernels.scan_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse)
 
 
