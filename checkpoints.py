@@ -28,6 +28,7 @@ from timm.scheduler import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 import utils
@@ -266,7 +267,8 @@ def load_strictly(
     """
     own = model.state_dict()
     shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]
-    found = model.load_state_dict({key: value for key, value in weights.items() if key not in shapes}, strict=False)
+    fitting = {key: _divided(value, own.get(key, value)) for key, value in weights.items() if key not in shapes}
+    found = model.load_state_dict(fitting, strict=False)
     missing = [key for key in found.missing_keys if key not in shapes and not (may_miss and may_miss(key))]
     unexpected = found.unexpected_keys
     told = (
@@ -357,11 +359,11 @@ class Run:
         together."""
         own = {"random": utils.random_state(self.device), "meters": self.meters.state_dict()}
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": _whole(self.model.state_dict()),
+            "optimizer": _whole(self.optimizer.state_dict()),
             "lr_scheduler": _scheduler_state(self.scheduler),
             "scaler": self.scaler.state_dict(),
-            "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "model_ema": _whole(self.ema.module.state_dict()) if self.ema is not None else None,
             "args": dict(vars(args)),
             "epoch": self.epoch - 1,  # the last whole one, as DeiT counts
             "step": self.step,
@@ -386,7 +388,7 @@ class Run:
             _logger.warning("%s holds %s and no state of a run: training starts from these weights.", path, origin)
             return
         try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.optimizer.load_state_dict(_divided_optimizer(checkpoint["optimizer"], self.optimizer))
             _load_scheduler_state(self.scheduler, checkpoint.get("lr_scheduler") or {})
             if checkpoint.get("scaler"):
                 self.scaler.load_state_dict(checkpoint["scaler"])
@@ -402,6 +404,38 @@ class Run:
             self.meters.load_state_dict(own["meters"])
         else:
             _logger.warning("%s was saved by %d processes: random states start afresh.", path, len(processes))
+
+
+def _whole(state: Any) -> Any:
+    """`state` with the tensors that are divided among processes put together, in the memory of the main process."""
+    if isinstance(state, DTensor):
+        whole = state.full_tensor()
+        return whole.cpu() if utils.is_main_process() else None
+    if isinstance(state, dict):
+        return {name: _whole(value) for name, value in state.items()}
+    return state
+
+
+def _divided(value: Tensor, like: Tensor) -> Tensor:
+    """`value`, divided among the processes if `like` is."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+def _divided_optimizer(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries = {
+        index: {
+            name: _divided(value, parameters[index])
+            if isinstance(value, Tensor) and value.shape == parameters[index].shape
+            else value
+            for name, value in entry.items()
+        }
+        for index, entry in state["state"].items()
+        if index < len(parameters)
+    }
+    return state | {"state": entries}
 
 
 def _scheduler_state(scheduler: Scheduler | None) -> dict[str, Any]:
@@ -427,9 +461,14 @@ def save_run(
     Returns whether the checkpoint is on the disk. Raises RunError instead of saving weights that are not finite. Every
     process must call this together.
     """
-    broken = [name for name, parameter in run.model.named_parameters() if not bool(parameter.isfinite().all())]
-    if broken:
-        raise RunError(f"{broken[0]} is not finite in epoch {run.epoch}; it is not saved, and the run stops.")
+    broken = [
+        name
+        for name, parameter in run.model.named_parameters()
+        if not bool((parameter.to_local() if isinstance(parameter, DTensor) else parameter).isfinite().all())
+    ]
+    if utils.any_process(bool(broken))[0]:
+        name = broken[0] if broken else "Another process's share of the weights"
+        raise RunError(f"{name} is not finite in epoch {run.epoch}; it is not saved, and the run stops.")
     checkpoint = run.capture(args, log)
     if not utils.is_main_process():
         return True

@@ -18,6 +18,8 @@ from timm.scheduler import create_scheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
@@ -132,6 +134,17 @@ def freeze_all_but_mixers(model: nn.Module) -> None:
         parameter.requires_grad = any(part in name for part in (".mixer.", ".attn.")) or name.startswith(
             ("head", "pos_embed")
         )
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Divide the parameters of `model` among the processes, gathered layer by layer as they are used (FSDP2)."""
+    # the marks on single parameters do not outlive the division
+    undecayed = model.no_weight_decay()
+    model.no_weight_decay = lambda: undecayed
+    mesh = init_device_mesh(device.type, (utils.world_size(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, total_batch: int) -> tuple[Optimizer, Scheduler | None]:
@@ -296,6 +309,8 @@ def evaluate(
         if batch is None:
             if batches.steps is None:
                 break
+            if isinstance(model, FSDPModule):  # others still need this process's share of the parameters
+                model(torch.zeros(1, 3, *model.patch_embed.img_size, device=device))
             continue
         check_labels(batch[1], num_classes, "evaluation")
         images, targets = (part.to(device, non_blocking=True) for part in batch[:2])

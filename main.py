@@ -92,6 +92,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_model(model: nn.Module, args: argparse.Namespace) -> None:
     """Refuse flags that do not fit `model`, which may be on the meta device."""
+    if args.fsdp:
+        for flag, wrong in (
+            ("--eval", args.eval),
+            ("--visualize", args.visualize),
+            ("--amp-dtype float16", args.amp_dtype == "float16"),
+            ("--model-ema-force-cpu", args.model_ema_force_cpu),
+            (f"--model {args.model}", not isinstance(model, models_mamba.VisionMamba) or is_pruned(model)),
+        ):
+            if wrong:
+                raise UsageError(f"{flag} contradicts --fsdp, which trains Vision Mambas without pruning.")
     if not isinstance(model, models_mamba.VisionMamba):
         try:
             model.eval()(torch.empty(2, 3, args.input_size, args.input_size))
@@ -167,9 +177,13 @@ def build_run(
     ema = None
     if args.model_ema:
         ema = ModelEmaV3(model, args.model_ema_decay, device=torch.device("cpu") if args.model_ema_force_cpu else None)
+    if args.fsdp:
+        engine.shard(model, device)
+        if ema is not None:
+            engine.shard(ema.module, device)
     optimizer, scheduler = engine.build_optimizer(args, model, batch_size * utils.world_size())
     trained = model
-    if args.distributed:
+    if args.distributed and not args.fsdp:
         trained = DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,

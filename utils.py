@@ -120,6 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0, help="seed of every random choice")
     group.add_argument("--deterministic", action="store_true", help="use deterministic algorithms only")
     group.add_argument("--distributed", action="store_true", help="start a process group even for a single process")
+    group.add_argument("--fsdp", action="store_true", help="divide parameters and optimiser among the processes")
     group.add_argument(
         "--world_size", "--world-size", type=number(int, 1), default=1, help="processes; launchers set it"
     )
@@ -186,6 +187,8 @@ def init_processes(args: argparse.Namespace) -> torch.device:
         )
     else:
         args.rank = 0
+    if args.fsdp and not args.distributed:
+        raise UsageError("--fsdp divides a model among processes, and there is one; wanted torchrun or srun.")
     if args.distributed:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = _meeting_place(args) if launched else dist.HashStore()

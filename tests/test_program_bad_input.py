@@ -116,6 +116,8 @@ CASES = {
     "schedule": ("--sched cosin", "--sched", "cosine"),
     "device": ("--device tpu", "--device", "cuda"),
     "world": ("--world_size 2", "torchrun"),
+    "division": ("--fsdp", "--fsdp", "torchrun"),
+    "division in eval": ("--fsdp --eval --resume {vim.pth}", "--eval contradicts --fsdp"),
     "merging and pooling": ("--fusion-strategy all --spatial-pool row", "pooling", "merging"),
     "fusion layer": ("--fusion-strategy upper --fusion-layer 9 --fusion-token 1", "fusion_layer", "0 to 3"),
     "fusion token": ("--fusion-strategy all --fusion-token -1", "fusion_token"),

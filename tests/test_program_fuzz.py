@@ -42,7 +42,7 @@ SWITCHES = [
     *("--bce-loss", "--unscale-lr", "--no-model-ema", "--model-ema-force-cpu", "--no-repeated-aug", "--no-train-mode"),
     *("--ThreeAugment", "--src", "--resplit", "--cosub", "--attn-only", "--eval", "--dist-eval", "--no-pin-mem"),
     *("--distributed", "--if_amp", "--no_amp", "--if_continue_inf", "--if_nan2num", "--if_random_token_rank"),
-    *("--if_random_cls_token_position", "--bi-merge", "--no-norm-after-ssm", "--deterministic"),
+    *("--if_random_cls_token_position", "--bi-merge", "--no-norm-after-ssm", "--deterministic", "--fsdp"),
 ]
 VALUES = [
     *("--drop", "--drop-path", "--model-ema-decay", "--opt-eps", "--clip-grad", "--momentum", "--weight-decay", "--lr"),

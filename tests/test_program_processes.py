@@ -75,6 +75,28 @@ def test_two_processes_do_what_one_does(name: str, program: Callable[..., Result
         assert first["test_loss"] == pytest.approx(second["test_loss"], rel=1e-4)
 
 
+def test_divided_parameters_train_alike(program: Callable[..., Result], tmp_path: Path) -> None:
+    """FSDP's losses are those of one process, and its checkpoints are like any other, to go on from either way."""
+    data = write_cifar100(tmp_path / "data", train=8, test=13)
+    flags = [*QUICK, "--data-set", "CIFAR", "--data-path", data, "--mixup", 0, "--cutmix", 0, "--drop-path", 0]
+    flags += ["--dist-eval", "--model-ema-decay", 0.9, "--clip-grad", 1, "--lr", 0.5, "--sched", "constant"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert program(*flags, "--epochs", 4, "--output_dir", one).code == 0
+    # one epoch by one process, two by two, one by one again
+    assert program(*flags, "--epochs", 1, "--output_dir", two).code == 0
+    command = [*TORCHRUN, MICRO, *flags, "--batch-size", 4, "--epochs", 3, "--output_dir", two, "--resume", "auto"]
+    divided = finish(start(*command, "--fsdp"))
+    assert divided.code == 0, divided.err
+    assert program(*flags, "--epochs", 4, "--output_dir", two, "--resume", "auto").code == 0
+    for first, second in zip(lines(one), lines(two), strict=True):
+        assert first["train_loss"] == pytest.approx(second["train_loss"], rel=1e-5)
+        assert first["test_loss"] == pytest.approx(second["test_loss"], rel=1e-5)
+    first, second = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (one, two))
+    for entry in ("model", "model_ema"):
+        for name, value in first[entry].items():
+            torch.testing.assert_close(second[entry][name], value, rtol=1e-3, atol=1e-4)
+
+
 def test_a_signal_to_one_rank_stops_all_at_one_step(
     program: Callable[..., Result], cifar: Path, tmp_path: Path
 ) -> None:
