@@ -310,7 +310,7 @@ def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict
         dropped = [key for key in own if key.partition(".")[0] in heads]
     name = "pos_embed"
     if name in own and name in weights and own[name].shape[1] != weights[name].shape[1]:
-        new_grid = tuple(model.patch_embed.grid_size)
+        new_grid = tuple(getattr(model, "pos_embed_grid", None) or model.patch_embed.grid_size)
         count = len(class_positions(model, new_grid[0] * new_grid[1]))
         patches = weights[name].shape[1] - count
         side = round(patches**0.5)
