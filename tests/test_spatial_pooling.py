@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +16,13 @@ from mamba_ssm import Mamba
 from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
 from torch import Tensor
 
+import checkpoints
 import models_mamba
 from fusion.config import MethodConfig
 from fusion.spatial_pooling import GridPooling, VisiblePooling
 from tests.golden_rules import fill_model, images
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = dict(img_size=(24, 40), patch_size=8, embed_dim=16, depth=3, num_classes=5, drop_path_rate=0.0)
 
@@ -240,6 +245,27 @@ def test_published_sizes(size: str, millions: float) -> None:
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=5e-4)
     assert {k: v.shape for k, v in on_vim.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
     assert on_vim.methods == MethodConfig.from_keywords(spatial_pool=True, scanpath_type="colwise")
+
+
+# --- checkpoints ---
+
+
+def test_lightning_checkpoint_at_another_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Averaged weights are taken, their prefix goes, and a column-wise grid is resized on its exchanged sides."""
+    trained = small_model(img_size=32, scanpath_type="colwise")
+    averaged = {f"ema_model.module.backbone.{name}": value for name, value in trained.state_dict().items()}
+    other = {f"backbone.{name}": torch.zeros_like(value) for name, value in trained.state_dict().items()}
+    torch.save({"state_dict": other | averaged, "pytorch-lightning_version": "2.1"}, tmp_path / "last.ckpt")
+    weights, origin = checkpoints.find_weights(checkpoints.read(str(tmp_path / "last.ckpt")), "last.ckpt")
+    assert "averaged" in origin
+    model = timm.create_model("fastvim_tiny_patch16_224", **SMALL, scanpath_type="colwise").eval()
+    with caplog.at_level(logging.INFO):
+        weights, may_miss = checkpoints.adapt(weights, model, "last.ckpt")
+    checkpoints.load_strictly(model, weights, "last.ckpt", "FastVim", may_miss=may_miss)
+    assert "4x4 to 5x3" in caplog.text
+    x = images((1, 3, 24, 40), 6)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), trained(x))
 
 
 # --- bad input ---
