@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 import torch
 from causal_conv1d import _nvrtc, backend
+from causal_conv1d import cuda as conv_cuda
+from causal_conv1d import operators as conv_operators
+from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops import cuda, cuda_norm, operators, torch_kernels
 from mamba_ssm.ops.bidirectional import bidirectional_scan_fn
 from mamba_ssm.ops.reference import selective_scan_ref
@@ -259,6 +262,26 @@ def test_emulated_bidirectional_scan(device, monkeypatch):
         assert_near(out.detach(), want.detach(), 5e-6, name)
     for name, grad, want in zip(2 * NAMES, grads, wanted_grads):
         assert_near(grad, want, 1e-5, f"d{name}")
+
+
+@emulated
+@pytest.mark.parametrize("kind", ["none", "v1", "v2"])
+def test_emulated_mixer(kind, device, monkeypatch):
+    """A whole mixer on the CUDA kernel sets, against the torch ones; its scans, one or both, in one launch."""
+    used = device(1)
+    mixer = Mamba(16, bimamba_type=kind, if_divide_out=True)
+    x = torch.randn(2, 21, 16, requires_grad=True)
+    with backend.use("torch"):
+        wanted = mixer(x)
+        dout = torch.randn_like(wanted)
+        wanted_grads = torch.autograd.grad(wanted, [x, *mixer.parameters()], dout)
+    monkeypatch.setattr(operators.backends, "pick", lambda tensor: cuda)
+    monkeypatch.setattr(conv_operators.backends, "pick", lambda tensor: conv_cuda)
+    got = mixer(x)
+    assert [name for name, _ in used.launched].count("scan_forward") == 1
+    assert_near(got.detach(), wanted.detach(), 1e-5, "out")
+    for grad, want in zip(torch.autograd.grad(got, [x, *mixer.parameters()], dout), wanted_grads):
+        assert_near(grad, want, 1e-4, "gradient")
 
 
 @emulated

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.modules.linear import Linear, linear
+from mamba_ssm.ops import bidirectional
 from mamba_ssm.ops.pooled import Lines, Taps, has_kernels, pooled_conv_fn, pooled_gate_fn
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor, nn
@@ -231,9 +232,12 @@ class Mamba(nn.Module):
             if not bool(running.all()):
                 return self._summed_where(running, x, z, token_mask, observe)
             gates = None
-        y = None
-        for number, direction in enumerate(self.directions):
-            part = self._run(direction, x, z, token_mask, observe)
+        y, directions = None, self.directions
+        if len(directions) == 2 and bidirectional.shares_launch(x):
+            parts = self._run_both(x, z, token_mask, observe)
+        else:
+            parts = (self._run(direction, x, z, token_mask, observe) for direction in directions)
+        for number, part in enumerate(parts):
             if gates is not None:
                 part = part * gates[:, number].view(-1, 1, 1).to(part.dtype)
             y = part if y is None else y + part
@@ -279,6 +283,16 @@ class Mamba(nn.Module):
     ) -> Tensor:
         """One direction, channel-last: x, z (B, L, d_inner) -> (B, L, d_inner), before the sum."""
         return self._scan(direction, self._convolve(direction, x, token_mask), direction.D.float(), z, observe)
+
+    def _run_both(
+        self, x: Tensor, z: Tensor | None, token_mask: Tensor | None, observe: ScanObserver | None
+    ) -> list[Tensor]:
+        """`_run` of both directions, their scans in one launch."""
+        scans = [
+            self._scan_arguments(each, self._convolve(each, x, token_mask), each.D.float(), z, observe)
+            for each in self.directions
+        ]
+        return [y.transpose(1, 2) for y in bidirectional.bidirectional_scan_fn(*scans, delta_softplus=True)]
 
     def _pooled(self, hidden_states: Tensor, token_mask: Tensor | None, pooling: TokenPooling) -> Tensor:
         """The mixer with its scans over groups of tokens.
@@ -332,11 +346,23 @@ class Mamba(nn.Module):
         observe: ScanObserver | None = None,
     ) -> Tensor:
         """Projections and scan of u (B, L, d_inner), in the direction's order."""
+        arguments = self._scan_arguments(direction, u, D, z, observe)
+        return selective_scan_fn(*arguments, delta_softplus=True, reverse=direction.reverse_scan).transpose(1, 2)
+
+    def _scan_arguments(
+        self,
+        direction: _Direction,
+        u: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        observe: ScanObserver | None,
+    ) -> bidirectional.Direction:
+        """The projections of u (B, L, d_inner), as the scan takes them."""
         dt, B, C = direction.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta = linear(dt, direction.dt_proj.weight)
         if observe is not None:
             observe(F.softplus(delta + direction.dt_proj.bias), B)
-        return selective_scan_fn(
+        return bidirectional.Direction(
             u.transpose(1, 2),
             delta.transpose(1, 2),
             -torch.exp(direction.A_log.float()),
@@ -344,10 +370,8 @@ class Mamba(nn.Module):
             C.transpose(1, 2),
             D,
             None if z is None else z.transpose(1, 2),
-            delta_bias=direction.dt_proj.bias.float(),
-            delta_softplus=True,
-            reverse=direction.reverse_scan,
-        ).transpose(1, 2)
+            direction.dt_proj.bias.float(),
+        )
 
     def _decode(self, hidden_states: Tensor, inference_params) -> Tensor:
         """Causal inference with cached states: the whole prompt first, then one token at a time through `step`."""

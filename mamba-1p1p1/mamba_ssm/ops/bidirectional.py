@@ -47,19 +47,23 @@ class Direction(NamedTuple):
     delta_bias: Tensor | None = None
 
 
-def _run_together(first: Direction, second: Direction) -> bool:
-    """Whether one launch can take both: a kernel set that does, and equal sizes and dtypes."""
-    if not hasattr(backends.pick(first.u), "scan_forward_both") or first.A.is_complex():
-        return False
+def shares_launch(x: Tensor) -> bool:
+    """Whether there are kernels that take both scans of `x` at once. Not while a graph is exported, whose reader knows
+    the plain operators only."""
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    if torch.jit.is_tracing() or exporting() or first.B.dim() not in (3, 4) or first.C.dim() not in (3, 4):
+    return not torch.jit.is_tracing() and not exporting() and hasattr(backends.pick(x), "scan_forward_both")
+
+
+def _alike(first: Direction, second: Direction) -> bool:
+    """Whether one launch can take both: B and C of the input, real A, equal sizes, dtypes and devices."""
+    if first.A.is_complex() or first.B.dim() not in (3, 4) or first.B.shape != first.C.shape:
         return False
     for one, other in zip(first, second):
         if (one is None) != (other is None):
             return False
         if one is not None and (one.shape != other.shape or one.dtype != other.dtype or one.device != other.device):
             return False
-    return first.B.shape == first.C.shape
+    return True
 
 
 def bidirectional_scan_fn(first: Direction, second: Direction, delta_softplus: bool = False) -> tuple[Tensor, Tensor]:
@@ -68,7 +72,7 @@ def bidirectional_scan_fn(first: Direction, second: Direction, delta_softplus: b
     Arguments, dtypes and errors are those of `selective_scan_fn`. Differentiable in every tensor.
     """
     first, second = Direction(*first), Direction(*second)
-    if not _run_together(first, second):
+    if not (shares_launch(first.u) and _alike(first, second)):
         forward = selective_scan_fn(*first, delta_softplus=delta_softplus)
         return forward, selective_scan_fn(*second, delta_softplus=delta_softplus, reverse=True)
     for direction in (first, second):
