@@ -128,10 +128,11 @@ def build_model(args: argparse.Namespace, num_classes: int, **overrides: Any) ->
     """The model that the flags ask for, from timm's registry; `overrides` are keywords that come before the flags."""
     name, keywords = methods.model_keywords(args)
     keywords |= overrides
-    if timm.get_pretrained_cfg(name).fixed_input_size:
+    own = name in timm.list_models(module="models_mamba")
+    if own or timm.get_pretrained_cfg(name).fixed_input_size:
         keywords["img_size"] = args.input_size
     rates = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
-    if name not in timm.list_models(module="models_mamba"):
+    if not own:
         # not every model knows these two, and timm leaves out what is None
         rates = {key: rate or None for key, rate in rates.items()}
     keywords |= rates

@@ -311,6 +311,8 @@ def _pooling_keywords(args: argparse.Namespace, name: str) -> dict[str, Any]:
                 "--pool-method, --no-norm-after-ssm and --pool-scale want --spatial-pool or a FastVim model."
             )
         return {}
+    if getattr(args, "if_random_token_rank", False):
+        raise ValueError("--if_random_token_rank breaks up the token grid that spatial pooling needs: wanted one of them.")
     keywords: dict[str, Any] = {"spatial_pool": True}
     if args.spatial_pool is not None:
         keywords["rotate_every_block"] = args.spatial_pool == "alternate"
