@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--min-lr", type=natural, default=1e-5, help="default: 1e-5")
     group.add_argument("--decay-epochs", type=positive, default=30.0, help="of 'step' (default: 30)")
     group.add_argument("--warmup-epochs", type=number(int, 0), default=5, help="default: 5")
-    group.add_argument("--cooldown-epochs", type=number(int, 0), default=10, help="after the schedule (default: 10)")
+    group.add_argument(
+        "--cooldown-epochs", type=number(int, 0), default=10, help="accepted for published commands; changes nothing"
+    )
     group.add_argument("--patience-epochs", type=number(int, 0), default=10, help="of 'plateau' (default: 10)")
     group.add_argument("--decay-rate", "--dr", type=positive, default=0.1, help="default: 0.1")
 
@@ -111,6 +113,10 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--opt {args.opt!r} is no timm optimiser{nearest(name, list_optimizers())}.")
     if get_optimizer_info(name).second_order:
         raise UsageError(f"--opt {args.opt} wants second derivatives, which the scan does not have; wanted another.")
+    if args.cooldown_epochs != 10:
+        _logger.warning(
+            "--cooldown-epochs changes nothing: training ends with --epochs, as it did where it comes from."
+        )
     if args.lr_noise is not None and len(args.lr_noise) > 2:
         raise UsageError(f"--lr-noise has {len(args.lr_noise)} numbers; wanted where it begins and, maybe, ends.")
     if not args.train_mode and (args.if_random_cls_token_position or args.if_random_token_rank):

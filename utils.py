@@ -108,7 +108,7 @@ def number(
 def add_switch(parser: argparse._ActionsContainer, on: list[str], off: list[str], *, default: bool, help: str) -> None:
     """Add a pair of flags that switch one value, named after the first flag, on and off."""
     dest = on[0].lstrip("-").replace("-", "_")
-    text = f"{help} (default: {'on' if default else 'off'})"
+    text = f"{help}; {off[0]} switches it off (default: {'on' if default else 'off'})"
     parser.add_argument(*on, dest=dest, action="store_true", default=default, help=text)
     parser.add_argument(*off, dest=dest, action="store_false", default=default, help=argparse.SUPPRESS)
 
