@@ -312,7 +312,9 @@ def _pooling_keywords(args: argparse.Namespace, name: str) -> dict[str, Any]:
             )
         return {}
     if getattr(args, "if_random_token_rank", False):
-        raise ValueError("--if_random_token_rank breaks up the token grid that spatial pooling needs: wanted one of them.")
+        raise ValueError(
+            "--if_random_token_rank breaks up the token grid that spatial pooling needs: wanted one of them."
+        )
     keywords: dict[str, Any] = {"spatial_pool": True}
     if args.spatial_pool is not None:
         keywords["rotate_every_block"] = args.spatial_pool == "alternate"
