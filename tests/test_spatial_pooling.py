@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -302,3 +303,21 @@ def test_bad_images_are_refused() -> None:
     mixer = model.layers[0].mixer
     with pytest.raises(ValueError, match="without direction_gate"):
         mixer(torch.randn(1, 15, 16), pooling=GridPooling((3, 5)), direction_gate=lambda xz: xz)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model fastvim_nano_patch4_32 --input-size 3", "wanted at least one patch"),
+        ("--model fastvim_nano_patch4_32 --if_random_token_rank", "--if_random_token_rank"),
+        ("--model fastvim_nano_patch4_32 --pruning block", "both scan directions"),
+        ("--model vim_nano_patch4_32 --spatial-pool diagonal", "invalid choice: 'diagonal'"),
+        ("--model vim_nano_patch4_32 --pool-method max", "want --spatial-pool"),
+        ("--model vim_nano_patch4_32 --spatial-pool col --pool-method max --pool-scale 0.5", "scaling_factor"),
+    ],
+)
+def test_program_refuses_in_one_sentence(flags: str, message: str, program: Callable[..., Any]) -> None:
+    result = program("--data-set", "DIGITS", *flags.split())
+    assert result.code == 2
+    assert message in result.err
+    assert result.err.count("\n") == 1
