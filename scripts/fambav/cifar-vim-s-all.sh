@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Vim-S on CIFAR-100, 300 epochs from scratch: 7 tokens merged after every layer.
+# usage: bash scripts/fambav/cifar-vim-s-all.sh DATA_PATH [FLAGS...]
+source "$(dirname "${BASH_SOURCE[0]}")/experiment.sh"
+
+fambav s CIFAR all "$@"

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Vim-Ti on ImageNet-1k, 300 epochs from scratch: 9 tokens merged after each of the layers 0 to 4.
+# usage: bash scripts/fambav/imnet-vim-t-lower.sh DATA_PATH [FLAGS...]
+source "$(dirname "${BASH_SOURCE[0]}")/experiment.sh"
+
+fambav t IMNET lower "$@"
