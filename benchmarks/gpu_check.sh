@@ -9,8 +9,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/causal_conv1d:$PWD/mamba-1p1p1${PYTHONPATH:+:$PYTHONPATH}"
 
-"$PYTHON" -m pytest -q -p no:cacheprovider -m gpu causal_conv1d/tests/test_conv_cuda.py mamba-1p1p1/tests/test_scan_cuda.py
-tests=$?
+tests=0
+for file in causal_conv1d/tests/test_conv_cuda.py mamba-1p1p1/tests/test_scan_cuda.py; do
+    "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu "$file" || tests=$?
+done
 "$PYTHON" -m benchmarks.gpu_check "$@"
 timings=$?
 echo "GPU tests: $([ $tests -eq 0 ] && echo passed || echo "failed ($tests)")"

@@ -280,9 +280,12 @@ def device(index: int) -> Device:
 
 def check() -> None:
     """Raise the reason, in one sentence, why CUDA kernels cannot be compiled here; return if they can."""
+    major = (torch.version.cuda or "").partition(".")[0]
+    package = f"'cuda-bindings=={major}.*'" if major else "cuda-bindings"
     try:
         compiler_version()
     except ImportError as error:
-        raise RuntimeError("cuda-bindings is not installed; pip install cuda-core cuda-bindings") from error
+        raise RuntimeError(f"cuda-bindings is not installed: pip install {package}") from error
     except RuntimeError as error:
-        raise RuntimeError(f"NVRTC cannot be loaded: {error}".splitlines()[0]) from error
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(f"NVRTC cannot be loaded ({reason}): pip install {package}") from error

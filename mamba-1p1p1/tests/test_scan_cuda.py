@@ -428,7 +428,7 @@ def test_without_a_compiler_the_torch_path_runs_and_one_warning_says_why(monkeyp
     monkeypatch.setattr(_nvrtc, "compiler_version", _nvrtc.compiler_version.__wrapped__)
     backends = backend.Backends("mamba_ssm", torch_kernels)
     backends.add("cuda", "cuda", cuda.load)
-    with pytest.warns(RuntimeWarning, match="pip install cuda-core cuda-bindings") as caught:
+    with pytest.warns(RuntimeWarning, match="pip install .*cuda-bindings") as caught:
         assert [backends.available("cuda"), backends.available("cuda")] == ["torch", "torch"]
     assert len(caught) == 1
 
