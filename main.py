@@ -308,12 +308,15 @@ def visualize(
         return
     from fusion.visualize import NUM_IMAGES, visualize_merging
 
-    images = [item[0] for item in itertools.islice(iter(test_set), NUM_IMAGES)]
-    visualize_merging(model, torch.stack(images).to(device), args.visualize)
-    if is_pruned(model):
-        from fusion.visualize_pruning import visualize_pruning
+    images = torch.stack([item[0] for item in itertools.islice(iter(test_set), NUM_IMAGES)]).to(device)
+    try:
+        visualize_merging(model, images, args.visualize)
+        if is_pruned(model):
+            from fusion.visualize_pruning import visualize_pruning
 
-        visualize_pruning(model, torch.stack(images).to(device), args.visualize, meter)
+            visualize_pruning(model, images, args.visualize, meter)
+    except OSError as error:
+        _logger.warning("%s cannot hold the pictures (%s); there are none.", args.visualize, error)
 
 
 def work(args: argparse.Namespace, stop: StopRequest) -> None:

@@ -399,6 +399,16 @@ def test_training_ends_with_pictures(program: Callable[..., Result], cifar: Path
     assert len(list(tmp_path.glob("image_*/overview.png"))) == 4
 
 
+def test_pictures_that_cannot_be_written_cost_a_warning(
+    program: Callable[..., Result], cifar: Path, vim_weights: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "image_0").touch()
+    flags = (*QUICK, "--data-set", "CIFAR", "--data-path", cifar, "--eval", "--resume", vim_weights)
+    result = program(*flags, "--visualize", tmp_path)
+    assert result.code == 0
+    assert "cannot hold the pictures" in result.err
+
+
 def test_pictures_need_a_folder(program: Callable[..., Result], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = program(*QUICK, "--visualize", tmp_path / "file")
