@@ -275,11 +275,9 @@ def _prepared(scan: Scan) -> Scan:
 
 
 def _covers(scan: Scan) -> bool:
-    return scan.B.dim() == 4 and scan.C.dim() == 4 and scan.A.shape[1] <= MAX_DSTATE
-
-
-def _empty(scan: Scan) -> bool:
-    return scan.u.numel() == 0 or scan.A.shape[1] == 0
+    """Whether there is a kernel for these arguments, and work for it."""
+    dstate = scan.A.shape[1]
+    return scan.B.dim() == 4 and scan.C.dim() == 4 and 0 < dstate <= MAX_DSTATE and scan.u.numel() > 0
 
 
 def _carried_states(plan: _Plan, scans: Sequence[Scan], inputs: Sequence[Tensor], backwards: bool) -> Tensor:
@@ -308,8 +306,21 @@ def _carried_states(plan: _Plan, scans: Sequence[Scan], inputs: Sequence[Tensor]
     return states
 
 
+def _torch_forward(scan: Scan, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
+    out, last_state, states = torch_kernels.scan_forward(*scan, save_states)
+    if save_states:
+        states = scan.u.new_empty(states_shape(*scan.u.shape, scan.A.shape[1]), dtype=torch.float32)
+    return out, last_state, states
+
+
+def _torch_backward(scan: Scan, dout: Tensor, states: Tensor) -> tuple[Tensor, ...]:
+    return torch_kernels.scan_backward(dout, *scan[:8], states, *scan[8:])
+
+
 def forward(scans: Sequence[Scan], save_states: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(out, last_state, states) of one or two directions, in one launch (three, if the sequence is split)."""
+    if not all(map(_covers, scans)):
+        return [_torch_forward(scan, save_states) for scan in scans]
     scans = [_prepared(scan) for scan in scans]
     plan = _plan_for(scans)
     u = scans[0].u
@@ -351,13 +362,7 @@ def scan_forward(
     reverse: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scan = Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
-    if not _covers(scan) or _empty(scan):
-        out, last_state, states = torch_kernels.scan_forward(*scan, save_states)
-        if save_states:
-            states = u.new_empty(states_shape(*u.shape, A.shape[1]), dtype=torch.float32)
-        return out, last_state, states
-    return forward([scan], save_states)[0]
+    return forward([Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)], save_states)[0]
 
 
 class _Workspace(NamedTuple):
@@ -393,6 +398,8 @@ class _Workspace(NamedTuple):
 
 def backward(scans: Sequence[Scan], douts: Sequence[Tensor], saved: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     """Gradients (u, delta, A, B, C, D, z, delta_bias) of each direction; `saved` is what `forward` kept of each."""
+    if not all(map(_covers, scans)):
+        return [_torch_backward(*each) for each in zip(scans, douts, saved)]
     given, scans = scans, [_prepared(scan) for scan in scans]
     douts = [dout.to(scan.u.dtype) for dout, scan in zip(douts, scans)]
     plan, u = _plan_for(scans), scans[0].u
@@ -448,11 +455,7 @@ def scan_backward(
     delta_softplus: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    scan = Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
-    if not _covers(scan) or _empty(scan):
-        given = u, delta, A, B, C, D, z, delta_bias
-        return torch_kernels.scan_backward(dout, *given, states, delta_softplus, reverse)
-    return backward([scan], [dout], [states])[0]
+    return backward([Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)], [dout], [states])[0]
 
 
 def scan_forward_both(
@@ -460,10 +463,7 @@ def scan_forward_both(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both directions of a bidirectional block, the second against the sequence: outputs, then states kept."""
     scans = Scan(*first, delta_softplus, False), Scan(*second, delta_softplus, True)
-    if all(_covers(scan) and not _empty(scan) for scan in scans):
-        (out, _, states), (out_b, _, states_b) = forward(scans, save_states)
-    else:
-        (out, _, states), (out_b, _, states_b) = (scan_forward(*scan, save_states) for scan in scans)
+    (out, _, states), (out_b, _, states_b) = forward(scans, save_states)
     return out, out_b, states, states_b
 
 
@@ -476,8 +476,5 @@ def scan_backward_both(
 ) -> tuple[Tensor, ...]:
     """The gradients of both directions' tensors, in their order."""
     scans = Scan(*first, delta_softplus, False), Scan(*second, delta_softplus, True)
-    if all(_covers(scan) and not _empty(scan) for scan in scans):
-        grads = backward(scans, douts, saved)
-    else:
-        grads = [scan_backward(dout, *scan[:8], states, *scan[8:]) for scan, dout, states in zip(scans, douts, saved)]
-    return *grads[0], *grads[1]
+    first_grads, second_grads = backward(scans, douts, saved)
+    return *first_grads, *second_grads
