@@ -9,7 +9,7 @@ import torch
 from causal_conv1d.native import ABSENT_SIGNAL, DTYPE_CODES, address, call, load_library, signal
 from torch import Tensor
 
-_CONV_FIELDS = 8 + 2 * 5 + 2 + 2 * 5 + 2
+_CONV_FIELDS = 9 + 2 * 5 + 2 + 2 * 5 + 2
 _UPDATE_FIELDS = 4 + 4 + 5 + 3
 _library = None
 
@@ -38,8 +38,8 @@ def _readable(x: Tensor, channel_last: bool) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _sizes(x: Tensor, weight: Tensor, silu: bool, reverse: bool, channel_last: bool) -> tuple[int, ...]:
-    return (*x.shape, weight.shape[1], silu, reverse, torch.get_num_threads(), channel_last)
+def _sizes(x: Tensor, weight: Tensor, silu: bool, reverse: bool, accumulate: bool = False) -> tuple[int, ...]:
+    return (*x.shape, weight.shape[1], silu, reverse, torch.get_num_threads(), _is_channel_last(x), accumulate)
 
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
@@ -50,7 +50,7 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, rev
     seen, target = _readable(x, channel_last), _readable(out, channel_last)
     weight, bias = _float32(weight), _float32(bias)
     fields = (
-        *_sizes(x, weight, silu, reverse, channel_last),
+        *_sizes(seen, weight, silu, reverse),
         *signal(seen),
         *signal(target),
         weight.data_ptr(),
@@ -62,31 +62,56 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, rev
     return out if target is out else out.copy_(target)
 
 
+def conv_backward_into(
+    dx: Tensor,
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    reverse: bool,
+    *,
+    accumulate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias, float32, and of x into `dx`, added to what it holds if `accumulate`.
+
+    `dx`, `dout` and `x` are of one dtype, and have stride 1 along the same dimension, seqlen or dim.
+    """
+    along = 1 if _is_channel_last(x) else 2
+    for tensor in (dx, dout, x):
+        if tensor.shape != x.shape or tensor.dtype != x.dtype or tensor.stride(along) != 1:
+            raise ValueError(
+                f"a convolution's gradients have strides {tensor.stride()}, wanted those of x, {x.stride()}"
+            )
+    dweight = weight.new_empty(weight.shape, dtype=torch.float32)
+    dbias = weight.new_empty(0 if bias is None else bias.shape, dtype=torch.float32)
+    weight, bias = _float32(weight), _float32(bias)
+    fields = (
+        *_sizes(x, weight, silu, reverse, accumulate),
+        *signal(x),
+        *ABSENT_SIGNAL,
+        weight.data_ptr(),
+        address(bias),
+        *signal(dout),
+        *signal(dx),
+        dweight.data_ptr(),
+        0 if bias is None else dbias.data_ptr(),
+    )
+    call(_library.causal_conv1d, fields)
+    return dweight, dbias
+
+
 def conv_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty_like(x)
-    dweight = weight.new_empty(weight.shape, dtype=torch.float32)
-    dbias = weight.new_empty(0 if bias is None else bias.shape, dtype=torch.float32)
     if dx.numel() == 0:
-        dweight.zero_(), dbias.zero_()
+        dweight, dbias = torch.zeros_like(weight), weight.new_zeros(0) if bias is None else torch.zeros_like(bias)
     else:
         channel_last = _is_channel_last(x)
         seen, target = _readable(x, channel_last), _readable(dx, channel_last)
         dout = _readable(dout.to(x.dtype), channel_last)
-        wide_weight, wide_bias = _float32(weight), _float32(bias)
-        fields = (
-            *_sizes(x, weight, silu, reverse, channel_last),
-            *signal(seen),
-            *ABSENT_SIGNAL,
-            wide_weight.data_ptr(),
-            address(wide_bias),
-            *signal(dout),
-            *signal(target),
-            dweight.data_ptr(),
-            0 if bias is None else dbias.data_ptr(),
-        )
-        call(_library.causal_conv1d, fields)
+        dweight, dbias = conv_backward_into(target, dout, seen, weight, bias, silu, reverse)
         dx = dx if target is dx else dx.copy_(target)
     return dx, dweight.to(weight.dtype), dbias.to(weight.dtype if bias is None else bias.dtype)
 

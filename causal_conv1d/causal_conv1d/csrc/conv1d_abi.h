@@ -11,6 +11,7 @@ struct ConvSignal {
 
 struct ConvArgs {
     int64_t batch, dim, seqlen, width, silu, reverse, threads, channel_last;
+    int64_t accumulate;  // add to what dx holds
     ConvSignal x, out;
     int64_t weight, bias;  // contiguous float32 (dim, width), (dim,); bias is 0 where there is none
     // backward only; out is 0 then

@@ -114,6 +114,7 @@ void backward_channels(const ConvArgs &s, const Part &part, const float *weight,
                     V total = w[0] * grad[0];
 #pragma GCC unroll 8
                     for (int k = 1; k < WIDTH; ++k) total = fma(w[k], grad[k], total);
+                    if (s.accumulate) total = total + load_some(dx + (t - (WIDTH - 1)) * dx_stride, channels);
                     store_some(dx + (t - (WIDTH - 1)) * dx_stride, total, channels);
                 }
             }
@@ -210,6 +211,7 @@ template <class T, int WIDTH> void backward_sequences(const ConvArgs &s, const P
                 V total = set(0.f), grad = load(grad_buffer + (t - first));
 #pragma GCC unroll 8
                 for (int j = 0; j < WIDTH; ++j) total = fma(set(taps.tap[j]), load(behind + WIDTH - 1 - j), total);
+                if (s.accumulate) total = total + load_some(dx + t, int(smaller(LANES, end - t)));
                 store_some(dx + t, total, int(smaller(LANES, end - t)));
                 if (end - t < LANES) {
                     float part[LANES];

@@ -71,6 +71,7 @@ inline void backward_block(const Scan &scan, const Block &b, BackwardTiles &tile
     const Plane dz = scan.plane(s.dz, b), B = scan.plane(s.B, b), C = scan.plane(s.C, b);
     const V bias = scan.parameter(s.delta_bias, b), D = scan.parameter(s.D, b);
     V dD = load(sums + rows.dD * LANES), ddelta_bias = load(sums + rows.ddelta_bias * LANES);
+    const V share = set(s.share_value());
     tiles.begin(scan, b);  // tiles.state carries dL/dh from here on
     for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
         const int64_t start = chunk * s.interval, steps = std::min(s.interval, s.seqlen - start), end = steps * LANES;
@@ -80,10 +81,17 @@ inline void backward_block(const Scan &scan, const Block &b, BackwardTiles &tile
         load_tile(dout.at(0, start), b.channels, steps, tiles.dout);
         load_matrix(scan, s.B, B, start, steps, tiles.B);
         load_matrix(scan, s.C, C, start, steps, tiles.C);
+        if (chunk) {
+            const int64_t next = start - s.interval;
+            prefetch(u.at(0, next), s.interval), prefetch(delta.at(0, next), s.interval);
+            prefetch(dout.at(0, next), s.interval);
+            if (s.z.data) prefetch(z.at(0, next), s.interval);
+        }
         step_sizes(scan, steps, bias, tiles.dt, tiles.u, tiles.input, tiles.slope);
         if (s.z.data) load_tile(z.at(0, start), b.channels, steps, tiles.z);
         for (int64_t i = 0; i < end; i += LANES) {
-            V grad = load(tiles.dout + i);
+            V grad = load(tiles.dout + i) * share;
+            store(tiles.dout + i, grad);
             if (s.z.data) grad = grad * shared_math::silu<Machine>(load(tiles.z + i));
             store(tiles.dy + i, grad);
             store(tiles.y + i, D * load(tiles.u + i));
@@ -100,6 +108,10 @@ inline void backward_block(const Scan &scan, const Block &b, BackwardTiles &tile
             dD = fma(grad, uu, dD), ddelta_bias = ddelta_bias + grad_raw;
             if (s.z.data)
                 store(tiles.z + i, load(tiles.dout + i) * load(tiles.y + i) * shared_math::silu_grad<Machine>(load(tiles.z + i)));
+        }
+        if (s.z.data && s.accumulate) {
+            load_tile(dz.at(0, start), b.channels, steps, tiles.y);
+            for (int64_t i = 0; i < end; i += LANES) store(tiles.z + i, load(tiles.z + i) + load(tiles.y + i));
         }
         store_tile(du.at(0, start), b.channels, steps, tiles.input_grad);
         store_tile(ddelta.at(0, start), b.channels, steps, tiles.decay_grad);

@@ -257,6 +257,22 @@ struct ForwardStates {
     }
 };
 
+// Adds what is there already, applies the gate and the share.
+VEC void finish(const ScanArgs &s, const Plane &z, const Plane &out, int channels, int64_t steps, Tiles &tiles) {
+    const V share = set(s.share_value());
+    if (s.accumulate) {
+        load_tile(out, channels, steps, tiles.z);
+        for (int64_t i = 0; i < steps * LANES; i += LANES) store(tiles.y + i, load(tiles.y + i) + load(tiles.z + i));
+    }
+    if (s.z.data) {
+        load_tile(z, channels, steps, tiles.z);
+        for (int64_t i = 0; i < steps * LANES; i += LANES)
+            store(tiles.y + i, load(tiles.y + i) * share * shared_math::silu<Machine>(load(tiles.z + i)));
+    } else if (s.share_value() != 1.f) {
+        for (int64_t i = 0; i < steps * LANES; i += LANES) store(tiles.y + i, load(tiles.y + i) * share);
+    }
+}
+
 inline void forward_block(const Scan &scan, const Block &b, Tiles &tiles, int64_t tile_steps) {
     const ScanArgs &s = scan.s;
     const int64_t chunks = (s.seqlen + s.interval - 1) / s.interval;
@@ -270,6 +286,9 @@ inline void forward_block(const Scan &scan, const Block &b, Tiles &tiles, int64_
         load_tile(delta.at(0, start), b.channels, steps, tiles.dt);
         load_matrix(scan, s.B, B, start, steps, tiles.B);
         load_matrix(scan, s.C, C, start, steps, tiles.C);
+        const int64_t next = start + steps, ahead = std::min(tile_steps, s.seqlen - next);
+        if (s.z.data) prefetch(z.at(0, start), steps);
+        prefetch(u.at(0, next), ahead), prefetch(delta.at(0, next), ahead);
         step_sizes(scan, steps, bias, tiles.dt, tiles.u, tiles.input, nullptr);
         for (int64_t i = 0; i < steps * LANES; i += LANES) store(tiles.y + i, D * load(tiles.u + i));
         const int64_t stride = s.states ? s.interval : steps;
@@ -280,14 +299,11 @@ inline void forward_block(const Scan &scan, const Block &b, Tiles &tiles, int64_
                 for (int64_t n = 0; n < s.dstate; ++n)
                     store_some(scan.saved(b, chunk, chunks) + n * s.dim, load(tiles.state + n * LANES), b.channels);
         }
-        if (s.z.data) {
-            load_tile(z.at(0, start), b.channels, steps, tiles.z);
-            for (int64_t i = 0; i < steps * LANES; i += LANES)
-                store(tiles.y + i, load(tiles.y + i) * shared_math::silu<Machine>(load(tiles.z + i)));
-        }
+        finish(s, z.at(0, start), out.at(0, start), b.channels, steps, tiles);
         store_tile(out.at(0, start), b.channels, steps, tiles.y);
     }
-    store_tile(scan.columns(s.last_state + b.batch * s.dim * s.dstate * 4, s.dstate, b), b.channels, s.dstate, tiles.state);
+    if (s.last_state)
+        store_tile(scan.columns(s.last_state + b.batch * s.dim * s.dstate * 4, s.dstate, b), b.channels, s.dstate, tiles.state);
 }
 
 inline int scan_forward(const ScanArgs &s) {

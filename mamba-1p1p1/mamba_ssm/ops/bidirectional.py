@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from mamba_ssm.ops.operators import LIBRARY, backends, register
-from mamba_ssm.ops.selective_scan_interface import _check_scan, selective_scan_fn
+from mamba_ssm.ops.scan import check_scan, selective_scan_fn
 from torch import Tensor
 
 _NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
@@ -76,7 +76,7 @@ def bidirectional_scan_fn(first: Direction, second: Direction, delta_softplus: b
         forward = selective_scan_fn(*first, delta_softplus=delta_softplus)
         return forward, selective_scan_fn(*second, delta_softplus=delta_softplus, reverse=True)
     for direction in (first, second):
-        _check_scan(*direction)
+        check_scan(*direction)
     first, second = (
         direction._replace(B=_grouped(direction.B), C=_grouped(direction.C)) for direction in (first, second)
     )

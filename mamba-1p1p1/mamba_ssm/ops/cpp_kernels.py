@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import struct
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from causal_conv1d.native import ABSENT_SIGNAL, DTYPE_CODES, address, call, load_library, signal
-from mamba_ssm.ops import cpp_norm, cpp_pooled
+from causal_conv1d.operators import backends as conv_backends
+from mamba_ssm.ops import cpp_directions, cpp_norm, cpp_pooled, directions
 from torch import Tensor
 
 _ABSENT_MATRIX = (0,) * 7
-_SCAN_FIELDS = 9 + 4 * 5 + 2 * 7 + 5 + 4 * 5 + 2 * 7 + 3
+_SCAN_FIELDS = 11 + 4 * 5 + 2 * 7 + 5 + 4 * 5 + 2 * 7 + 3
+# The backward half of the fields.
+_NO_GRADIENTS = (*(ABSENT_SIGNAL * 4), *(_ABSENT_MATRIX * 2), *(0, 0, 0))
 _library = None
 
 
@@ -55,10 +61,48 @@ def _input_matrix(matrix: Tensor) -> Tensor:
     return _float32(matrix) if matrix.dim() == 2 else matrix
 
 
-def _sizes(u: Tensor, A: Tensor, B: Tensor, C: Tensor, delta_softplus: bool, reverse: bool) -> tuple[int, ...]:
+def _bits(value: float) -> int:
+    """The bits of a double as an integer."""
+    return struct.unpack("q", struct.pack("d", value))[0]
+
+
+def _sizes(
+    u: Tensor, A: Tensor, B: Tensor, C: Tensor, delta_softplus: bool, reverse: bool, accumulate: bool, share: float
+) -> tuple[int, ...]:
     groups = B.shape[1] if B.dim() == 4 else C.shape[1] if C.dim() == 4 else 1
     dstate = A.shape[1]
-    return (*u.shape, dstate, groups, delta_softplus, reverse, torch.get_num_threads(), _interval(dstate))
+    options = delta_softplus, reverse, torch.get_num_threads(), _interval(dstate), accumulate, _bits(share)
+    return (*u.shape, dstate, groups, *options)
+
+
+def scan_into(
+    out: Tensor,
+    last_state: Tensor | None,
+    states: Tensor,
+    scan: Sequence,
+    *,
+    accumulate: bool = False,
+    share: float = 1.0,
+) -> None:
+    """A forward scan of `scan`, the arguments of `scan_forward` but the last, into tensors that are there.
+
+    With `accumulate` the result is added to what `out` holds; then both are multiplied with the gate and with `share`.
+    States are saved unless `states` is empty.
+    """
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse = scan
+    A, D, delta_bias, B, C = _float32(A), _float32(D), _float32(delta_bias), _input_matrix(B), _input_matrix(C)
+    fields = (
+        *_sizes(u, A, B, C, delta_softplus, reverse, accumulate, share),
+        *signal(u),
+        *signal(delta),
+        *signal(z),
+        *signal(out),
+        *_matrix(B),
+        *_matrix(C),
+        *(A.data_ptr(), address(D), address(delta_bias), address(last_state), address(states)),
+        *_NO_GRADIENTS,
+    )
+    call(_library.mamba_scan_forward, fields)
 
 
 def scan_forward(
@@ -80,27 +124,58 @@ def scan_forward(
     saved_shape = states_shape(batch, dim, seqlen, A.shape[1]) if save_states else (0,)
     states = u.new_empty(saved_shape, dtype=torch.float32)
     if out.numel() == 0:
-        return out, last_state.zero_(), states
+        last_state.zero_()
+    else:
+        scan_into(out, last_state, states, (u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse))
+    return out, last_state, states
+
+
+class ScanGradients(NamedTuple):
+    """Where a backward scan writes: like the arguments, of any strides.
+
+    Those of A, D and delta_bias, and of B and C that do not depend on the input, are contiguous float32.
+    """
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None
+
+
+def scan_backward_into(
+    grads: ScanGradients,
+    dout: Tensor,
+    scan: Sequence,
+    states: Tensor,
+    *,
+    accumulate: bool = False,
+    share: float = 1.0,
+) -> None:
+    """Backward of `scan_into`. `accumulate` adds the gradient of z to what is there."""
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse = scan
     A, D, delta_bias, B, C = _float32(A), _float32(D), _float32(delta_bias), _input_matrix(B), _input_matrix(C)
     fields = (
-        *_sizes(u, A, B, C, delta_softplus, reverse),
+        *_sizes(u, A, B, C, delta_softplus, reverse, accumulate, share),
         *signal(u),
         *signal(delta),
         *signal(z),
-        *signal(out),
+        *ABSENT_SIGNAL,
         *_matrix(B),
         *_matrix(C),
-        A.data_ptr(),
-        address(D),
-        address(delta_bias),
-        last_state.data_ptr(),
-        states.data_ptr() if states.numel() else 0,
-        *(ABSENT_SIGNAL * 4),
-        *(_ABSENT_MATRIX * 2),
-        *(0, 0, 0),
+        *(A.data_ptr(), address(D), address(delta_bias), 0, address(states)),
+        *signal(dout),
+        *signal(grads.u),
+        *signal(grads.delta),
+        *signal(grads.z),
+        *_matrix(grads.B),
+        *_matrix(grads.C),
+        *(address(grads.A), address(grads.D), address(grads.delta_bias)),
     )
-    call(_library.mamba_scan_forward, fields)
-    return out, last_state, states
+    call(_library.mamba_scan_backward, fields)
 
 
 def scan_backward(
@@ -117,39 +192,21 @@ def scan_backward(
     delta_softplus: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    du, ddelta = torch.empty_like(u), torch.empty_like(delta)
-    dz = u.new_empty(0) if z is None else torch.empty_like(z)
-    dA, dD, dbias = (
-        u.new_empty(0) if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in (A, D, delta_bias)
+    grads = ScanGradients(
+        *(torch.empty_like(u), torch.empty_like(delta), A.new_empty(A.shape, dtype=torch.float32)),
+        *(x.new_empty(x.shape, dtype=torch.float32 if x.dim() == 2 else x.dtype) for x in (B, C)),
+        None if D is None else D.new_empty(D.shape, dtype=torch.float32),
+        None if z is None else torch.empty_like(z),
+        None if delta_bias is None else delta_bias.new_empty(delta_bias.shape, dtype=torch.float32),
     )
-    dB, dC = (x.new_empty(x.shape, dtype=torch.float32 if x.dim() == 2 else x.dtype) for x in (B, C))
-    if du.numel() == 0:
-        for grad in (dA, dB, dC, dD, dbias):
-            grad.zero_()
+    if u.numel():
+        scan_backward_into(grads, dout, (u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse), states)
     else:
-        wide = [_float32(A), _float32(D), _float32(delta_bias), _input_matrix(B), _input_matrix(C)]
-        fields = (
-            *_sizes(u, A, B, C, delta_softplus, reverse),
-            *signal(u),
-            *signal(delta),
-            *signal(z),
-            *ABSENT_SIGNAL,
-            *_matrix(wide[3]),
-            *_matrix(wide[4]),
-            *(address(x) for x in wide[:3]),
-            0,
-            address(states),
-            *signal(dout),
-            *signal(du),
-            *signal(ddelta),
-            *signal(None if z is None else dz),
-            *_matrix(dB),
-            *_matrix(dC),
-            *(address(x) for x in (dA, dD, dbias)),
-        )
-        call(_library.mamba_scan_backward, fields)
-    dD, dbias = (x if like is None else x.to(like.dtype) for x, like in ((dD, D), (dbias, delta_bias)))
-    return du, ddelta, dA.to(A.dtype), dB.to(B.dtype), dC.to(C.dtype), dD, dz, dbias
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
+    arguments = u, delta, A, B, C, D, z, delta_bias
+    return tuple(u.new_empty(0) if x is None else grad.to(x.dtype) for grad, x in zip(grads, arguments))
 
 
 def norm_forward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -166,3 +223,23 @@ def pooled_conv(*args) -> tuple[Tensor, Tensor, Tensor]:
 
 def pooled_gate(*args) -> Tensor:
     return cpp_pooled.pooled_gate(_library, *args)
+
+
+def _convolution(x: Tensor) -> ModuleType | None:
+    """The convolution's C++ kernel set, if it is there."""
+    kernels = conv_backends.pick(x)
+    return kernels if hasattr(kernels, "conv_backward_into") else None
+
+
+def directions_forward(xz: Tensor, *args) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    conv = _convolution(xz)
+    if conv is None or xz.numel() == 0:
+        return directions.composed_forward(sys.modules[__name__], xz, *args)
+    return cpp_directions.forward(sys.modules[__name__], conv, xz, *args)
+
+
+def directions_backward(dout: Tensor, xz: Tensor, *args) -> list[Tensor | None]:
+    conv = _convolution(xz)
+    if conv is None or xz.numel() == 0:
+        return directions.composed_backward(sys.modules[__name__], dout, xz, *args)
+    return cpp_directions.backward(sys.modules[__name__], conv, dout, xz, *args)

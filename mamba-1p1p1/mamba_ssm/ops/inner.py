@@ -1,15 +1,103 @@
 """Everything between a mixer's input projection and its output: conv -> x_proj -> dt_proj -> scan [-> out_proj].
 
 The published names. `xz` is (batch, 2*dim, seqlen), x first, z second; conv1d_weight (dim, 1, width); x_proj_weight
-(dt_rank + 2*dstate, dim), its rows giving dt, B, C in that order; delta_proj_weight (dim, dt_rank).
+(dt_rank + 2*dstate, dim), its rows giving dt, B, C in that order; delta_proj_weight (dim, dt_rank). B and C, where
+given, stand in for those of x_proj; B_proj_bias and C_proj_bias (dstate,) are added to them. Channel-last memory, that
+is a transposed view of (batch, seqlen, 2*dim), is the fast layout.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_ref
+from causal_conv1d.checks import check_ndim, check_tensor
+from mamba_ssm.ops.directions import Direction, directions_fn
 from mamba_ssm.ops.reference import selective_scan_ref
+from mamba_ssm.ops.scan import selective_scan_fn
 from torch import Tensor
+
+
+class _Inner(NamedTuple):
+    """The arguments that all published functions share."""
+
+    xz: Tensor
+    conv1d_weight: Tensor
+    conv1d_bias: Tensor | None
+    x_proj_weight: Tensor
+    delta_proj_weight: Tensor
+    A: Tensor
+    A_b: Tensor | None
+    B: Tensor | None
+    C: Tensor | None
+    D: Tensor | None
+    delta_bias: Tensor | None
+    B_proj_bias: Tensor | None
+    C_proj_bias: Tensor | None
+    delta_softplus: bool
+
+    def check(self) -> _Inner:
+        """Itself; raises one sentence where the operators' own checks would name tensors that the caller never gave."""
+        layouts = {"xz": "(batch, 2*dim, seqlen)", "conv1d_weight": "(dim, 1, width)", "A": "(dim, dstate)"}
+        for name, layout in layouts.items():
+            check_tensor(name, getattr(self, name))
+            check_ndim(name, getattr(self, name), layout)
+        if self.xz.shape[1] % 2:
+            raise ValueError(f"xz has shape {tuple(self.xz.shape)}, wanted (batch, 2*dim, seqlen)")
+        rows = self.delta_proj_weight.shape[1] + (self.B is None) * self.A.shape[1] + (self.C is None) * self.A.shape[1]
+        if self.x_proj_weight.shape[0] < rows:
+            given = tuple(self.x_proj_weight.shape)
+            raise ValueError(f"x_proj_weight has shape {given}, wanted (dt_rank + 2*dstate, dim) with {rows} rows")
+        return self
+
+    @property
+    def is_one_operator(self) -> bool:
+        """Whether `directions_fn` computes it: the usual mixer, whose B and C come from x_proj as they are."""
+        given = self.A_b, self.B, self.C, self.B_proj_bias, self.C_proj_bias
+        width = self.delta_proj_weight.shape[1] + 2 * self.A.shape[-1]
+        usual = self.delta_softplus and not self.A.is_complex() and self.x_proj_weight.shape[0] == width
+        return usual and all(tensor is None for tensor in given)
+
+    def composed(self, conv, scan) -> Tensor:
+        """(batch, dim, seqlen): the gated scan, plus the backward scan with A_b if there is one."""
+        dstate, dt_rank = self.A.shape[1], self.delta_proj_weight.shape[1]
+        x, z = self.xz.chunk(2, dim=1)
+        x = conv(x, self.conv1d_weight.squeeze(1), self.conv1d_bias, "silu")
+        x_dbl = F.linear(x.transpose(1, 2), self.x_proj_weight)
+        delta = F.linear(x_dbl[..., :dt_rank], self.delta_proj_weight).transpose(1, 2)
+        B = _matrix(x_dbl, slice(dt_rank, dt_rank + dstate), self.B_proj_bias) if self.B is None else self.B
+        C = _matrix(x_dbl, slice(x_dbl.shape[-1] - dstate, None), self.C_proj_bias) if self.C is None else self.C
+        D, bias = _float32(self.D, x), _float32(self.delta_bias, x)
+        y = scan(x, delta, self.A, B, C, D, z, bias, self.delta_softplus)
+        if self.A_b is not None:
+            y = y + scan(x, delta, self.A_b, B, C, D, z, bias, self.delta_softplus, reverse=True)
+        return y
+
+    def computed(self) -> Tensor:
+        """(batch, dim, seqlen), on the operators."""
+        self.check()
+        if not self.is_one_operator:
+            return self.composed(causal_conv1d_fn, selective_scan_fn)
+        direction = Direction(
+            self.conv1d_weight.squeeze(1),
+            self.conv1d_bias,
+            self.x_proj_weight,
+            self.delta_proj_weight,
+            _float32(self.delta_bias, self.xz),
+            self.A,
+            _float32(self.D, self.xz),
+        )
+        return directions_fn(self.xz.transpose(1, 2), [direction]).transpose(1, 2)
+
+    def reference(self) -> Tensor:
+        """(batch, dim, seqlen), on the reference operators."""
+        return self.check().composed(causal_conv1d_ref, selective_scan_ref)
+
+
+def _float32(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    return parameter if parameter is None or x.dtype == parameter.dtype == torch.float64 else parameter.float()
 
 
 def _matrix(x_dbl: Tensor, rows: slice, bias: Tensor | None) -> Tensor:
@@ -18,49 +106,8 @@ def _matrix(x_dbl: Tensor, rows: slice, bias: Tensor | None) -> Tensor:
     return (matrix if bias is None else matrix + bias.to(matrix.dtype)).transpose(1, 2)
 
 
-def _inner(
-    conv,
-    scan,
-    xz,
-    conv1d_weight,
-    conv1d_bias,
-    x_proj_weight,
-    delta_proj_weight,
-    A,
-    A_b,
-    B,
-    C,
-    D,
-    delta_bias,
-    B_proj_bias,
-    C_proj_bias,
-    delta_softplus,
-) -> Tensor:
-    """(batch, dim, seqlen): the gated scan, plus the backward scan with A_b if there is one."""
-    dstate, dt_rank = A.shape[1], delta_proj_weight.shape[1]
-    x, z = xz.chunk(2, dim=1)
-    x = conv(x, conv1d_weight.squeeze(1), conv1d_bias, "silu")
-    x_dbl = F.linear(x.transpose(1, 2), x_proj_weight)
-    delta = F.linear(x_dbl[..., :dt_rank], delta_proj_weight).transpose(1, 2)
-    if B is None:
-        B = _matrix(x_dbl, slice(dt_rank, dt_rank + dstate), B_proj_bias)
-    if C is None:
-        C = _matrix(x_dbl, slice(x_dbl.shape[-1] - dstate, None), C_proj_bias)
-    D, delta_bias = (None if parameter is None else parameter.float() for parameter in (D, delta_bias))
-    y = scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    if A_b is not None:
-        y = y + scan(x, delta, A_b, B, C, D, z, delta_bias, delta_softplus, reverse=True)
-    return y
-
-
-def _project_out(y: Tensor, out_proj_weight: Tensor, out_proj_bias: Tensor | None) -> Tensor:
-    return F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
-
-
-def _scan(*args, **kwargs) -> Tensor:
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    return selective_scan_fn(*args, **kwargs)
+def _project_out(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(y.transpose(1, 2), weight, bias)
 
 
 def mamba_inner_fn(
@@ -81,22 +128,11 @@ def mamba_inner_fn(
     delta_softplus: bool = True,
 ) -> Tensor:
     """A one-directional mixer from `xz` to its output, (batch, seqlen, d_model)."""
-    y = mamba_inner_fn_no_out_proj(
-        xz,
-        conv1d_weight,
-        conv1d_bias,
-        x_proj_weight,
-        delta_proj_weight,
-        A,
-        B,
-        C,
-        D,
-        delta_bias,
-        B_proj_bias,
-        C_proj_bias,
-        delta_softplus,
+    inner = _Inner(
+        *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight),
+        *(A, None, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
     )
-    return _project_out(y, out_proj_weight, out_proj_bias)
+    return _project_out(inner.computed(), out_proj_weight, out_proj_bias)
 
 
 def bimamba_inner_fn(
@@ -118,25 +154,11 @@ def bimamba_inner_fn(
     delta_softplus: bool = True,
 ) -> Tensor:
     """`mamba_inner_fn` plus the reversed scan, with `A_b`, of what the shared convolution and projections give."""
-    y = _inner(
-        causal_conv1d_fn,
-        _scan,
-        xz,
-        conv1d_weight,
-        conv1d_bias,
-        x_proj_weight,
-        delta_proj_weight,
-        A,
-        A_b,
-        B,
-        C,
-        D,
-        delta_bias,
-        B_proj_bias,
-        C_proj_bias,
-        delta_softplus,
+    inner = _Inner(
+        *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight),
+        *(A, A_b, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
     )
-    return _project_out(y, out_proj_weight, out_proj_bias)
+    return _project_out(inner.computed(), out_proj_weight, out_proj_bias)
 
 
 def mamba_inner_fn_no_out_proj(
@@ -155,24 +177,11 @@ def mamba_inner_fn_no_out_proj(
     delta_softplus: bool = True,
 ) -> Tensor:
     """`mamba_inner_fn` without the output projection: (batch, dim, seqlen)."""
-    return _inner(
-        causal_conv1d_fn,
-        _scan,
-        xz,
-        conv1d_weight,
-        conv1d_bias,
-        x_proj_weight,
-        delta_proj_weight,
-        A,
-        None,
-        B,
-        C,
-        D,
-        delta_bias,
-        B_proj_bias,
-        C_proj_bias,
-        delta_softplus,
+    inner = _Inner(
+        *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight),
+        *(A, None, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
     )
+    return inner.computed()
 
 
 def mamba_inner_ref(
@@ -193,22 +202,11 @@ def mamba_inner_ref(
     delta_softplus: bool = True,
 ) -> Tensor:
     """What `mamba_inner_fn` computes, on the reference operators."""
-    y = mamba_inner_fn_no_out_proj_ref(
-        xz,
-        conv1d_weight,
-        conv1d_bias,
-        x_proj_weight,
-        delta_proj_weight,
-        A,
-        B,
-        C,
-        D,
-        delta_bias,
-        B_proj_bias,
-        C_proj_bias,
-        delta_softplus,
+    inner = _Inner(
+        *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight),
+        *(A, None, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
     )
-    return _project_out(y, out_proj_weight, out_proj_bias)
+    return _project_out(inner.reference(), out_proj_weight, out_proj_bias)
 
 
 def bimamba_inner_ref(
@@ -230,25 +228,11 @@ def bimamba_inner_ref(
     delta_softplus: bool = True,
 ) -> Tensor:
     """What `bimamba_inner_fn` computes, on the reference operators."""
-    y = _inner(
-        causal_conv1d_ref,
-        selective_scan_ref,
-        xz,
-        conv1d_weight,
-        conv1d_bias,
-        x_proj_weight,
-        delta_proj_weight,
-        A,
-        A_b,
-        B,
-        C,
-        D,
-        delta_bias,
-        B_proj_bias,
-        C_proj_bias,
-        delta_softplus,
+    inner = _Inner(
+        *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight),
+        *(A, A_b, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
     )
-    return _project_out(y, out_proj_weight, out_proj_bias)
+    return _project_out(inner.reference(), out_proj_weight, out_proj_bias)
 
 
 def mamba_inner_fn_no_out_proj_ref(
@@ -267,21 +251,8 @@ def mamba_inner_fn_no_out_proj_ref(
     delta_softplus: bool = True,
 ) -> Tensor:
     """What `mamba_inner_fn_no_out_proj` computes, on the reference operators."""
-    return _inner(
-        causal_conv1d_ref,
-        selective_scan_ref,
-        xz,
-        conv1d_weight,
-        conv1d_bias,
-        x_proj_weight,
-        delta_proj_weight,
-        A,
-        None,
-        B,
-        C,
-        D,
-        delta_bias,
-        B_proj_bias,
-        C_proj_bias,
-        delta_softplus,
+    inner = _Inner(
+        *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight),
+        *(A, None, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
     )
+    return inner.reference()

@@ -1,0 +1,243 @@
+"""The mixer's inside as one operator, and the published functions on it, against the reference operators."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+import torch.nn.functional as F
+from causal_conv1d import backend, causal_conv1d_ref, native
+from causal_conv1d.operators import backends as conv_backends
+from mamba_ssm.ops.directions import Direction, directions_fn
+from mamba_ssm.ops.operators import backends
+from mamba_ssm.ops.selective_scan_interface import (
+    bimamba_inner_fn,
+    bimamba_inner_ref,
+    mamba_inner_fn,
+    mamba_inner_fn_no_out_proj,
+    mamba_inner_fn_no_out_proj_ref,
+    mamba_inner_ref,
+    selective_scan_ref,
+)
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+@pytest.fixture(params=["torch", "plain", "avx2", "avx512"])
+def kernels(request):
+    with ExitStack() as stack:
+        if request.param == "torch":
+            stack.enter_context(backend.use("torch"))
+        else:
+            if backends.available("cpu") != "cpp" or conv_backends.available("cpu") != "cpp":
+                pytest.skip("the C++ kernels are not built")
+            if stack.enter_context(native.isa(request.param)) != request.param:
+                pytest.skip(f"this processor has no {request.param}")
+            stack.enter_context(backend.use("cpp"))
+        yield request.param
+
+
+def arguments(batch=2, seqlen=21, dim=24, dt_rank=3, dstate=5, width=4, ways=(False, True), optional=True):
+    """xz (batch, seqlen, 2*dim) and a `Direction` for each of `ways`."""
+    generator = torch.Generator().manual_seed(5)
+
+    def rand(*shape, scale=1.0):
+        return torch.randn(shape, generator=generator) * scale
+
+    xz = rand(batch, seqlen, 2 * dim)
+    directions = [
+        Direction(
+            rand(dim, width, scale=0.5),
+            rand(dim) if optional else None,
+            rand(dt_rank + 2 * dstate, dim, scale=dim**-0.5),
+            rand(dim, dt_rank, scale=dt_rank**-0.5),
+            rand(dim) - 1 if optional else None,
+            -torch.rand(dim, dstate, generator=generator) * 4,
+            rand(dim) if optional else None,
+            way,
+        )
+        for way in ways
+    ]
+    return xz, directions
+
+
+def reference(xz, directions, share):
+    x, z = xz.transpose(1, 2).chunk(2, dim=1)
+    total = 0
+    for conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, reverse in directions:
+        u = causal_conv1d_ref(x, conv_weight, conv_bias, "silu", reverse=reverse)
+        rows = F.linear(u.transpose(1, 2), x_proj)
+        dt, B, C = rows.split([dt_proj.shape[1], A.shape[1], A.shape[1]], dim=-1)
+        delta, B, C = F.linear(dt, dt_proj).transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
+        total = total + selective_scan_ref(u, delta, A, B, C, D, z, dt_bias, True, reverse=reverse)
+    return (total * share).transpose(1, 2)
+
+
+def gradients(fn, xz, directions, share, dtype):
+    """Output and gradients; xz in `dtype`, parameters as they are."""
+    xz = xz.to(dtype).detach().requires_grad_()
+    leaves = [
+        [t if t is None else t.detach().requires_grad_() for t in direction[:-1]] + [direction.reverse]
+        for direction in directions
+    ]
+    out = fn(xz, [Direction(*leaf) for leaf in leaves], share)
+    wanted = [xz, *(tensor for leaf in leaves for tensor in leaf[:-1] if tensor is not None)]
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return out, torch.autograd.grad(out, wanted, dout)
+
+
+def relative_error(got, want):
+    assert got.shape == want.shape
+    return ((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-30)).item()
+
+
+def double(directions):
+    return [
+        Direction(*(t if not isinstance(t, torch.Tensor) else t.double() for t in direction))
+        for direction in directions
+    ]
+
+
+def assert_as_reference(xz, directions, share, dtype):
+    xz = xz.to(dtype)
+    out, grads = gradients(directions_fn, xz, directions, share, dtype)
+    want, want_grads = gradients(reference, xz, double(directions), share, torch.float64)
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    assert relative_error(out, want) <= TOLERANCE[dtype]
+    for grad, want_grad in zip(grads, want_grads):
+        assert relative_error(grad, want_grad) <= 3 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("ways", [(False,), (True,), (False, True)])
+@pytest.mark.parametrize("optional", [True, False])
+def test_directions(ways, optional, kernels):
+    xz, directions = arguments(ways=ways, optional=optional)
+    assert_as_reference(xz, directions, 0.5, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype, kernels):
+    assert_as_reference(*arguments(seqlen=40, dstate=16), 1.0, dtype)
+
+
+def test_other_sizes(kernels):
+    assert_as_reference(*arguments(3, 1, 5, 1, 2, 2), 1.0, torch.float32)
+    assert_as_reference(*arguments(1, 70, 33, 4, 8, 3), 1.0, torch.float32)
+
+
+def test_channel_slices(kernels):
+    """xz may itself be a view, as of a wider projection."""
+    xz, directions = arguments()
+    wide = torch.cat([xz, xz], -1)[..., : xz.shape[-1]]
+    torch.testing.assert_close(directions_fn(wide, directions), directions_fn(xz, directions))
+
+
+def test_empty_batch(kernels):
+    xz, directions = arguments()
+    out, grads = gradients(directions_fn, xz[:0], directions, 1.0, torch.float32)
+    assert out.shape == (0, 21, 24)
+    assert all(not grad.any() for grad in grads)
+
+
+def test_autocast(kernels):
+    xz, directions = arguments()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, grads = gradients(directions_fn, xz, directions, 1.0, torch.float32)
+    want, want_grads = gradients(reference, xz, directions, 1.0, torch.float32)
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out, want) <= TOLERANCE[torch.bfloat16]
+    for grad, want_grad in zip(grads, want_grads):
+        assert grad.dtype == torch.float32
+        assert relative_error(grad, want_grad) <= 2 * TOLERANCE[torch.bfloat16]
+
+
+def test_compiles_without_graph_break():
+    xz, directions = arguments()
+    xz.requires_grad_()
+
+    def step(xz):
+        return directions_fn(xz * 2, directions, 0.5).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (got,), (want,) = torch.autograd.grad(compiled(xz), xz), torch.autograd.grad(step(xz), xz)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ["torch", "cpp"])
+def test_opcheck(name):
+    with backend.use(name if backends.available("cpu") == name else "torch"):
+        xz, directions = arguments(batch=1, seqlen=35, dim=4, dstate=2)
+        parameters = [tensor for direction in directions for tensor in direction[:-1]]
+        inputs = [xz.requires_grad_(), *(tensor.requires_grad_() for tensor in parameters)]
+        args = (*inputs, [False, True], 0.5, True)
+        torch.library.opcheck(torch.ops.mamba_ssm.directions.default, args)
+        with torch.no_grad():
+            out, *saved = torch.ops.mamba_ssm.directions(*args)
+        xz, *parameters = (tensor.detach() for tensor in inputs)
+        args = (out, xz, *saved, *parameters, [False, True], 0.5)
+        torch.library.opcheck(torch.ops.mamba_ssm.directions_backward.default, args)
+
+
+PUBLISHED = [
+    (mamba_inner_fn, mamba_inner_ref, {"out"}),
+    (bimamba_inner_fn, bimamba_inner_ref, {"out", "A_b"}),
+    (mamba_inner_fn_no_out_proj, mamba_inner_fn_no_out_proj_ref, set()),
+]
+
+
+@pytest.mark.parametrize(("fn", "ref", "takes"), PUBLISHED, ids=[fn.__name__ for fn, *_ in PUBLISHED])
+@pytest.mark.parametrize("channel_last", [True, False])
+@pytest.mark.parametrize("given", ["x_proj", "B and C", "biases", "no softplus"])
+def test_published_functions(fn, ref, takes, channel_last, given):
+    xz, (direction, other) = arguments(seqlen=9)
+    dstate, rank = direction.A.shape[1], direction.dt_proj_weight.shape[1]
+    xz = xz.transpose(1, 2) if channel_last else xz.transpose(1, 2).contiguous()
+    tensors = {
+        "xz": xz,
+        "conv1d_weight": direction.conv_weight.unsqueeze(1),
+        "conv1d_bias": direction.conv_bias,
+        "x_proj_weight": direction.x_proj_weight[:rank] if given == "B and C" else direction.x_proj_weight,
+        "delta_proj_weight": direction.dt_proj_weight,
+        "A": direction.A,
+        "D": direction.D,
+        "delta_bias": direction.dt_bias,
+    }
+    if "out" in takes:
+        tensors |= {"out_proj_weight": torch.randn(7, 24) / 5, "out_proj_bias": torch.randn(7)}
+    if "A_b" in takes:
+        tensors["A_b"] = other.A
+    if given == "B and C":
+        tensors |= {"B": torch.randn(2, dstate, 9), "C": torch.randn(24, dstate)}
+    if given == "biases":
+        tensors |= {"B_proj_bias": torch.randn(dstate), "C_proj_bias": torch.randn(dstate)}
+    results = []
+    for function in (fn, ref):
+        inputs = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+        out = function(**inputs, delta_softplus=given != "no softplus")
+        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        results.append((out, *torch.autograd.grad(out, list(inputs.values()), dout)))
+    for got, want in zip(*results):
+        assert relative_error(got, want) <= 5e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"xz": torch.zeros(2, 47, 9)}, r"xz has shape \(2, 47, 9\), wanted \(batch, 2\*dim, seqlen\)"),
+        ({"conv1d_weight": torch.zeros(24, 4)}, r"conv1d_weight has shape \(24, 4\), wanted \(dim, 1, width\)"),
+        ({"x_proj_weight": torch.zeros(12, 24)}, r"x_proj_weight has shape \(12, 24\), wanted .* with 13 rows"),
+        ({"D": torch.zeros(3)}, r"D has shape \(3,\), wanted"),
+    ],
+)
+def test_bad_input(change, message):
+    good = {
+        "xz": torch.zeros(2, 48, 9),
+        "conv1d_weight": torch.zeros(24, 1, 4),
+        "conv1d_bias": None,
+        "x_proj_weight": torch.zeros(13, 24),
+        "delta_proj_weight": torch.zeros(24, 3),
+        "A": torch.zeros(24, 5),
+        "D": torch.zeros(24),
+    }
+    with pytest.raises(ValueError, match=message):
+        mamba_inner_fn_no_out_proj(**good | change)
