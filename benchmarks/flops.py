@@ -66,7 +66,8 @@ def model_flops(
         published += projections + _direction_flops(mixer, seen, padding=mixer.d_conv - 1) * float(share.mean())
         full += projections + _direction_flops(mixer, seen) * float(share.sum())
         if hasattr(mixer, "block_head"):
-            full += mixer.block_head.weight.numel()
+            # the gate projects the class token apart
+            full += mixer.in_proj.weight.numel() + mixer.block_head.weight.numel()
     return Flops(round(published), round(full))
 
 

@@ -236,22 +236,25 @@ class DynamicPruning(SiteMethod):
     def _direction_gate(self, layer: int, state: TokenState, gates: list[Tensor]) -> Callable[[Tensor], Tensor]:
         """What the mixers of one site ask for their gates, which are also written into `gates`, a layer each."""
 
-        def gate(xz: Tensor) -> Tensor:
+        def gate(hidden: Tensor) -> Tensor:
             # the second layer of a pair runs on the reversed sequence
             at, mask = state.cls_index, state.token_mask
             if gates:
-                last = xz.shape[1] - 1
+                last = hidden.shape[1] - 1
                 at = last - at if isinstance(at, Tensor) else tuple(last - place for place in at)
                 mask = None if mask is None else mask.flip(1)
             if isinstance(at, Tensor):
-                column = xz.gather(1, at.unsqueeze(-1).expand(-1, -1, xz.shape[-1])).mean(1)
+                token = hidden.gather(1, at.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])).mean(1)
             elif len(at) == 1:
-                column = xz[:, at[0]]
+                token = hidden[:, at[0]]
             elif at:
-                column = (xz[:, at[0]] + xz[:, at[1]]) / 2
+                token = (hidden[:, at[0]] + hidden[:, at[1]]) / 2
             else:
-                column = mean_over_kept(xz, mask)
-            gates.append(self.direction_policy(layer + len(gates), column))
+                token = mean_over_kept(hidden, mask)
+            number = layer + len(gates)
+            # the class token's column alone: the layer may do without the other tokens of images that skip it
+            column = self.model.layers[number].mixer.in_proj(token)
+            gates.append(self.direction_policy(number, column))
             return gates[-1]
 
         return gate

@@ -60,9 +60,12 @@ class _Direction(NamedTuple):
     reverse_scan: bool
 
 
-def _neighbours(images: Tensor) -> tuple[Tensor, ...]:
-    """Rising indices (n,), on the CPU, parted into groups that follow each other without a gap."""
-    return images.tensor_split((images.diff() > 1).nonzero().squeeze(1) + 1) if len(images) else ()
+def _by_directions(gates: Tensor) -> tuple[Tensor, list[int]]:
+    """Images by the directions they run: gates (B, directions) -> their order (B,), those with the first direction
+    alone, with both, with the second alone, with none; and how many each are. A single direction counts as both."""
+    first, second = gates[:, 0].bool(), gates[:, -1].bool()
+    kind = torch.where(first, second.long(), 3 - second.long())
+    return kind.argsort(stable=True), kind.bincount(minlength=4).tolist()
 
 
 class Mamba(nn.Module):
@@ -199,9 +202,9 @@ class Mamba(nn.Module):
 
         `pooling` lets the scan run over groups of tokens (Kapse et al. 2025, FastVim). `token_mask` (B, L), 1 or 0,
         zeroes tokens before and after the convolution, so that they feed nothing into the state of others;
-        `direction_gate` maps xz (B, L, 2 * d_inner) to one factor per image and direction (B, 2) (Wu et al. 2025,
-        DyVM); `observe` is shown the step sizes and B that each direction's scan runs with, in turn. With
-        `inference_params` (one-directional mixers only) the states for `step` are kept.
+        `direction_gate` maps hidden_states to one factor per image and direction (B, directions) (Wu et al. 2025,
+        DyVM), which outside training must be 0 or 1; `observe` is shown the step sizes and B that each direction's scan
+        runs with, in turn. With `inference_params` (one-directional mixers only) the states for `step` are kept.
         """
         if inference_params is not None:
             return self._decode(hidden_states, inference_params)
@@ -209,14 +212,22 @@ class Mamba(nn.Module):
             if direction_gate is not None:
                 raise ValueError("Pooled groups mix both directions: wanted pooling without direction_gate.")
             return self._pooled(hidden_states, token_mask, pooling)
-        xz = self.in_proj(hidden_states)
-        gates = None if direction_gate is None else direction_gate(xz)
-        x, z = xz.chunk(2, dim=-1)
+        gates = None if direction_gate is None else direction_gate(hidden_states)
+        if gates is not None and not self.training:
+            order, counts = _by_directions(gates)
+            if counts[1] < len(order):
+                return self._skipping(hidden_states, token_mask, order, counts, observe)
+            gates = None
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         # A LayerNorm stands between scan and gate; without it the scan applies the gate itself.
         y = self._summed(x, z if self.layernorm is None else None, token_mask, gates, observe)
-        if self._share != 1:
-            y = y * self._share
-        return self._project(y, None) if self.layernorm is None else self._project(self.layernorm(y), z)
+        return self._normed_and_projected(y, z)
+
+    def _normed_and_projected(self, y: Tensor, z: Tensor) -> Tensor:
+        """The end of the mixer: y (B, L, d_inner), the sum of the directions, gated already unless there is a norm."""
+        if self.layernorm is not None:
+            return self._project(self.layernorm(y * self._share), z)
+        return self._project(y, None, self._share)
 
     def _summed(
         self,
@@ -227,11 +238,6 @@ class Mamba(nn.Module):
         observe: ScanObserver | None,
     ) -> Tensor:
         """The sum of all directions, each times its gate (B, directions)."""
-        if gates is not None and not self.training:
-            running = gates.bool().cpu()
-            if not bool(running.all()):
-                return self._summed_where(running, x, z, token_mask, observe)
-            gates = None
         y, directions = None, self.directions
         if len(directions) == 2 and bidirectional.shares_launch(x):
             parts = self._run_both(x, z, token_mask, observe)
@@ -243,35 +249,42 @@ class Mamba(nn.Module):
             y = part if y is None else y + part
         return y
 
-    def _summed_where(
+    def _skipping(
         self,
-        running: Tensor,
-        x: Tensor,
-        z: Tensor | None,
+        hidden_states: Tensor,
         token_mask: Tensor | None,
+        order: Tensor,
+        counts: list[int],
         observe: ScanObserver | None,
     ) -> Tensor:
-        """The sum of all directions, where each does its work for the images alone for which `running` (B, directions),
-        a bool tensor on the CPU, says so."""
-        y = torch.zeros_like(x, memory_format=torch.contiguous_format)
-        for direction, images in zip(self.directions, (column.nonzero().squeeze(1) for column in running.T)):
-            on_cpu = x.device.type == "cpu"
-            # neighbours are reached without a copy; on a GPU a copy costs less than more launches
-            groups = _neighbours(images) if on_cpu else (images.to(x.device),)[: len(images)]
-            for group in groups:
-                some = slice(int(group[0]), int(group[-1]) + 1) if on_cpu else group
-                part = self._run(
-                    direction,
-                    x[some],
-                    None if z is None else z[some],
-                    None if token_mask is None else token_mask[some],
-                    None if observe is None else partial(observe, images=group),
-                )
-                if on_cpu:
-                    y[some].add_(part)
-                else:
-                    y.index_add_(0, some, part)
-        return y
+        """The mixer where images skip directions (inference): those are left out of all work, not of the sum alone.
+
+        In the order of `_by_directions` the images of each direction are neighbours, so it reads one slice of them, and
+        what is put in order and back is as narrow as tokens get.
+        """
+        first, both, second, _ = counts
+        order = order[: first + both + second]
+        x, z = self.in_proj(hidden_states[order]).chunk(2, dim=-1)
+        token_mask = None if token_mask is None else token_mask[order]
+        parts = []
+        for direction, some in zip(self.directions, (slice(0, first + both), slice(first, None))):
+            images = order[some]
+            if not len(images):
+                parts.append(x[some])
+                continue
+            gate = None if self.layernorm is not None else z[some]
+            mask = None if token_mask is None else token_mask[some]
+            seen = None if observe is None else partial(observe, images=images)
+            parts.append(self._run(direction, x[some], gate, mask, seen))
+        forward, backward = parts[0], parts[-1]
+        sums = forward[:first], forward[first:] + backward[:both] if len(parts) == 2 else forward, backward[both:]
+        out = None
+        for y, gate, images in zip(sums, *(t.split((first, both, second)) for t in (z, order))):
+            if len(images):
+                y = self._normed_and_projected(y, gate)
+                out = y.new_zeros(*hidden_states.shape[:2], y.shape[2]) if out is None else out
+                out.index_copy_(0, images, y)
+        return torch.zeros_like(hidden_states) if out is None else out
 
     def _run(
         self,
@@ -422,10 +435,11 @@ class Mamba(nn.Module):
         """What the sum of the directions is multiplied by."""
         return 0.5 if self.if_divide_out and self.bimamba_type != "none" else 1.0
 
-    def _project(self, y: Tensor, z: Tensor | None) -> Tensor:
+    def _project(self, y: Tensor, z: Tensor | None, share: float = 1.0) -> Tensor:
         if z is not None:
             y = y * F.silu(z)
-        out = self.out_proj(y)
+        # the weight is a small part of what y is
+        out = self.out_proj(y) if share == 1 else linear(y, self.out_proj.weight * share, self.out_proj.bias)
         return out if self.init_layer_scale is None else out * self.gamma
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None, **kwargs) -> tuple[Tensor, Tensor]:
