@@ -7,7 +7,7 @@ Gu and Dao 2023 (arXiv:2312.00752), section 3.4; Zhu et al. 2024 (arXiv:2401.094
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -317,28 +317,34 @@ class Mamba(nn.Module):
             return self._pooled_lines(hidden_states, pooling.lines)
         # every projection is position-wise, so the narrowest tensors are the ones to reorder
         x, z = self.in_proj(pooling.order(hidden_states)).chunk(2, dim=-1)
-        skip = groups = None
+        skip, groups = None, []
         for direction in self.directions:
             u = self._convolve(direction, x, token_mask)
-            y, D = self._scan(direction, pooling.reduce(u), None, None), direction.D.to(u.dtype)
+            D = direction.D.to(u.dtype)
             skip = u * D if skip is None else torch.addcmul(skip, u, D)
-            groups = y if groups is None else groups + y
-        y = pooling.expand_add(skip, groups) * self._share
+            groups.append(pooling.reduce(u))
+        y = pooling.expand_add(skip, self._scan_groups(groups)) * self._share
         return pooling.restore(self._project(y if self.layernorm is None else self.layernorm(y), z))
 
     def _pooled_lines(self, hidden_states: Tensor, lines: Lines) -> Tensor:
         """`_pooled` for v2 and the lines of a full grid, in two passes over the tokens."""
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        taps = [Taps(each.conv.weight.squeeze(1), each.conv.bias, each.D) for each in self.directions]
+        skip, *groups = pooled_conv_fn(x, *taps, lines)
+        norm = (None, None, 0.0)
+        if self.layernorm is not None:
+            norm = self.layernorm.weight, self.layernorm.bias, self.layernorm.eps
+        return self._project(pooled_gate_fn(skip, self._scan_groups(groups), z, *norm, lines, self._share), None)
+
+    def _scan_groups(self, groups: Sequence[Tensor]) -> Tensor:
+        """The sum of the directions' scans, each over its own groups (B, G, d_inner), without D and z."""
         directions = self.directions
-        taps = [Taps(each.conv.weight.squeeze(1), each.conv.bias, each.D) for each in directions]
-        skip, *pooled = pooled_conv_fn(x, *taps, lines)
-        forward, backward = (self._scan(each, groups, None, None) for each, groups in zip(directions, pooled))
-        norm = (
-            (None, None, 0.0)
-            if self.layernorm is None
-            else (self.layernorm.weight, self.layernorm.bias, self.layernorm.eps)
-        )
-        return self._project(pooled_gate_fn(skip, forward + backward, z, *norm, lines, self._share), None)
+        if len(directions) == 2 and bidirectional.shares_launch(groups[0]):
+            scans = [self._scan_arguments(each, u, None, None, None) for each, u in zip(directions, groups)]
+            parts = bidirectional.bidirectional_scan_fn(*scans, delta_softplus=True)
+            return (parts[0] + parts[1]).transpose(1, 2)
+        parts = [self._scan(each, u, None, None) for each, u in zip(directions, groups)]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def _convolve(self, direction: _Direction, x: Tensor, token_mask: Tensor | None) -> Tensor:
         """Causal convolution and silu of x (B, L, d_inner); token_mask (B, L) before and after."""
