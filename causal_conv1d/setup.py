@@ -38,6 +38,8 @@ setup(
     description="Causal depthwise 1-D convolution for state-space models, on CPU and CUDA",
     python_requires=">=3.10",
     install_requires=["torch>=2.6"],
+    # NVRTC itself comes with torch's CUDA wheels; the bindings must be of torch's major version of CUDA.
+    extras_require={"cuda": ["cuda-bindings"]},
     packages=find_packages(include=["causal_conv1d", "causal_conv1d.*"]),
     # The explicit root makes an editable install a plain path entry, which a same-named folder cannot shadow.
     package_dir={"": "."},

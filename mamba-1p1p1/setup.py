@@ -52,6 +52,7 @@ setup(
     python_requires=">=3.10",
     # The local version keeps pip from taking another project's package of the same name.
     install_requires=["torch>=2.6", "causal_conv1d==1.1.1+portable"],
+    extras_require={"cuda": ["causal_conv1d[cuda]==1.1.1+portable"]},
     packages=find_packages(include=["mamba_ssm", "mamba_ssm.*"]),
     # The explicit root makes an editable install a plain path entry.
     package_dir={"": "."},
