@@ -52,6 +52,17 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def weight_gradient(dout: Tensor, x: Tensor) -> Tensor:
+    """dout (..., out), x (..., in) -> (out, in), the sum of their outer products; not differentiable."""
+    dout, x = dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
+    if not (_PREFER_ONEDNN and x.dtype == dout.dtype == torch.float32 and x.device.type == "cpu"):
+        return dout.t() @ x
+    # oneDNN is faster with the narrower matrix first, and falls back to a plain loop where a transposed one has gaps
+    if x.shape[1] < dout.shape[1]:
+        return _product(x.contiguous().t(), dout.contiguous().t()).t()
+    return _product(dout.contiguous().t(), x.contiguous().t())
+
+
 class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -66,7 +77,7 @@ class _OneDNNLinear(torch.autograd.Function):
         dx = _product(dout, weight.t()) if ctx.needs_input_grad[0] else None
         dweight = dbias = None
         if ctx.needs_input_grad[1]:
-            dweight = _product(dout.reshape(-1, dout.shape[-1]).t(), x.reshape(-1, x.shape[-1]).t())
+            dweight = weight_gradient(dout, x)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = dout.sum(tuple(range(dout.dim() - 1)))
         return dx, dweight, dbias

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from mamba_ssm.modules.linear import linear
+from mamba_ssm.modules.linear import linear, weight_gradient
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def backward(
             share=share,
         )
         ddt.copy_(linear(ddelta, dt_weight.t()))
-        u, dt, ddelta, rows = (tensor.flatten(0, 1) for tensor in (u, dt, ddelta, dx_dbl))
-        ddt_weight, dx_weight = linear(ddelta.t(), dt.t()), linear(rows.t(), u.t())
+        ddt_weight, dx_weight = weight_gradient(ddelta, dt), weight_gradient(dx_dbl, u)
         du += linear(dx_dbl, x_weight.t())
         dconv = conv.conv_backward_into(
             dx,
