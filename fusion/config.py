@@ -271,6 +271,8 @@ def check(args: argparse.Namespace) -> None:
     """Say once what is accepted and changes nothing, and refuse a place for pictures that cannot hold them."""
     if args.bi_merge:
         _logger.warning("--bi-merge changes nothing here: --fusion-strategy alone switches token merging on.")
+    if args.fusion_strategy == "no" and (args.fusion_token > 0 or args.fusion_layer != 0):
+        _logger.warning("--fusion-token and --fusion-layer change nothing without --fusion-strategy.")
     if args.visualize and Path(args.visualize).exists() and not Path(args.visualize).is_dir():
         raise ValueError(f"--visualize {args.visualize} is a file; wanted a folder.")
 

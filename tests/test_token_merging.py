@@ -333,7 +333,7 @@ def test_bad_settings() -> None:
         MethodConfig.from_keywords(fusion_strategy="all", fusion_token=2, pruning="token")
 
 
-def test_flags() -> None:
+def test_flags(caplog: pytest.LogCaptureFixture) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="vim_tiny_patch16_224")
     config.add_arguments(parser)
@@ -341,6 +341,13 @@ def test_flags() -> None:
     args = parser.parse_args(flags.split())
     _, keywords = config.model_keywords(args)
     assert keywords == dict(fusion_strategy="alternate", fusion_layer=4, fusion_token=8, fusion_order="published")
+    config.check(args)
+    assert "--bi-merge changes nothing" in caplog.records[-1].getMessage()
+    config.check(parser.parse_args(["--fusion-token", "8"]))
+    assert "change nothing without --fusion-strategy" in caplog.records[-1].getMessage()
+    assert len(caplog.records) == 2
+    config.check(parser.parse_args([]))
+    assert len(caplog.records) == 2
 
 
 def test_compiles_without_a_graph_break() -> None:
