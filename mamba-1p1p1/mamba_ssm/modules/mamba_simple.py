@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.modules.linear import Linear, linear
 from mamba_ssm.ops import bidirectional
+from mamba_ssm.ops.directions import Direction, directions_fn, run_as_one
 from mamba_ssm.ops.pooled import Lines, Taps, has_kernels, pooled_conv_fn, pooled_gate_fn
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor, nn
@@ -218,10 +219,30 @@ class Mamba(nn.Module):
             if counts[1] < len(order):
                 return self._skipping(hidden_states, token_mask, order, counts, observe)
             gates = None
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        xz = self.in_proj(hidden_states)
+        plain = token_mask is None and gates is None and observe is None and self.layernorm is None
+        if plain and self.bimamba_type != "v1" and run_as_one(xz):
+            return self._project(directions_fn(xz, self._operands(), self._share), None)
+        x, z = xz.chunk(2, dim=-1)
         # A LayerNorm stands between scan and gate; without it the scan applies the gate itself.
         y = self._summed(x, z if self.layernorm is None else None, token_mask, gates, observe)
         return self._normed_and_projected(y, z)
+
+    def _operands(self) -> list[Direction]:
+        """The directions as `directions_fn` takes them; not for v1, which shares a convolution between both."""
+        return [
+            Direction(
+                each.conv.weight.squeeze(1),
+                each.conv.bias,
+                each.x_proj.weight,
+                each.dt_proj.weight,
+                each.dt_proj.bias.float(),
+                -torch.exp(each.A_log.float()),
+                each.D.float(),
+                each.reverse_scan,
+            )
+            for each in self.directions
+        ]
 
     def _normed_and_projected(self, y: Tensor, z: Tensor) -> Tensor:
         """The end of the mixer: y (B, L, d_inner), the sum of the directions, gated already unless there is a norm."""

@@ -54,7 +54,7 @@ LIBRARY.define(
 )
 
 
-def has_kernels(x: Tensor) -> bool:
+def run_as_one(x: Tensor) -> bool:
     """Whether there are kernels for `x` that make one operator of it all; put together from others it saves memory, not
     time. Not while a graph is exported, whose reader knows the plain operators only."""
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
