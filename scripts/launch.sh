@@ -30,6 +30,8 @@ launch() {
     local gpus=${GPUS:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
     local command=("$python")
     if [ "${NNODES:-1}" -gt 1 ]; then
+        # torch 2.14 keeps one store across restarts, where ranks that start again find dead addresses
+        export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
         command+=(-m torch.distributed.run --nnodes "$NNODES" --node-rank "${NODE_RANK:?}" --nproc-per-node "$gpus"
             --master-addr "${MASTER_ADDR:?}" --master-port "${MASTER_PORT:-29500}")
     elif [ "$gpus" -gt 1 ]; then
