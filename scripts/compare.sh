@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Train and evaluate Vim, Famba-V, FastVim, DyVM and a DeiT of the same size, three seeds each; then one table (Markdown,
+# CSV) and one plot of accuracy against speed and training time. Safe to interrupt: the same command goes on.
+# usage: bash scripts/compare.sh                          handwritten digits, minutes on a CPU
+#        bash scripts/compare.sh DATA_PATH [FLAGS...]     ImageNet or another --data-set, on all GPUs, days
+# Environment: OUTPUT_DIR (default output/compare), GPUS (default all).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup.sh
+exec "$PYTHON" -m benchmarks.compare --output_dir "${OUTPUT_DIR:-output/compare}" "$@"
