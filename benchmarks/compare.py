@@ -365,7 +365,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = utils.Parser(
         prog="benchmarks.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data_path", nargs="?", default="", metavar="DATA_PATH", help="where the data set lies")
+    parser.usage = "%(prog)s [DATA_PATH] [FLAGS...]"
     parser.add_argument("--data-set", default=None, help="default: DIGITS, or IMNET with a DATA_PATH")
     parser.add_argument("--size", default=None, choices=SIZES, help="default: nano, or tiny with a DATA_PATH")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="default: all")
@@ -383,7 +383,11 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--speed-seconds", type=utils.number(float, 0), default=60.0, help="for timing all models (default: 60)"
     )
+    # first or not at all: the value of a flag that is not known here would be taken for it
+    argv = list(sys.argv[1:] if argv is None else argv)
+    data_path = argv.pop(0) if argv and not argv[0].startswith("--") and argv[0] != "-h" else ""
     args, more = parser.parse_known_args(argv)
+    args.data_path = "" if data_path == "-" else data_path
     own_data = bool(args.data_path)
     args.data_set = args.data_set or ("IMNET" if own_data else "DIGITS")
     args.size = args.size or ("tiny" if own_data else "nano")

@@ -61,7 +61,10 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         raise ValueError(f"{name!r} is no registry name; the nearest are {', '.join(close) or 'none'}.")
     try:
-        keywords = parse_python(f"_({text})", mode="eval").body.keywords
+        call = parse_python(f"_({text})", mode="eval").body
+        keywords = call.keywords
+        if call.args or None in [word.arg for word in keywords]:
+            raise ValueError("a value without a key")
         values = [word.value.id if isinstance(word.value, Name) else literal_eval(word.value) for word in keywords]
         return name, {word.arg: value for word, value in zip(keywords, values)}
     except (SyntaxError, ValueError):

@@ -1,0 +1,299 @@
+"""Speed and memory of models, curves, and the comparison in its one-epoch form."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import main as program
+from benchmarks import compare, plot, summary, throughput
+from tests import micro_models
+from tests.conftest import ROOT
+from utils import UsageError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _restore(one_thread: None) -> Iterator[None]:
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:], logging.root.level = handlers, level
+
+
+# --- throughput ---
+
+
+def test_spec_of_a_model() -> None:
+    name, keywords = throughput.parse_spec("vim_nano_patch4_32:fusion_strategy=upper,token_ratio=(0.5, 0.25),depth=2")
+    assert name == "vim_nano_patch4_32"
+    assert keywords == dict(fusion_strategy="upper", token_ratio=(0.5, 0.25), depth=2)
+    with pytest.raises(ValueError, match="vim_nano_patch4_32"):
+        throughput.parse_spec("vim_nano_patch4_23")
+    with pytest.raises(ValueError, match="key=value"):
+        throughput.parse_spec("vim_nano_patch4_32:depth")
+
+
+def test_peak_memory_counts_every_byte() -> None:
+    def call() -> None:
+        first = torch.empty(1000, dtype=torch.uint8)
+        second = torch.empty(500, dtype=torch.uint8)
+        del first, second
+        torch.empty(1200, dtype=torch.uint8)
+
+    weights = torch.empty(77, dtype=torch.uint8)
+    assert throughput.peak_memory(call, CPU) == 1500
+    assert throughput.peak_memory(call, CPU, [weights, weights.view(7, 11)]) == 1577, "shared memory counts once"
+
+
+def test_training_holds_more_than_inference() -> None:
+    model = micro_models.timm.create_model("vim_micro_patch8_32")
+    images = torch.randn(4, 3, 32, 32)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    inference = throughput.Case(model, images).peak_bytes()
+    training = throughput.Case(model, images, train=True).peak_bytes()
+    assert inference > weights
+    assert training > inference + 3 * weights, "gradients and both moments"
+
+
+def test_training_step_leaves_the_weights_alone() -> None:
+    model = micro_models.timm.create_model("dyvm_micro_patch8_32")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    throughput.Case(model, torch.randn(2, 3, 32, 32), train=True)()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_calls_take_turns() -> None:
+    seen: list[int] = []
+    calls = [lambda number=number: (seen.append(number), time.sleep(0.06)) for number in range(3)]
+    times = throughput.time_in_turns(calls, CPU, 0.0, min_rounds=4)
+    warm, timed = seen[:9], seen[9:]
+    assert warm == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [sorted(timed[at : at + 3]) for at in range(0, 12, 3)] == [[0, 1, 2]] * 4
+    assert [len(taken) for taken in times] == [4, 4, 4]
+    assert min(min(taken) for taken in times) >= 0.06
+
+
+def test_throughput_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    merging = "vim_micro_patch8_32:fusion_strategy=all,fusion_token=2"
+    models = ["vim_micro_patch8_32", merging, "dyvm_micro_patch8_32", "test_vit"]
+    flags = ["--img-size", "32", "48", "--batch-size", "2", "--dtype", "float32", "bfloat16", "--seconds", "0"]
+    throughput.main([*models, *flags, "--train", "--device", "cpu", "--json", str(tmp_path / "sub" / "rows.json")])
+    found = json.loads((tmp_path / "sub" / "rows.json").read_text())
+    assert len(found["rows"]) == len(models) * 4
+    for row in found["rows"]:
+        assert min(row["eval_images_per_second"], row["train_images_per_second"]) > 0
+        assert row["train_peak_bytes"] > row["eval_peak_bytes"] > 4 * row["parameters"]
+    by_setting = {(row["model"], row["img_size"], row["dtype"]): row for row in found["rows"]}
+    plain, merged = (by_setting[model, 48, "float32"] for model in models[:2])
+    assert merged["flops_full"] < plain["flops_full"]
+    assert plain["flops_full"] > 2 * by_setting[models[0], 32, "float32"]["flops_full"]
+    out = capsys.readouterr().out
+    assert "threads 1" in out
+    assert out.count("\n| ") == 1 + len(found["rows"])
+
+
+def test_gates_are_set_to_their_share() -> None:
+    args = argparse.Namespace(
+        models=["dyvm_micro_patch8_32:pruning=block,block_keep_ratio=0.5"],
+        **dict(dtype=["float32"], compile=False, train=False, device="cpu", seconds=0.0, img_size=None, batch_size=[8]),
+    )
+    (row,) = throughput.measure(args)
+    model = throughput.build(args.models[0], None)
+    assert row["flops_full"] < throughput.model_flops(model, 32, 1.0).full
+
+
+@pytest.mark.parametrize(
+    "flags", [["vim_nan_patch4_32"], ["vim_nano_patch4_32:depht=2"], ["vim_nano_patch4_32", "--batch-size", "0"]]
+)
+def test_throughput_refuses_in_one_sentence(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        throughput.main([*flags, "--device", "cpu"])
+    assert capsys.readouterr().err.splitlines()[-1].startswith("benchmarks.throughput: error: ")
+
+
+# --- plots ---
+
+
+def write_run(folder: Path, epochs: int, **more: float) -> Path:
+    folder.mkdir(parents=True)
+    lines = [
+        dict(epoch=i, train_loss=2.0 - i, test_loss=2.5 - i, test_acc1=10.0 * i, train_lr=0.1, seconds=1.0) | more
+        for i in range(epochs)
+    ]
+    (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_curves_overlay_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, pruned = write_run(tmp_path / "plain", 3), write_run(tmp_path / "pruned", 1, test_kept_tokens_1=0.7)
+    figure = plot.curves({"plain": summary.read_log(plain), "pruned": summary.read_log(pruned)})
+    loss, accuracy, rate, kept = figure.axes
+    assert [line.get_xydata().tolist() for line in accuracy.lines] == [[[1, 0], [2, 10], [3, 20]], [[1, 0]]]
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["plain", "pruned"]
+    drawn = [line.get_ydata().tolist() for line in loss.lines if len(line.get_xdata())]
+    assert drawn == [[2.0, 1.0, 0.0], [2.5, 1.5, 0.5], [2.0], [2.5]]
+    assert kept.lines[0].get_ydata().tolist() == [0.7]
+    plot.main([str(plain), str(pruned), "--file", str(tmp_path / "curves.png")])
+    assert str(tmp_path / "curves.png") in capsys.readouterr().out
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.width > 1000
+    assert len(plot.curves({"plain": summary.read_log(plain)}).axes) == 3, "no panel for what no run logged"
+
+
+def test_curves_refuse_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        plot.main([str(tmp_path)])
+    assert "log.txt" in capsys.readouterr().err
+
+
+def test_front_keeps_what_nothing_beats() -> None:
+    points = [(1.0, 9.0), (2.0, 8.0), (2.0, 7.0), (3.0, 5.0), (2.5, 4.0), (3.0, 4.0)]
+    assert plot.front(points) == [3, 1, 0]
+
+
+# --- comparison ---
+
+
+def in_process(run: compare.Run, args: argparse.Namespace) -> int:
+    """Train here instead of in a process of its own."""
+    (run.folder / "console.txt").touch()
+    return program.main(run.command())
+
+
+@pytest.fixture
+def one_epoch(cifar: Path, tmp_path: Path) -> list[str]:
+    """The comparison of nano models, one epoch each on a small CIFAR-100."""
+    sizes = ["--size", "nano", "--epochs", "1", "--fine-tune-epochs", "1", "--speed-seconds", "0", "--device", "cpu"]
+    more = ["--batch-size", "8", "--num_workers", "0", "--warmup-epochs", "0", "--no-model-ema"]
+    return [str(cifar), "--data-set", "CIFAR", "--output_dir", str(tmp_path / "compare"), *sizes, *more]
+
+
+def test_one_epoch_comparison(one_epoch: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.main([*one_epoch, "--seeds", "0", "1"], launch=in_process) == 0
+    output = tmp_path / "compare"
+    rows = {row["method"]: row for row in csv.DictReader((output / "table.csv").open())}
+    assert list(rows) == ["none", "upper", "fastvim", "dyvm-token", "dyvm-block", "dyvm-both", "deit"]
+    table = (output / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert "mean ± standard deviation over 2 seeds" in table
+    assert f"threads {torch.get_num_threads()}" in table
+    for row in rows.values():
+        assert f"| {row['title']} | " in table
+        assert float(row["train_peak_bytes"]) > float(row["eval_peak_bytes"]) > 0
+        assert float(row["images_per_second"]) > 0
+    with Image.open(output / "pareto.png") as image:
+        assert image.width > image.height > 300
+
+    plain, peer = float(rows["none"]["parameters"]), float(rows["deit"]["parameters"])
+    assert abs(plain - peer) < 0.05 * plain, "the peer is of the same size"
+    for cheaper in ("upper", "fastvim", "dyvm-token"):
+        assert float(rows[cheaper]["flops_full"]) < float(rows["none"]["flops_full"])
+    assert float(rows["dyvm-both"]["train_peak_bytes"]) > float(rows["none"]["train_peak_bytes"]), "the teacher counts"
+
+    found = json.loads((output / "results.json").read_text())
+    assert len(found["runs"]) == 14
+    by_name = {entry["run"]: entry for entry in found["runs"]}
+    for name in ("none-seed0", "dyvm-token-seed1"):
+        (line,) = summary.read_log(output / name)
+        assert by_name[name]["top1"] == line["test_acc1"]
+    own = summary.read_log(output / "dyvm-token-seed1")[0]["seconds"]
+    start = summary.read_log(output / "none-seed1")[0]["seconds"]
+    assert by_name["dyvm-token-seed1"]["train_seconds"] == pytest.approx(own + start)
+
+
+def test_finished_runs_are_not_repeated(
+    one_epoch: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained: list[str] = []
+
+    def note(run: compare.Run, args: argparse.Namespace) -> int:
+        trained.append(run.name)
+        return in_process(run, args)
+
+    def interrupt(run: compare.Run, args: argparse.Namespace) -> int:
+        if trained:
+            raise KeyboardInterrupt
+        return note(run, args)
+
+    flags = [*one_epoch, "--seeds", "0", "--methods", "deit", "none"]
+    assert compare.main(flags, launch=interrupt) == 130
+    assert "goes on" in capsys.readouterr().err
+    assert compare.main(flags, launch=note) == 0
+    assert trained == ["none-seed0", "deit-seed0"]
+    assert compare.main(flags, launch=note) == 0
+    assert trained == ["none-seed0", "deit-seed0"]
+    assert "±" not in (tmp_path / "compare" / "table.md").read_text(), "one seed has no spread"
+
+    assert compare.main([*flags, "--lr", "1e-3"], launch=note) == 2
+    assert "other flags" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "compare" / "deit-seed0")
+    assert compare.main(flags, launch=note) == 0
+    assert trained[2:] == ["deit-seed0"]
+
+
+def test_mistakes_are_told_before_any_run(one_epoch: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, told in (
+        (["--batch-size", "7"], "--batch-size"),
+        (["--methods", "dyvm-both"], "none"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ):
+        assert compare.main([*one_epoch, *flags], launch=lambda run, args: pytest.fail("a run began")) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_failing_run_ends_the_comparison(one_epoch: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(run: compare.Run, args: argparse.Namespace) -> int:
+        (run.folder / "console.txt").write_text("first\nThe disk is full.\n")
+        return 1
+
+    assert compare.main([*one_epoch, "--methods", "none"], launch=fail) == 1
+    assert "The disk is full." in capsys.readouterr().err
+
+
+def test_seed_after_seed_and_what_others_start_from_first() -> None:
+    args, more = compare.parse(["--methods", "dyvm-both", "none", "--seeds", "3", "4", "--mixup", "0.1"])
+    runs = compare.plan(args, more)
+    assert [run.name for run in runs] == ["none-seed3", "dyvm-both-seed3", "none-seed4", "dyvm-both-seed4"]
+    assert runs[3].start is runs[2]
+    parsed = program.get_args_parser().parse_args(runs[3].flags)
+    assert (parsed.seed, parsed.mixup, parsed.epochs, parsed.model) == (4, 0.1, 8, "dyvm_nano_patch4_32")
+    assert (args.data_set, args.data_path, args.size) == ("DIGITS", "", "nano")
+    args, more = compare.parse(["-", "--lr", "1"])
+    assert (args.data_set, args.data_path, more) == ("DIGITS", "", ["--lr", "1"])
+    args, _ = compare.parse(["/data", "--lr", "1"])
+    assert (args.data_set, args.data_path, args.size, args.epochs) == ("IMNET", Path("/data"), "tiny", 300)
+    with pytest.raises(UsageError, match="none"):
+        compare.parse(["--methods", "dyvm-token"])
+
+
+def test_processes_of_its_own_survive_a_signal(one_epoch: list[str], tmp_path: Path) -> None:
+    flags = [*one_epoch, "--methods", "none", "--seeds", "0", "--epochs", "2000"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.compare", *flags], cwd=ROOT, env=environment, stderr=subprocess.PIPE
+    )
+    folder = tmp_path / "compare" / "none-seed0"
+    end = time.monotonic() + 120
+    while not (folder / "checkpoint.pth").exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert b"goes on" in err
+    assert "saved" in (folder / "console.txt").read_text(), "the run saved itself first"

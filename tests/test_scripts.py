@@ -1,0 +1,321 @@
+"""Every command in README.md and docs/, and every script in scripts/, read from the files and run.
+
+A script runs with a stand-in for Python that notes the command line it was given. Every command line of the program is
+checked as it stands (flags, model built without memory), then run for one epoch with a model of the same family but
+a second's size, on small data in the real formats.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import main as program
+from tests import micro_models, program_data
+from tests.conftest import Result
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts").rglob("*.sh"))
+# not experiments: what each is, and which test runs it
+SOURCED = {"scripts/launch.sh", "scripts/fambav/experiment.sh"}
+INSTALLS = {"scripts/setup.sh", "scripts/test.sh"}  # the suite runs inside them
+WHOLE = {"scripts/quickstart.sh", "scripts/compare.sh"}
+EXPERIMENTS = [script for script in SCRIPTS if script not in SOURCED | INSTALLS | WHOLE]
+# take minutes, or a GPU: that they start is all that is tried here
+LONG = {f"benchmarks.{name}" for name in ("flops", "pruning", "merging", "digits_merging", "resolution")}
+LONG_SCRIPTS = {"benchmarks/gpu_check.sh"}
+CLASSES = {"CIFAR": 100, "IMNET": 3}
+SMALL = ("--input-size", "32", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "4", "--num_workers", "0")
+
+
+# --- reading the pages ---
+
+
+def commands(text: str) -> list[list[str]]:
+    """The command lines in a page: in its code blocks, and in code spans that begin with a program's name."""
+    found = []
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        if language in ("bash", "sh", ""):
+            found += block.replace("\\\n", " ").splitlines()
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    found += [span.replace("\\|", "|") for span in re.findall(r"`([^`\n]+)`", text) if " " in span]
+    split = [shlex.split(line, comments=True) for line in found if starts_command(line)]
+    return [words for words in split if words]
+
+
+def starts_command(line: str) -> bool:
+    return bool(re.match(r"(python|bash|torchrun|pip|\S*/python) ", line.strip()))
+
+
+DOCUMENTED = [
+    pytest.param(words, id=f"{page.name}: {' '.join(words)[:70]}")
+    for page in PAGES
+    for words in commands(page.read_text())
+]
+
+
+# --- small stand-ins ---
+
+
+class Files:
+    """Data in the real formats and weights of micro models, made once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.data = {
+            "CIFAR": program_data.write_cifar100(root / "cifar", train=8, test=4),
+            "IMNET": program_data.write_image_folder(root / "imnet", train=4, test=2),
+        }
+
+    def weights(self, family: str, classes: int) -> Path:
+        """Weights of an untrained micro model."""
+        path = self.root / f"{family}-{classes}.pth"
+        if not path.exists():
+            model = micro_models.timm.create_model(f"{family}_micro_patch8_32", num_classes=classes)
+            torch.save({"model": model.state_dict()}, path)
+        return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return Files(tmp_path_factory.mktemp("files"))
+
+
+def family_of(model: str) -> str:
+    """The micro model's family that stands for `model`."""
+    if model.startswith(("dyvm", "Vim-", "VideoMamba-")):
+        return "dyvm"
+    return "fastvim" if model.startswith("fastvim") or "noclstok" in model else "vim"
+
+
+def value(flags: list[str], name: str, default: str = "") -> str:
+    """The last value that `flags` give `name`."""
+    places = [place for place, flag in enumerate(flags) if flag == name]
+    return flags[places[-1] + 1] if places else default
+
+
+def substitute(flags: list[str], files: Files, folder: Path) -> list[str]:
+    """`flags` with folders and weights that exist in the places of those that they name."""
+    flags = list(flags)
+    data_set = value(flags, "--data-set")
+    if data_set in ("", "DIGITS"):
+        data_set = "CIFAR"
+        flags += ["--data-set", data_set, "--data-path", str(files.data[data_set])]
+    family = family_of(value(flags, "--model", "vim_nano_patch4_32"))
+    start = "vim" if family == "dyvm" and "--eval" not in flags else family
+    stands = {
+        "--data-path": files.data[data_set],
+        **dict.fromkeys(("--output_dir", "--visualize"), folder / "output"),
+        **dict.fromkeys(("--resume", "--finetune", "--model-path"), files.weights(start, CLASSES[data_set])),
+    }
+    return [str(stands.get(before, flag)) for before, flag in zip(["", *flags], flags)]
+
+
+def check_and_run(flags: list[str], files: Files, folder: Path, run: Callable[..., Result]) -> None:
+    """Check the program's `flags` as they stand, then run them small."""
+    flags = substitute(flags, files, folder)
+    program.parse(flags)
+    model = value(flags, "--model", "vim_nano_patch4_32")
+    small = [*flags, "--model", f"{family_of(model)}_micro_patch8_32", *SMALL, "--device", "cpu"]
+    if value(flags, "--fusion-strategy", "no") != "no":
+        small += ["--fusion-layer", "1", "--fusion-token", "2"]
+    result = run(*small)
+    assert result.code == 0, result.err
+    assert "top-1" in result.out
+
+
+# --- scripts ---
+
+NOTE = """#!/usr/bin/env bash
+printf '%s\\n' "$@" END >>"$NOTES"
+"""
+
+
+def noted(notes: Path) -> list[list[str]]:
+    """The command lines that the stand-in for Python was given."""
+    lines = notes.read_text().split("END\n") if notes.exists() else []
+    return [line.splitlines() for line in lines if line]
+
+
+def run_script(script: Path | str, arguments: list[str], folder: Path, **environment: str) -> list[list[str]]:
+    """Run a script with the stand-in for Python; returns the command lines it was given."""
+    python, notes = folder / "python", folder / "notes"
+    python.write_text(NOTE)
+    python.chmod(0o755)
+    notes.unlink(missing_ok=True)
+    keep = {name: text for name, text in os.environ.items() if name not in ("OUTPUT_DIR", "NNODES", "GPUS")}
+    keep |= {"PYTHON": str(python), "NOTES": str(notes), "GPUS": "1"} | environment
+    done = subprocess.run(
+        ["bash", str(script), *arguments], cwd=folder, env=keep, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return noted(notes)
+
+
+def program_flags(words: list[str]) -> list[str]:
+    """What a command line hands to main.py."""
+    place = next(number for number, word in enumerate(words) if Path(word).name == "main.py")
+    return words[place + 1 :]
+
+
+@pytest.mark.parametrize("script", EXPERIMENTS)
+def test_experiment_script(script: str, files: Files, program: Callable[..., Result], tmp_path: Path) -> None:
+    asks = "--model-path" in (ROOT / script).read_text()
+    extra = ["--model-path", str(files.weights("vim", 3))] if asks else []
+    (command,) = run_script(ROOT / script, [str(tmp_path), *extra], tmp_path)
+    assert Path(command[0]) == ROOT / "main.py"
+    assert value(command, "--data-path") == str(tmp_path), "the first argument is the data path"
+    check_and_run(program_flags(command), files, tmp_path, program)
+
+
+def test_scripts_that_are_sourced_exist() -> None:
+    assert set(SCRIPTS) >= SOURCED | INSTALLS | WHOLE
+    assert len(EXPERIMENTS) > 30
+
+
+@pytest.mark.parametrize("environment", [{"GPUS": "4"}, {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "host"}])
+def test_launcher_starts_processes(environment: dict[str, str], tmp_path: Path) -> None:
+    flags = ["/data", "--epochs", "7"]
+    (command,) = run_script(ROOT / "scripts/vim/pt-vim-t.sh", flags, tmp_path, **({"GPUS": "4"} | environment))
+    assert command[:2] == ["-m", "torch.distributed.run"]
+    assert value(command, "--nproc-per-node") == "4"
+    assert value(command, "--nnodes", "1") == environment.get("NNODES", "1")
+    assert value(command, "--epochs") == "7", "the caller's flags come last"
+
+
+def test_script_without_data_path_says_what_it_wants(tmp_path: Path) -> None:
+    script = ROOT / "scripts/fambav/cifar-vim-t-upper.sh"
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 2
+    assert "DATA_PATH" in done.stderr
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A copy of what setup.sh looks at, whose .venv holds the stand-in for Python, so that nothing is installed."""
+    folder = tmp_path / "clone"
+    shutil.copytree(ROOT / "scripts", folder / "scripts")
+    shutil.copy(ROOT / "vim_requirements.txt", folder)
+    for package in ("causal_conv1d/causal_conv1d", "mamba-1p1p1/mamba_ssm"):
+        shutil.copytree(ROOT / package / "csrc", folder / package / "csrc")
+        for name in ("setup.py", "pyproject.toml"):
+            shutil.copy((ROOT / package).parent / name, (folder / package).parent)
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    python = folder / ".venv" / "bin" / "python"
+    python.write_text(NOTE)
+    python.chmod(0o755)
+    return folder
+
+
+def test_quickstart_installs_trains_and_evaluates(
+    clone: Path, files: Files, program: Callable[..., Result], tmp_path: Path
+) -> None:
+    lines = run_script(clone / "scripts/quickstart.sh", [], clone, EPOCHS="1", OUTPUT_DIR=str(tmp_path / "quick"))
+    installs = [line for line in lines if line[:2] == ["-m", "pip"]]
+    assert any("vim_requirements.txt" in line for line in installs)
+    assert {line[-1] for line in installs if "-e" in line} == {"./causal_conv1d", "./mamba-1p1p1"}
+    runs = [line for line in lines if line[0] == "main.py"]
+    assert len(runs) == 5
+    for line in runs:
+        # nothing is there yet to resume
+        flags = line[1:] if "--eval" in line else without(line[1:], "--resume")
+        check_and_run(flags, files, tmp_path, program)
+    assert lines[-1][:2] == ["-m", "benchmarks.summary"]
+
+
+def without(flags: list[str], name: str) -> list[str]:
+    """`flags` without `name` and its value."""
+    return [flag for before, flag in zip(["", *flags], flags) if name not in (before, flag)]
+
+
+def test_compare_script_hands_its_arguments_on(clone: Path) -> None:
+    lines = run_script(clone / "scripts/compare.sh", ["/data", "--epochs", "1"], clone, OUTPUT_DIR="there")
+    assert lines[-1] == ["-m", "benchmarks.compare", "--output_dir", "there", "/data", "--epochs", "1"]
+
+
+# --- pages ---
+
+
+@pytest.mark.parametrize("words", DOCUMENTED)
+def test_documented_command(
+    words: list[str],
+    files: Files,
+    program: Callable[..., Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if any(Path(word).name == "main.py" for word in words):
+        if words[-1] == "--help":
+            with pytest.raises(SystemExit, match="0"):
+                program("--help")
+            return
+        check_and_run(program_flags(words), files, tmp_path, program)
+    elif words[0] == "pip":
+        assert all((ROOT / word).exists() for word in words if word.endswith(".txt") or word.startswith("./"))
+    elif words[0] == "bash":
+        check_documented_script(words[1:], files, program, tmp_path)
+    else:
+        assert words[1] == "-m", f"an unknown kind of command: {' '.join(words)}"
+        run_module(words[2], words[3:], files, tmp_path, monkeypatch)
+
+
+def check_documented_script(words: list[str], files: Files, program: Callable[..., Result], folder: Path) -> None:
+    script = words[0]
+    if "{" in script:
+        kinds = re.search(r"\{(.*)\}", script)[1].split(",")
+        assert all(any(path.startswith(f"scripts/{kind}/") for path in EXPERIMENTS) for kind in kinds)
+    elif script in EXPERIMENTS:
+        (command,) = run_script(ROOT / script, words[1:], folder)
+        check_and_run(program_flags(command), files, folder, program)
+    else:
+        assert script in INSTALLS | WHOLE | LONG_SCRIPTS
+        assert (ROOT / script).is_file()
+
+
+def run_module(name: str, arguments: list[str], files: Files, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run `python -m name` in this process, small where it would take minutes."""
+    small = {
+        "benchmarks.throughput": ["--img-size", "32", "--batch-size", "1", "--seconds", "0"],
+        "examples.new_strategy": ["--data-set", "CIFAR", "--data-path", str(files.data["CIFAR"]), *SMALL],
+    }
+    help_only = name in LONG
+    monkeypatch.setattr(sys, "argv", [name, *arguments, *(["--help"] if help_only else small.get(name, []))])
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    code = 0
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code or 0
+    assert code == 0
+
+
+def test_flags_in_code_spans_exist() -> None:
+    known = set(program.get_args_parser()._option_string_actions)
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for span in re.findall(r"`(--[^`\n]+)`", text):
+            for flag in re.findall(r"(?<![\w-])--[\w-]+", span):
+                assert flag in known, f"{page.name} names {flag}, which main.py does not know"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        if "register_model" not in block:  # the worked example is tests/test_examples.py's
+            exec(compile(block, str(page), "exec"), {"__name__": "page"})
+
+
+def test_pages_hold_commands() -> None:
+    assert len(DOCUMENTED) > 10, "a page's commands are found at all"
