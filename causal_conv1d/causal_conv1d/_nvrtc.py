@@ -135,7 +135,9 @@ def compile_kernel(path: Path, arguments: str, target: str) -> Binary:
     program = _checked(create, "creating an NVRTC program")
     try:
         status = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "reading NVRTC's log")
+        # NVRTC writes into what it is given. CPython shares the bytes objects of one byte, and an empty log is one byte
+        # long: a `bytes` buffer would change every b" " of the process.
+        log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program), "reading NVRTC's log"))
         _checked(nvrtc.nvrtcGetProgramLog(program, log), "reading NVRTC's log")
         report = log.decode(errors="replace").strip("\0 \n")
         if int(status) != 0:
@@ -143,9 +145,9 @@ def compile_kernel(path: Path, arguments: str, target: str) -> Binary:
         size, read = nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN
         if target.startswith("compute_"):
             size, read = nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX
-        code = b" " * _checked(size(program), "reading the binary")
+        code = bytearray(_checked(size(program), "reading the binary"))
         _checked(read(program, code), "reading the binary")
-        return Binary(code, report)
+        return Binary(bytes(code), report)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 

@@ -142,6 +142,13 @@ def test_compile_errors_carry_the_log(small_kernel):
 
 
 @compiled
+def test_compiling_leaves_the_interpreters_shared_bytes_alone(small_kernel):
+    """NVRTC writes logs and code into Python's memory; an empty log has the length of objects CPython shares."""
+    assert _nvrtc.compile_kernel(small_kernel, "1.f", _nvrtc._target((99, 0))).report == ""
+    assert [value for value in range(256) if ord(bytes([value])) != value] == []
+
+
+@compiled
 def test_newer_devices_get_portable_code(small_kernel):
     assert _nvrtc._target((8, 9)) == "sm_89"
     target = _nvrtc._target((99, 0))
