@@ -1,30 +1,82 @@
-"""The mixer's linear layers against torch's own."""
+"""The package's matrix product and the mixer's linear layers against torch's own."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from mamba_ssm.modules import linear as module
-from mamba_ssm.modules.linear import Linear, linear
+from causal_conv1d import backend, native
+from mamba_ssm.modules.linear import Linear
+from mamba_ssm.ops import linear as module
+from mamba_ssm.ops.linear import linear, linear_into, weight_gradient
+from mamba_ssm.ops.operators import backends
 
-onednn = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
-    reason="torch without oneDNN",
-)
+compiled = pytest.mark.skipif(backends.available("cpu") != "cpp", reason="no C++ kernels")
 
 
-@onednn
+@pytest.fixture
+def own(monkeypatch):
+    """Every product is the package's."""
+    monkeypatch.setattr(module, "_PREFER_OWN", True)
+    monkeypatch.setattr(module, "_MIN_MULTIPLICATIONS", 0)
+
+
+def spread(rows: int, columns: int, layout: str) -> torch.Tensor:
+    """Random numbers of a layout."""
+    if layout == "slice":
+        return torch.randn(rows, columns + 9)[:, 4 : columns + 4]
+    return torch.randn(columns, rows).t() if layout == "transposed" else torch.randn(rows, columns)
+
+
+@compiled
+@pytest.mark.parametrize("isa", native.ISA_LEVELS)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("layouts", [("rows", "rows"), ("slice", "transposed"), ("transposed", "slice")])
+def test_product(isa, threads, layouts):
+    """Sizes around a tile, a panel and a block in every direction, and none at all."""
+    kernels, before = backends.pick(torch.empty(0)), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with native.isa(isa):
+            sizes = [(1, 1, 1), (5, 15, 3), (6, 64, 17), (97, 65, 33), (200, 130, 7), (13, 44, 1100)]
+            for rows, columns, depth in [*sizes, (7, 5, 0), (0, 3, 2)]:
+                a, b, bias = spread(rows, depth, layouts[0]), spread(depth, columns, layouts[1]), torch.randn(columns)
+                # whatever lies beside the result stays as it is
+                out = torch.full((rows + 1, columns + 5), 7.0)
+                kernels.gemm(a, b, bias, out[:rows, :columns], False)
+                wanted = a.double() @ b.double() + bias.double()
+                torch.testing.assert_close(out[:rows, :columns].double(), wanted, rtol=1e-5, atol=1e-4)
+                kernels.gemm(a, b, None, out[:rows, :columns], True)
+                wanted += a.double() @ b.double()
+                torch.testing.assert_close(out[:rows, :columns].double(), wanted, rtol=1e-5, atol=2e-4)
+                assert (out[rows:] == 7).all()
+                assert (out[:, columns:] == 7).all()
+    finally:
+        torch.set_num_threads(before)
+
+
+@compiled
+def test_product_does_not_depend_on_the_threads():
+    a, b, kernels, before = torch.randn(300, 900), torch.randn(900, 150), backends.pick(torch.empty(0)), []
+    threads = torch.get_num_threads()
+    for number in (1, 2, 5):
+        torch.set_num_threads(number)
+        out = torch.empty(300, 150)
+        kernels.gemm(a, b, None, out, False)
+        before.append(out)
+    torch.set_num_threads(threads)
+    assert all(torch.equal(out, before[0]) for out in before)
+
+
+@compiled
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "slice", "transposed"])
-def test_values_and_gradients(bias, layout, monkeypatch):
-    monkeypatch.setattr(module, "_PREFER_ONEDNN", True)
-    monkeypatch.setattr(module, "_MIN_MULTIPLICATIONS", 0)
+def test_values_and_gradients(bias, layout, own):
     x = torch.randn(3, 7, 40)
     x = {"contiguous": x, "slice": torch.randn(3, 7, 90)[..., 10:50], "transposed": x.mT.contiguous().mT}[layout]
     tensors = [x, torch.randn(24, 40), torch.randn(24) if bias else None]
     ours = [None if t is None else t.detach().requires_grad_() for t in tensors]
     wanted = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
     out, reference = linear(*ours), F.linear(*wanted)
-    assert "OneDNN" in type(out.grad_fn).__name__
+    assert "_Linear" in type(out.grad_fn).__name__
     dout = torch.randn_like(out)
     grads = torch.autograd.grad(out, [t for t in ours if t is not None], dout)
     reference_grads = torch.autograd.grad(reference, [t for t in wanted if t is not None], dout.double())
@@ -34,17 +86,37 @@ def test_values_and_gradients(bias, layout, monkeypatch):
         torch.testing.assert_close(linear(*tensors), F.linear(*tensors), rtol=1e-4, atol=1e-4)
 
 
-@onednn
+@pytest.mark.parametrize("name", ["torch", "auto"])
+def test_into_and_weight_gradients(name, own):
+    """A slice of a wider tensor takes the result; narrow and wide inputs both have their weight's gradient."""
+    with backend.use(name):
+        for features in (12, 40):
+            x, dout, whole = torch.randn(2, 9, features), torch.randn(2, 9, 48), torch.zeros(2, 9, 60)
+            weight = torch.randn(48, features)
+            linear_into(whole[..., 6:54], x, weight)
+            linear_into(whole[..., 6:54], x, weight, accumulate=True)
+            torch.testing.assert_close(whole[..., 6:54], 2 * F.linear(x, weight), rtol=1e-4, atol=1e-4)
+            assert not whole[..., :6].any()
+            assert not whole[..., 54:].any()
+            wanted = torch.einsum("blo,bli->oi", dout, x)
+            torch.testing.assert_close(weight_gradient(dout, x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@compiled
 def test_only_float32_products_worth_it_in_eager_mode(monkeypatch):
-    monkeypatch.setattr(module, "_PREFER_ONEDNN", True)
+    monkeypatch.setattr(module, "_PREFER_OWN", True)
     layer = Linear(1024, 1024)
-    assert "OneDNN" in type(layer(torch.randn(2, 1, 1024)).grad_fn).__name__
-    assert "OneDNN" not in type(layer(torch.randn(1, 1024)).grad_fn).__name__
+    assert "_Linear" in type(layer(torch.randn(2, 1, 1024)).grad_fn).__name__
+    monkeypatch.setattr(module, "_MIN_MULTIPLICATIONS", 1 << 40)
+    assert "_Linear" not in type(layer(torch.randn(2, 1024)).grad_fn).__name__
+    monkeypatch.setattr(module, "_MIN_MULTIPLICATIONS", 0)
     assert layer.double()(torch.randn(2, 1024).double()).dtype == torch.float64
     with torch.autocast("cpu", torch.bfloat16):
         assert layer.float()(torch.randn(2, 1024)).dtype == torch.bfloat16
+    with backend.use("torch"):
+        assert "_Linear" not in type(layer(torch.randn(2, 1024)).grad_fn).__name__
     exported = torch.export.export(layer, (torch.randn(2, 1, 1024),))
-    assert not any("mkldnn" in str(node.target) for node in exported.graph.nodes)
+    assert not any("_Linear" in str(node.target) for node in exported.graph.nodes)
     frozen = layer.requires_grad_(False)
     x = torch.randn(4, 1024, requires_grad=True)
     frozen(x).sum().backward()

@@ -14,9 +14,10 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from mamba_ssm.modules.linear import Linear, linear
+from mamba_ssm.modules.linear import Linear
 from mamba_ssm.ops import bidirectional
 from mamba_ssm.ops.directions import Direction, directions_fn, run_as_one
+from mamba_ssm.ops.linear import linear
 from mamba_ssm.ops.pooled import Lines, Taps, has_kernels, pooled_conv_fn, pooled_gate_fn
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor, nn

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from mamba_ssm.modules.linear import linear, weight_gradient
+from mamba_ssm.ops.linear import linear, linear_into, weight_gradient
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -98,9 +98,9 @@ def backward(
             accumulate=number > 0,
             share=share,
         )
-        ddt.copy_(linear(ddelta, dt_weight.t()))
+        linear_into(ddt, ddelta, dt_weight.t())
         ddt_weight, dx_weight = weight_gradient(ddelta, dt), weight_gradient(dx_dbl, u)
-        du += linear(dx_dbl, x_weight.t())
+        linear_into(du, dx_dbl, x_weight.t(), accumulate=True)
         dconv = conv.conv_backward_into(
             dx,
             du.transpose(1, 2),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from causal_conv1d.native import ABSENT_SIGNAL, DTYPE_CODES, address, call, load_library, signal
 from causal_conv1d.operators import backends as conv_backends
-from mamba_ssm.ops import cpp_directions, cpp_norm, cpp_pooled, directions
+from mamba_ssm.ops import cpp_directions, cpp_gemm, cpp_norm, cpp_pooled, directions
 from torch import Tensor
 
 _ABSENT_MATRIX = (0,) * 7
@@ -30,6 +30,7 @@ def load() -> ModuleType:
         sizes = {
             "mamba_scan_args_bytes": _SCAN_FIELDS,
             "mamba_norm_args_bytes": cpp_norm.NORM_FIELDS,
+            "mamba_gemm_args_bytes": cpp_gemm.GEMM_FIELDS,
             "mamba_pooled_conv_args_bytes": cpp_pooled.CONV_FIELDS,
             "mamba_pooled_gate_args_bytes": cpp_pooled.GATE_FIELDS,
         }
@@ -215,6 +216,10 @@ def norm_forward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def norm_backward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return cpp_norm.norm_backward(_library, *args)
+
+
+def gemm(*args) -> None:
+    cpp_gemm.gemm(_library, *args)
 
 
 def pooled_conv(*args) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,156 @@
+// The product of two float32 matrices on CPU vectors. b is packed once, into panels of a few vectors' width; a tile of
+// TILE_ROWS rows times one panel is summed in registers. Included inside an instruction set's namespace (see each_isa.h).
+//
+// The order of every sum depends on the sizes alone, not on the threads.
+
+// As many accumulators as leave registers for a row of the panel and one element of a.
+constexpr int TILE_ROWS = 6;
+constexpr int TILE_VECTORS = ISA_AVX512 ? 4 : 2;
+constexpr int64_t PANEL = TILE_VECTORS * LANES;
+// A block of a, and the part of a panel that meets it, stay in the second-level cache together.
+constexpr int64_t BLOCK_ROWS = 16 * TILE_ROWS;
+constexpr int64_t BLOCK_DEPTH = 512;
+
+// c (ROWS, columns) (+)= a (ROWS, depth) times a panel (depth, PANEL), of which the first VECTORS vectors count.
+template <int ROWS, int VECTORS>
+inline void multiply_tile(const float *a, int64_t row_stride, int64_t step, const float *panel, int64_t depth, float *c,
+                          int64_t c_stride, int64_t columns, bool fresh, const float *bias) {
+    V sums[ROWS][VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) {
+        const int count = int(columns - v * LANES);
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; ++r) {
+            if (!fresh) sums[r][v] = load_some(c + r * c_stride + v * LANES, count);
+            else sums[r][v] = bias ? load_some(bias + v * LANES, count) : set(0.f);
+        }
+    }
+    for (int64_t k = 0; k < depth; ++k, a += step, panel += PANEL) {
+        V row[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) row[v] = load(panel + v * LANES);
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; ++r) {
+            const V x = set(a[r * row_stride]);
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) sums[r][v] = fma(x, row[v], sums[r][v]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v)
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; ++r) store_some(c + r * c_stride + v * LANES, sums[r][v], int(columns - v * LANES));
+}
+
+using MultiplyTile = void (*)(const float *, int64_t, int64_t, const float *, int64_t, float *, int64_t, int64_t, bool,
+                              const float *);
+
+template <int ROWS> inline MultiplyTile tile_of_vectors(int64_t vectors) {
+    if constexpr (TILE_VECTORS > 2) {
+        if (vectors == 4) return multiply_tile<ROWS, 4>;
+        if (vectors == 3) return multiply_tile<ROWS, 3>;
+    }
+    return vectors == 2 ? multiply_tile<ROWS, 2> : multiply_tile<ROWS, 1>;
+}
+inline MultiplyTile tile_of(int64_t rows, int64_t vectors) {
+    switch (rows) {
+        case 1: return tile_of_vectors<1>(vectors);
+        case 2: return tile_of_vectors<2>(vectors);
+        case 3: return tile_of_vectors<3>(vectors);
+        case 4: return tile_of_vectors<4>(vectors);
+        case 5: return tile_of_vectors<5>(vectors);
+        default: return tile_of_vectors<TILE_ROWS>(vectors);
+    }
+}
+
+// LANES columns of b from `column` on, steps [begin, end), to rows of a panel; zeros behind the last column.
+inline void pack_columns(const GemmArgs &s, int64_t column, int64_t begin, int64_t end, float *to) {
+    const float *b = reinterpret_cast<const float *>(s.b.data) + column * s.b.column_stride;
+    const int columns = int(s.columns - column < LANES ? s.columns - column : LANES);
+    int64_t k = begin;
+    if (s.b.column_stride == 1) {
+        for (; k < end; ++k, to += PANEL) store(to, load_some(b + k * s.b.row_stride, columns));
+        return;
+    }
+    for (; k + LANES <= end; k += LANES) {
+        V block[LANES];
+        for (int i = 0; i < LANES; ++i) block[i] = i < columns ? load(b + i * s.b.column_stride + k) : set(0.f);
+        transpose(block);
+        for (int i = 0; i < LANES; ++i, to += PANEL) store(to, block[i]);
+    }
+    for (; k < end; ++k, to += PANEL)
+        for (int i = 0; i < LANES; ++i) to[i] = i < columns ? b[i * s.b.column_stride + k] : 0.f;
+}
+
+// `rows` rows of a from `row` on, steps [begin, end), as tiles: TILE_ROWS neighbours of one step side by side. For a whose
+// rows are at stride 1.
+inline void pack_rows(const GemmArgs &s, int64_t row, int64_t rows, int64_t begin, int64_t end, float *to) {
+    const float *a = reinterpret_cast<const float *>(s.a.data) + row;
+    for (int64_t k = begin; k < end; ++k, to += TILE_ROWS) {
+        const float *from = a + k * s.a.column_stride;
+        float *step = to;
+        int64_t r = 0;
+        for (; r + TILE_ROWS <= rows; r += TILE_ROWS, step += (end - begin) * TILE_ROWS)
+            __builtin_memcpy(step, from + r, TILE_ROWS * sizeof(float));
+        for (int64_t i = 0; r + i < rows; ++i) step[i] = from[r + i];
+    }
+}
+
+// A block of rows times the panels [first, last), for steps [begin, end).
+inline void multiply_block(const GemmArgs &s, int64_t row, int64_t first, int64_t last, int64_t begin, int64_t end,
+                           const float *panels, float *packed) {
+    const int64_t rows = s.rows - row < BLOCK_ROWS ? s.rows - row : BLOCK_ROWS, depth = end - begin;
+    const bool along_rows = s.a.column_stride == 1;
+    const bool fresh = begin == 0 && !s.accumulate;
+    const float *a = reinterpret_cast<const float *>(s.a.data) + row * s.a.row_stride + begin;
+    if (!along_rows) pack_rows(s, row, rows, begin, end, packed);
+    for (int64_t p = first; p < last; ++p) {
+        const int64_t columns = s.columns - p * PANEL < PANEL ? s.columns - p * PANEL : PANEL;
+        const int64_t vectors = (columns + LANES - 1) / LANES;
+        const float *panel = panels + p * PANEL * depth;
+        const float *bias = s.bias ? reinterpret_cast<const float *>(s.bias) + p * PANEL : nullptr;
+        float *c = reinterpret_cast<float *>(s.c) + row * s.c_stride + p * PANEL;
+        for (int64_t r = 0; r < rows; r += TILE_ROWS, c += TILE_ROWS * s.c_stride) {
+            const MultiplyTile multiply = tile_of(rows - r, vectors);
+            if (along_rows)
+                multiply(a + r * s.a.row_stride, s.a.row_stride, 1, panel, depth, c, s.c_stride, columns, fresh, bias);
+            else multiply(packed + r * depth, 1, TILE_ROWS, panel, depth, c, s.c_stride, columns, fresh, bias);
+        }
+    }
+}
+
+// Not zero where there was no memory.
+inline int gemm(const GemmArgs &s) {
+    const int64_t panels = (s.columns + PANEL - 1) / PANEL, blocks = (s.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int64_t vectors = (s.columns + LANES - 1) / LANES;
+    const int64_t passes = s.depth > BLOCK_DEPTH ? (s.depth + BLOCK_DEPTH - 1) / BLOCK_DEPTH : 1;
+    const int64_t deepest = (s.depth + passes - 1) / passes;
+    const int shares = parallel::shares_for(s.threads, panels * blocks, s.rows * s.columns * (s.depth / LANES + 1));
+    // Panels start on a cache line.
+    const int64_t line = 64 / sizeof(float), floats = (panels * PANEL + shares * BLOCK_ROWS) * deepest + line;
+    float *const scratch = static_cast<float *>(std::malloc(floats * sizeof(float)));
+    if (!scratch) return 1;
+    float *const packed_b = scratch + (line - reinterpret_cast<uintptr_t>(scratch) / sizeof(float) % line) % line;
+    float *const packed_a = packed_b + panels * PANEL * deepest;
+    for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t begin = s.depth * pass / passes, end = s.depth * (pass + 1) / passes, depth = end - begin;
+        parallel::run(shares, [&](int share) {
+            const parallel::Range range = parallel::share_of(vectors, shares, share);
+            for (int64_t v = range.begin; v < range.end; ++v)
+                pack_columns(s, v * LANES, begin, end,
+                             packed_b + v / TILE_VECTORS * PANEL * depth + v % TILE_VECTORS * LANES);
+        });
+        parallel::run(shares, [&](int share) {
+            const parallel::Range range = parallel::share_of(panels * blocks, shares, share);
+            for (int64_t task = range.begin; task < range.end;) {
+                const int64_t first = task % panels, left = range.end - task;
+                const int64_t last = left < panels - first ? first + left : panels;
+                multiply_block(s, task / panels * BLOCK_ROWS, first, last, begin, end, packed_b,
+                               packed_a + share * BLOCK_ROWS * deepest);
+                task += last - first;
+            }
+        });
+    }
+    std::free(scratch);
+    return 0;
+}
