@@ -3,6 +3,8 @@
     python -m benchmarks.compare                                # handwritten digits, nano models: minutes on a CPU
     python -m benchmarks.compare DATA_PATH --data-set IMNET     # tiny models, on all GPUs of this machine: days
     python -m benchmarks.compare DATA_PATH --data-set CIFAR --size nano --epochs 50 --fine-tune-epochs 10
+    python -m benchmarks.compare --methods merging              # every strategy and order of Famba-V
+    python -m benchmarks.compare --methods policies             # DyVM's learned decisions against random and even ones
 
 Flags that this program does not know go to every run. In --output_dir each run has a folder of its own; a finished run
 is not repeated, and one that was interrupted goes on. There are then `table.md`, `table.csv`, `pareto.png`, and
@@ -43,6 +45,7 @@ from benchmarks import plot
 from benchmarks.flops import model_flops
 from benchmarks.summary import markdown, read_log
 from benchmarks.throughput import Case, kept_directions, machine, peak_memory, time_in_turns
+from fusion.token_merging import TokenMerging
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,18 +62,40 @@ class Method:
     fine_tunes: bool = False
 
 
-def _upper(layer: int, tokens: int) -> tuple[str, ...]:
-    return "--fusion-strategy", "upper", "--fusion-layer", str(layer), "--fusion-token", str(tokens)
+def _merging(strategy: str, tokens: int, layer: int = 0) -> tuple[str, ...]:
+    return "--fusion-strategy", strategy, "--fusion-layer", str(layer), "--fusion-token", str(tokens)
 
 
 METHODS = {
     "none": Method("Vim", "vim"),
-    "upper": Method("Famba-V (upper)", "vim", _upper(4, 8), _upper(2, 8)),
+    "upper": Method("Famba-V (upper)", "vim", _merging("upper", 8, 4), _merging("upper", 8, 2)),
     "fastvim": Method("FastVim", "fastvim"),
     "dyvm-token": Method("DyVM (token)", "dyvm", ("--pruning", "token"), fine_tunes=True),
     "dyvm-block": Method("DyVM (block)", "dyvm", ("--pruning", "block"), fine_tunes=True),
     "dyvm-both": Method("DyVM (both)", "dyvm", ("--pruning", "both"), fine_tunes=True),
     "deit": Method("DeiT", "deit"),
+}
+# what is compared unless --methods says otherwise
+COMPARED = tuple(METHODS)
+# The other strategies of Famba-V as published for Vim-S on CIFAR-100; at nano size each, "upper" too, fuses 40 of the
+# 64 patches on the way.
+METHODS |= {
+    "all": Method("Famba-V (all)", "vim", _merging("all", 7), _merging("all", 5)),
+    "alternate": Method("Famba-V (alternate)", "vim", _merging("alternate", 14), _merging("alternate", 10)),
+    "lower": Method("Famba-V (lower)", "vim", _merging("lower", 9, 5), _merging("lower", 8, 5)),
+}
+_STRATEGIES = ("all", "alternate", "lower", "upper")
+for _name in _STRATEGIES:
+    _method, _raster = METHODS[_name], ("--fusion-order", "raster")
+    METHODS[f"{_name}-raster"] = Method(
+        f"{_method.title[:-1]}, raster order)", "vim", _method.flags + _raster, _method.nano_flags + _raster
+    )
+for _policy in ("random", "static"):
+    _flags = (*METHODS["dyvm-both"].flags, "--pruning-policy", _policy)
+    METHODS[f"dyvm-{_policy}"] = Method(f"DyVM (both, {_policy})", "dyvm", _flags, fine_tunes=True)
+GROUPS = {
+    "merging": ("none", *_STRATEGIES, *(f"{name}-raster" for name in _STRATEGIES)),
+    "policies": ("none", "dyvm-both", "dyvm-random", "dyvm-static"),
 }
 SIZES = {"nano": "nano_patch4_32"} | {size: f"{size}_patch16_224" for size in ("tiny", "small", "base")}
 
@@ -246,6 +271,16 @@ class _OneBatch:
         return iter([self.batch])
 
 
+def kept_shares(model: Any, line: dict[str, Any]) -> tuple[float, float]:
+    """The shares of tokens that reach the end and of scan directions that run, by a trained model and its log's last
+    line."""
+    tokens = [value for name, value in sorted(line.items()) if name.startswith("test_kept_tokens_")]
+    for method in getattr(model, "site_methods", ()):
+        if isinstance(method, TokenMerging):
+            tokens.append(method.schedule[-1] / method.num_tokens)
+    return tokens[-1] if tokens else 1.0, line.get("test_kept_directions", 1.0)
+
+
 def measure(runs: Sequence[Run], args: argparse.Namespace) -> list[dict[str, Any]]:
     """What every finished run achieved and costs, one entry a run."""
     device = torch.device(args.device)
@@ -257,6 +292,7 @@ def measure(runs: Sequence[Run], args: argparse.Namespace) -> list[dict[str, Any
         case, settings = trained_case(run, device)
         kept = kept_directions(case.model, case.images)
         flops = model_flops(case.model, settings.input_size, kept)
+        tokens, directions = kept_shares(case.model, read_log(run.folder)[-1])
         cases.append(case)
         found.append(
             {
@@ -264,6 +300,8 @@ def measure(runs: Sequence[Run], args: argparse.Namespace) -> list[dict[str, Any
                 "method": run.method,
                 "seed": run.seed,
                 "top1": read_log(run.folder)[-1]["test_acc1"],
+                "kept_tokens": tokens,
+                "kept_directions": directions,
                 "parameters": sum(parameter.numel() for parameter in case.model.parameters()),
                 "flops_published": flops.published,
                 "flops_full": flops.full,
@@ -284,6 +322,8 @@ def measure(runs: Sequence[Run], args: argparse.Namespace) -> list[dict[str, Any
 COLUMNS = {
     "method": "{title}",
     "top-1, %": "{top1_text}",
+    "tokens at the end": "{kept_tokens_text}",
+    "directions run": "{kept_directions_text}",
     "parameters, M": "{parameters_text}",
     "FLOPs published, M": "{flops_published_text}",
     "FLOPs full, M": "{flops_full_text}",
@@ -295,6 +335,8 @@ COLUMNS = {
 # a figure's unit and decimals in the Markdown table, and whether its spread is shown
 FIGURES = {
     "top1": (1, 2, True),
+    "kept_tokens": (1, 2, False),
+    "kept_directions": (1, 2, False),
     "parameters": (1e6, 3, False),
     "flops_published": (1e6, 2, False),
     "flops_full": (1e6, 2, False),
@@ -368,7 +410,14 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.usage = "%(prog)s [DATA_PATH] [FLAGS...]"
     parser.add_argument("--data-set", default=None, help="default: DIGITS, or IMNET with a DATA_PATH")
     parser.add_argument("--size", default=None, choices=SIZES, help="default: nano, or tiny with a DATA_PATH")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="default: all")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(COMPARED),
+        choices=[*METHODS, *GROUPS],
+        metavar="METHOD",
+        help=f"{', '.join(METHODS)}, or {' or '.join(GROUPS)} (default: {' '.join(COMPARED)})",
+    )
     parser.add_argument("--seeds", type=utils.number(int, 0), nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--epochs", type=utils.number(int, 1), default=None, help="default: 20, or 300")
     parser.add_argument("--fine-tune-epochs", type=utils.number(int, 1), default=None, help="default: 8, or 30")
@@ -396,6 +445,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     args.output_dir = args.output_dir.resolve()
     if args.data_path:
         args.data_path = Path(args.data_path).resolve()
+    args.methods = [name for given in args.methods for name in GROUPS.get(given, (given,))]
     if "none" not in args.methods and any(METHODS[name].fine_tunes for name in args.methods):
         raise utils.UsageError("DyVM starts from the trained Vim: wanted none among --methods.")
     # what others start from comes first

@@ -204,6 +204,10 @@ def test_one_epoch_comparison(one_epoch: list[str], tmp_path: Path, capsys: pyte
     assert abs(plain - peer) < 0.05 * plain, "the peer is of the same size"
     for cheaper in ("upper", "fastvim", "dyvm-token"):
         assert float(rows[cheaper]["flops_full"]) < float(rows["none"]["flops_full"])
+    assert float(rows["none"]["kept_tokens"]) == float(rows["none"]["kept_directions"]) == 1
+    assert float(rows["upper"]["kept_tokens"]) == pytest.approx(25 / 65), "40 of 64 patches are fused"
+    assert float(rows["dyvm-token"]["kept_tokens"]) < 1 == float(rows["dyvm-token"]["kept_directions"])
+    assert 0 < float(rows["dyvm-block"]["kept_directions"]) <= 1 == float(rows["dyvm-block"]["kept_tokens"])
     assert float(rows["dyvm-both"]["train_peak_bytes"]) > float(rows["none"]["train_peak_bytes"]), "the teacher counts"
 
     found = json.loads((output / "results.json").read_text())
@@ -274,6 +278,10 @@ def test_seed_after_seed_and_what_others_start_from_first() -> None:
     parsed = program.get_args_parser().parse_args(runs[3].flags)
     assert (parsed.seed, parsed.mixup, parsed.epochs, parsed.model) == (4, 0.1, 8, "dyvm_nano_patch4_32")
     assert (args.data_set, args.data_path, args.size) == ("DIGITS", "", "nano")
+    merging = compare.plan(compare.parse(["--methods", "merging", "--seeds", "0"])[0], [])
+    assert len({tuple(run.flags) for run in merging}) == len(merging) == 9, "every strategy and order, and none"
+    policies = compare.plan(compare.parse(["--methods", "policies", "--seeds", "0"])[0], [])
+    assert [run.method for run in policies] == ["none", "dyvm-both", "dyvm-random", "dyvm-static"]
     args, more = compare.parse(["-", "--lr", "1"])
     assert (args.data_set, args.data_path, more) == ("DIGITS", "", ["--lr", "1"])
     args, _ = compare.parse(["/data", "--lr", "1"])
