@@ -220,16 +220,53 @@ class Mamba(nn.Module):
             if counts[1] < len(order):
                 return self._skipping(hidden_states, token_mask, order, counts, observe)
             gates = None
-        xz = self.in_proj(hidden_states)
+        return self._mixed(self.in_proj(hidden_states), self.directions, token_mask, gates, observe)
+
+    def _mixed(
+        self,
+        xz: Tensor,
+        directions: Sequence[_Direction],
+        token_mask: Tensor | None,
+        gates: Tensor | None,
+        observe: ScanObserver | None,
+    ) -> Tensor:
+        """All after in_proj, with some or all of the directions: xz (B, L, 2 * d_inner) -> (B, L, d_model)."""
         plain = token_mask is None and gates is None and observe is None and self.layernorm is None
         if plain and self.bimamba_type != "v1" and run_as_one(xz):
-            return self._project(directions_fn(xz, self._operands(), self._share), None)
+            return self._project(directions_fn(xz, self._operands(directions), self._share), None)
         x, z = xz.chunk(2, dim=-1)
         # A LayerNorm stands between scan and gate; without it the scan applies the gate itself.
-        y = self._summed(x, z if self.layernorm is None else None, token_mask, gates, observe)
-        return self._normed_and_projected(y, z)
+        y = self._summed(x, z if self.layernorm is None else None, directions, token_mask, gates, observe)
+        if self.layernorm is not None:
+            return self._project(self.layernorm(y * self._share), z)
+        return self._project(y, None, self._share)
 
-    def _operands(self) -> list[Direction]:
+    def _skipping(
+        self,
+        hidden_states: Tensor,
+        token_mask: Tensor | None,
+        order: Tensor,
+        counts: list[int],
+        observe: ScanObserver | None,
+    ) -> Tensor:
+        """The mixer where images skip directions (inference): those are left out of all work, not of the sum alone.
+
+        `order` and `counts` are those of `_by_directions`. Images that run the same directions are made neighbours, so
+        that each kind is a slice, by a copy that is as narrow as tokens get.
+        """
+        out, xz = None, self.in_proj(hidden_states[order[: sum(counts[:3])]])
+        kinds = self.directions[:1], self.directions, self.directions[1:]
+        for directions, images, part in zip(kinds, order.split(counts), xz.split(counts[:3])):
+            if not len(images):
+                continue
+            mask = None if token_mask is None else token_mask[images]
+            seen = None if observe is None else partial(observe, images=images)
+            mixed = self._mixed(part, directions, mask, None, seen)
+            out = mixed.new_zeros(*hidden_states.shape[:2], mixed.shape[2]) if out is None else out
+            out.index_copy_(0, images, mixed)
+        return torch.zeros_like(hidden_states) if out is None else out
+
+    def _operands(self, directions: Sequence[_Direction]) -> list[Direction]:
         """The directions as `directions_fn` takes them; not for v1, which shares a convolution between both."""
         return [
             Direction(
@@ -242,25 +279,20 @@ class Mamba(nn.Module):
                 each.D.float(),
                 each.reverse_scan,
             )
-            for each in self.directions
+            for each in directions
         ]
-
-    def _normed_and_projected(self, y: Tensor, z: Tensor) -> Tensor:
-        """The end of the mixer: y (B, L, d_inner), the sum of the directions, gated already unless there is a norm."""
-        if self.layernorm is not None:
-            return self._project(self.layernorm(y * self._share), z)
-        return self._project(y, None, self._share)
 
     def _summed(
         self,
         x: Tensor,
         z: Tensor | None,
+        directions: Sequence[_Direction],
         token_mask: Tensor | None,
         gates: Tensor | None,
         observe: ScanObserver | None,
     ) -> Tensor:
-        """The sum of all directions, each times its gate (B, directions)."""
-        y, directions = None, self.directions
+        """The sum of the directions, each times its gate (B, directions)."""
+        y = None
         if len(directions) == 2 and bidirectional.shares_launch(x):
             parts = self._run_both(x, z, token_mask, observe)
         else:
@@ -270,43 +302,6 @@ class Mamba(nn.Module):
                 part = part * gates[:, number].view(-1, 1, 1).to(part.dtype)
             y = part if y is None else y + part
         return y
-
-    def _skipping(
-        self,
-        hidden_states: Tensor,
-        token_mask: Tensor | None,
-        order: Tensor,
-        counts: list[int],
-        observe: ScanObserver | None,
-    ) -> Tensor:
-        """The mixer where images skip directions (inference): those are left out of all work, not of the sum alone.
-
-        In the order of `_by_directions` the images of each direction are neighbours, so it reads one slice of them, and
-        what is put in order and back is as narrow as tokens get.
-        """
-        first, both, second, _ = counts
-        order = order[: first + both + second]
-        x, z = self.in_proj(hidden_states[order]).chunk(2, dim=-1)
-        token_mask = None if token_mask is None else token_mask[order]
-        parts = []
-        for direction, some in zip(self.directions, (slice(0, first + both), slice(first, None))):
-            images = order[some]
-            if not len(images):
-                parts.append(x[some])
-                continue
-            gate = None if self.layernorm is not None else z[some]
-            mask = None if token_mask is None else token_mask[some]
-            seen = None if observe is None else partial(observe, images=images)
-            parts.append(self._run(direction, x[some], gate, mask, seen))
-        forward, backward = parts[0], parts[-1]
-        sums = forward[:first], forward[first:] + backward[:both] if len(parts) == 2 else forward, backward[both:]
-        out = None
-        for y, gate, images in zip(sums, *(t.split((first, both, second)) for t in (z, order))):
-            if len(images):
-                y = self._normed_and_projected(y, gate)
-                out = y.new_zeros(*hidden_states.shape[:2], y.shape[2]) if out is None else out
-                out.index_copy_(0, images, y)
-        return torch.zeros_like(hidden_states) if out is None else out
 
     def _run(
         self,
