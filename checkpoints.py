@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -349,6 +350,7 @@ class Run:
     best_accuracy: float = 0.0
     seconds: float = 0.0
     meters: Meters = field(default_factory=Meters)
+    unwritten: list[dict[str, Any]] = field(default_factory=list)  # lines of log.txt that found the disk full
 
     def end_epoch(self) -> None:
         """Go to the beginning of the next epoch."""
@@ -476,11 +478,7 @@ def save_run(
     if is_saved and is_best:
         copy_whole(output / "checkpoint.pth", output / "best_checkpoint.pth")
     if log is not None:
-        try:
-            with open(output / "log.txt", "a") as file:
-                file.write(json.dumps(log) + "\n")
-        except OSError as error:
-            _logger.warning("log.txt could not be written (%s).", error)
+        run.unwritten = append_log(output / "log.txt", [*run.unwritten, log])
     return is_saved
 
 
@@ -503,6 +501,24 @@ def find(args: argparse.Namespace) -> tuple[str, Any]:
     return "", None
 
 
+def _check_run(checkpoint: dict[str, Any]) -> None:
+    """Raise ValueError for entries that no run writes and that would only come to light later."""
+    for name, kinds, low in (
+        ("epoch", int, -1),
+        ("step", int, 0),
+        ("updates", int, 0),
+        ("best_accuracy", (int, float), 0),
+        ("seconds", (int, float), 0),
+    ):
+        value = checkpoint.get(name, 0)
+        if not isinstance(value, kinds) or not value >= low:
+            raise ValueError(f"{name} is {value!r}")
+    for name, kinds in (("log", dict), ("args", (dict, argparse.Namespace))):
+        value = checkpoint.get(name)
+        if value is not None and not isinstance(value, kinds):
+            raise ValueError(f"{name} is a {type(value).__name__}")
+
+
 def resume(run: Run, args: argparse.Namespace) -> None:
     """Go on from the checkpoint that --resume names, in the middle of an epoch if it was saved there."""
     path, checkpoint = find(args)
@@ -511,7 +527,14 @@ def resume(run: Run, args: argparse.Namespace) -> None:
         return
     if not isinstance(checkpoint, dict):
         raise UsageError(f"{path} holds a {type(checkpoint).__name__}; wanted the checkpoint of a run.")
-    run.restore(checkpoint, path, args.model)
+    try:
+        _check_run(checkpoint)
+        run.restore(checkpoint, path, args.model)
+    except UsageError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError) as error:
+        told = f"{type(error).__name__}: {_first_line(error)}"
+        raise UsageError(f"{path} holds no state to go on from ({told}); wanted --finetune for its weights.") from error
     before = checkpoint.get("args") or {}
     before = vars(before) if isinstance(before, argparse.Namespace) else before
     total, now = before.get("batch_size", 0) * before.get("world_size", 1), args.batch_size * utils.world_size()
@@ -521,6 +544,25 @@ def resume(run: Run, args: argparse.Namespace) -> None:
     if args.output_dir and utils.is_main_process():
         repair_log(Path(args.output_dir, "log.txt"), run.epoch, checkpoint.get("log"))
     _logger.info("Resumed %s at epoch %d step %d.", path, run.epoch, run.step)
+
+
+def append_log(file: Path, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add `entries`, a line each, to log.txt; returns those that found no room, of which the file keeps nothing."""
+    for number, entry in enumerate(entries):
+        size = None
+        try:
+            with open(file, "ab", buffering=0) as stream:
+                size = stream.tell()
+                line = json.dumps(entry).encode() + b"\n"
+                if stream.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            _logger.warning("log.txt could not be written (%s): its lines wait for the next epoch.", error)
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(file, size)
+            return entries[number:]
+    return []
 
 
 def repair_log(file: Path, epoch: int, last: dict[str, Any] | None) -> None:

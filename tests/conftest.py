@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import subprocess
@@ -44,21 +45,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def program(one_thread: None) -> Iterator[Callable[..., Result]]:
-    """Call the program in this process: `program(*flags)`."""
+def call_program(*flags: object) -> Result:
+    """Run the program in this process."""
     import main
 
     handlers, level = logging.root.handlers[:], logging.root.level
-
-    def run(*flags: object) -> Result:
-        out, err = io.StringIO(), io.StringIO()
+    out, err = io.StringIO(), io.StringIO()
+    try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main.main([str(flag) for flag in flags])
-        return Result(code, out.getvalue(), err.getvalue())
+    finally:
+        logging.root.handlers[:], logging.root.level = handlers, level
+    return Result(code, out.getvalue(), err.getvalue())
 
-    yield run
-    logging.root.handlers[:], logging.root.level = handlers, level
+
+@pytest.fixture
+def program(one_thread: None) -> Callable[..., Result]:
+    """Call the program in this process: `program(*flags)`."""
+    return call_program
 
 
 def start(*command: object, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
@@ -79,6 +83,26 @@ def finish(process: subprocess.Popen[str], timeout: float = 240) -> Result:
     """Wait for what `start` started."""
     out, err = process.communicate(timeout=timeout)
     return Result(process.returncode, out, err)
+
+
+def lines(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """The process ids of the ranks that a launcher started, by rank."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                variables = (entry / "environ").read_text().split("\0")
+            except (OSError, ValueError):
+                continue
+            rank = [int(text[5:]) for text in variables if text.startswith("RANK=")]
+            if parent == process.pid and rank:
+                found[rank[0]] = int(entry.name)
+    return [found[rank] for rank in sorted(found)]
 
 
 @pytest.fixture(scope="session")

@@ -229,6 +229,36 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         checkpoints._OnlyHttps().redirect_request(request, None, 302, "", {}, "http://example.com/vim.pth")
 
 
+def test_log_lines_wait_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A full disk keeps no half of a line, and the next epoch writes the lines that waited."""
+    import resource
+
+    file, entries = tmp_path / "log.txt", [{"epoch": epoch} for epoch in range(3)]
+    assert checkpoints.append_log(file, entries[:1]) == []
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(file.read_bytes()) + 5, before[1]))
+    try:
+        assert checkpoints.append_log(file, entries[1:2]) == entries[1:2]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "its lines wait" in caplog.text
+    assert file.read_text() == '{"epoch": 0}\n'
+    assert checkpoints.append_log(file, entries[1:]) == []
+    assert [json.loads(line) for line in file.read_text().splitlines()] == entries
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("epoch", None), ("epoch", "x"), ("step", 2.5), ("processes", 3), ("log", [1]), ("args", 1)]
+)
+def test_odd_entries_of_a_run_are_refused(name: str, value: object, tmp_path: Path) -> None:
+    run = types.SimpleNamespace(restore=lambda checkpoint, path, name: len(checkpoint["processes"]))
+    checkpoint = {"model": {}, "epoch": 0, "processes": []} | {name: value}
+    torch.save(checkpoint, tmp_path / "a.pth")
+    args = argparse.Namespace(resume=str(tmp_path / "a.pth"), output_dir="", model=VIM)
+    with pytest.raises(UsageError, match="holds no state to go on from"):
+        checkpoints.resume(run, args)
+
+
 def test_repair_log(tmp_path: Path) -> None:
     file = tmp_path / "log.txt"
     lines = [{"epoch": epoch, "train_loss": 0.1 * epoch} for epoch in range(4)]

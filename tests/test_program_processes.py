@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -14,30 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import MICRO, QUICK, ROOT, Result, finish, start
+from tests.conftest import MICRO, QUICK, ROOT, Result, finish, lines, ranks_of, start
 from tests.program_data import write_cifar100
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-
-
-def lines(output: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
-
-
-def ranks_of(process: subprocess.Popen[str]) -> list[int]:
-    """The process ids of the ranks that a launcher started, by rank."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                variables = (entry / "environ").read_text().split("\0")
-            except (OSError, ValueError):
-                continue
-            rank = [int(text[5:]) for text in variables if text.startswith("RANK=")]
-            if parent == process.pid and rank:
-                found[rank[0]] = int(entry.name)
-    return [found[rank] for rank in sorted(found)]
 
 
 def wait_for_epoch(process: subprocess.Popen[str], output: Path, epoch: int) -> None:
@@ -48,6 +27,18 @@ def wait_for_epoch(process: subprocess.Popen[str], output: Path, epoch: int) -> 
             return
         time.sleep(0.1)
     process.terminate()  # a launcher that is killed would leave its processes behind
+    raise AssertionError(process.communicate()[1])
+
+
+def wait_for_ranks(process: subprocess.Popen[str], count: int, *, other_than: int) -> list[int]:
+    """Until the launcher has `count` processes and `other_than` is none of them; returns them by rank."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        found = ranks_of(process)
+        if len(found) == count and other_than not in found:
+            return found
+        time.sleep(0.1)
+    process.terminate()
     raise AssertionError(process.communicate()[1])
 
 
@@ -120,10 +111,13 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(
 def test_killed_rank_ends_the_job_and_a_restart_goes_on(cifar: Path, tmp_path: Path) -> None:
     flags = [*QUICK, "--data-set", "CIFAR", "--data-path", cifar, "--batch-size", 4, "--output_dir", tmp_path]
     process = start(*TORCHRUN, "--max-restarts", 1, MICRO, *flags, "--epochs", 1000, "--resume", "auto")
-    for restart in range(2):
-        epochs = len(lines(tmp_path)) if restart else 0
-        wait_for_epoch(process, tmp_path, epochs + 1)
-        os.kill(ranks_of(process)[1], signal.SIGKILL)
+    killed = 0
+    for _ in range(2):
+        # the first life may still end an epoch while the launcher ends it: what counts is what the new process trains
+        wait_for_ranks(process, 2, other_than=killed)
+        wait_for_epoch(process, tmp_path, len(lines(tmp_path)) + 1 if killed else 1)
+        killed = wait_for_ranks(process, 2, other_than=killed)[1]
+        os.kill(killed, signal.SIGKILL)
         began = time.monotonic()
     result = finish(process, 60)
     assert time.monotonic() - began < 30

@@ -33,9 +33,10 @@ def _is_channel_last(x: Tensor) -> bool:
 
 def _readable(x: Tensor, channel_last: bool) -> Tensor:
     """`x` itself if it has stride 1 along the dimension wanted, else a copy that has."""
+    # clone, since contiguous() takes the strides of a single number as they are
     if channel_last:
-        return x if x.stride(1) == 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
-    return x if x.stride(2) == 1 else x.contiguous()
+        return x if x.stride(1) == 1 else x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+    return x if x.stride(2) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _sizes(x: Tensor, weight: Tensor, silu: bool, reverse: bool, accumulate: bool = False) -> tuple[int, ...]:

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from causal_conv1d.backend import KERNEL_DTYPES
-from causal_conv1d.checks import check_device, check_dtype, check_ndim, check_shape
+from causal_conv1d.causal_conv1d_interface import WIDTHS
+from causal_conv1d.checks import check_device, check_dtype, check_ndim, check_shape, check_tensor
 from mamba_ssm.ops.operators import LIBRARY, backends, register
 from torch import Tensor
 
@@ -100,8 +101,11 @@ def _check(xz: Tensor, directions: Sequence[Direction]) -> None:
         raise ValueError(f"xz has shape {tuple(xz.shape)}, wanted (batch, seqlen, 2*dim)")
     if len(directions) not in (1, 2):
         raise ValueError(f"directions has {len(directions)} entries, wanted one or two")
-    dim = xz.shape[2] // 2
+    dim, dtypes = xz.shape[2] // 2, (*KERNEL_DTYPES, torch.float64)
     for each in directions:
+        if each.conv_weight.dim() != 2 or each.conv_weight.shape[1] not in WIDTHS:
+            given = tuple(each.conv_weight.shape)
+            raise ValueError(f"conv_weight has shape {given}, wanted (dim, width) with width 2, 3 or 4")
         rank, dstate = each.dt_proj_weight.shape[-1], each.A.shape[-1]
         shapes = {
             "conv_weight": (dim, each.conv_weight.shape[-1]),
@@ -114,8 +118,10 @@ def _check(xz: Tensor, directions: Sequence[Direction]) -> None:
         }
         for (name, wanted), tensor in zip(shapes.items(), each):
             if tensor is not None:
+                check_tensor(name, tensor)
                 check_shape(name, tensor, wanted, "the shape that fits xz, dt_proj_weight and A")
                 check_device(name, tensor, xz, "xz")
+                check_dtype(name, tensor, dtypes)
         for name in ("A", "D", "dt_bias"):
             tensor = getattr(each, name)
             if tensor is not None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_ref
-from causal_conv1d.checks import check_ndim, check_tensor
+from causal_conv1d.checks import check_device, check_ndim, check_tensor
 from mamba_ssm.ops.directions import Direction, directions_fn
 from mamba_ssm.ops.reference import selective_scan_ref
 from mamba_ssm.ops.scan import selective_scan_fn
@@ -40,10 +40,23 @@ class _Inner(NamedTuple):
 
     def check(self) -> _Inner:
         """Itself; raises one sentence where the operators' own checks would name tensors that the caller never gave."""
-        layouts = {"xz": "(batch, 2*dim, seqlen)", "conv1d_weight": "(dim, 1, width)", "A": "(dim, dstate)"}
+        layouts = {
+            "xz": "(batch, 2*dim, seqlen)",
+            "conv1d_weight": "(dim, 1, width)",
+            "x_proj_weight": "(dt_rank + 2*dstate, dim)",
+            "delta_proj_weight": "(dim, dt_rank)",
+            "A": "(dim, dstate)",
+        }
         for name, layout in layouts.items():
             check_tensor(name, getattr(self, name))
             check_ndim(name, getattr(self, name), layout)
+            check_device(name, getattr(self, name), self.xz, "xz")
+        for name in ("A_b", "D", "delta_bias", "B_proj_bias", "C_proj_bias"):
+            if getattr(self, name) is not None:
+                check_tensor(name, getattr(self, name))
+                check_device(name, getattr(self, name), self.xz, "xz")
+        if self.conv1d_weight.shape[1] != 1:
+            raise ValueError(f"conv1d_weight has shape {tuple(self.conv1d_weight.shape)}, wanted (dim, 1, width)")
         if self.xz.shape[1] % 2:
             raise ValueError(f"xz has shape {tuple(self.xz.shape)}, wanted (batch, 2*dim, seqlen)")
         rows = self.delta_proj_weight.shape[1] + (self.B is None) * self.A.shape[1] + (self.C is None) * self.A.shape[1]
@@ -107,6 +120,10 @@ def _matrix(x_dbl: Tensor, rows: slice, bias: Tensor | None) -> Tensor:
 
 
 def _project_out(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    for name, tensor in (("out_proj_weight", weight), ("out_proj_bias", bias)):
+        if name == "out_proj_weight" or tensor is not None:
+            check_tensor(name, tensor)
+            check_device(name, tensor, y, "xz")
     return F.linear(y.transpose(1, 2), weight, bias)
 
 

@@ -41,8 +41,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     check_tensor("weight", weight)
     check_shape("weight", weight, x.shape[-1:], "(size,)")
     if bias is not None:
+        check_tensor("bias", bias)
         check_shape("bias", bias, x.shape[-1:], "(size,)")
     if residual is not None:
+        check_tensor("residual", residual)
         check_shape("residual", residual, x.shape, "the shape of x")
         check_dtype("residual", residual, dtypes)
     for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
