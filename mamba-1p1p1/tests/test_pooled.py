@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from causal_conv1d import backend, causal_conv1d_ref, native
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.operators import backends
-from mamba_ssm.ops.pooled import Lines, Taps, has_kernels, pooled_conv_fn, pooled_gate_fn
+from mamba_ssm.ops.pooled import (
+    Lines,
+    Projections,
+    Taps,
+    has_kernels,
+    pooled_conv_fn,
+    pooled_gate_fn,
+    pooled_scan_fn,
+)
+from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 pytestmark = pytest.mark.skipif(backends.available("cpu") != "cpp", reason="the C++ kernels are not built")
@@ -108,6 +117,40 @@ def test_gate(lines, norm, isa):
         )
 
 
+def scan_formula(groups, groups_b, projections):
+    total = 0
+    for u, (x_proj, dt_proj, dt_bias, A_log), backward in zip((groups, groups_b), projections, (False, True)):
+        dt, B, C = F.linear(u, x_proj).split([dt_proj.shape[1], A_log.shape[1], A_log.shape[1]], -1)
+        delta, A = F.linear(dt, dt_proj), -torch.exp(A_log)
+        arguments = [t.transpose(1, 2) for t in (u, delta, B, C)]
+        u, delta, B, C = (t.flip(-1) if backward else t for t in arguments)
+        y = selective_scan_ref(u, delta, A, B, C, delta_bias=dt_bias, delta_softplus=True)
+        total = total + (y.flip(-1) if backward else y).transpose(1, 2)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("batch", "lines", "dim", "rank", "dstate"),
+    [(2, 14, 40, 3, 16), (1, 1, 5, 1, 4), (3, 37, 16, 2, 7), (1, 9, 96, 6, 24)],
+)
+def test_scan(batch, lines, dim, rank, dstate, isa):
+    projections = [
+        Projections(
+            random(rank + 2 * dstate, dim) * dim**-0.5, random(dim, rank), random(dim), random(dim, dstate) / 2
+        ),
+        Projections(
+            random(rank + 2 * dstate, dim).flip(0) * dim**-0.5, random(dim, rank), -random(dim), random(dim, dstate)
+        ),
+    ]
+    groups, groups_b = random(batch, lines, dim), random(lines, batch, dim).transpose(0, 1)
+    wanted = scan_formula(groups.double(), groups_b.double(), [[t.double() for t in p] for p in projections])
+    for dtype in (torch.float32, torch.bfloat16):
+        found = pooled_scan_fn(groups.to(dtype), groups_b.to(dtype), *projections)
+        assert found.dtype == dtype
+        tolerance = 4 * TOLERANCE[dtype] * wanted.abs().max().item()
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype, isa):
     lines, dim = Lines(5, True), 33
@@ -123,6 +166,14 @@ def test_half_precision(dtype, isa):
     )
 
 
+def test_mixer_without_gradients_is_the_mixer_with_them():
+    torch.manual_seed(0)
+    model, x = PooledMixer(), random(3, 4, 8)
+    with torch.no_grad():
+        inference = model(x)
+    torch.testing.assert_close(inference, model(x).detach())
+
+
 def test_registration():
     lines, taps = Lines(5, True), [random(8, 4), random(8), random(8), random(8, 4), None, random(8)]
     tensors = [t if t is None else t.requires_grad_() for t in (random(2, 15, 8), *taps)]
@@ -130,6 +181,10 @@ def test_registration():
     tensors = [random(2, 15, 8), random(2, 5, 8), random(2, 15, 8), random(8), None]
     tensors = [t if t is None else t.requires_grad_() for t in tensors]
     torch.library.opcheck(torch.ops.mamba_ssm.pooled_gate.default, (*tensors, 1e-5, True, 0.5))
+    projections = [random(9, 8), random(8, 1), random(8), random(8, 4)]
+    tensors = [random(2, 5, 8), random(2, 5, 8), *projections, *projections]
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.mamba_ssm.pooled_scan.default, tuple(tensors), test_utils=tests)
 
 
 def test_empty_batch_and_errors():
@@ -139,6 +194,8 @@ def test_empty_batch_and_errors():
     assert pooled_gate_fn(skip, pooled, skip, None, None, 0.0, lines, 1.0).shape == (0, 15, 8)
     with pytest.raises(ValueError, match="that fill 5 lines"):
         pooled_conv_fn(random(2, 14, 8), taps, taps, lines)
+    with pytest.raises(ValueError, match=r"groups_b is \(2, 4, 8\)"):
+        pooled_scan_fn(random(2, 5, 8), random(2, 4, 8), (), ())
     with pytest.raises(ValueError, match=r"wanted \(batch, 5, dim\)"):
         pooled_gate_fn(random(2, 15, 8), random(2, 3, 8), random(2, 15, 8), None, None, 0.0, lines, 1.0)
 

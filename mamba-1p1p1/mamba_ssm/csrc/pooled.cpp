@@ -1,9 +1,12 @@
 // The mixer over pooled lines for CPUs: a C interface without torch.
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
 
 #include "isa.h"
 #include "parallel.h"
 #include "pooled_abi.h"
+#include "scan_abi.h"
 
 #define KERNELS "pooled_kernels.h"
 #include "each_isa.h"
@@ -11,6 +14,8 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT int mamba_pooled_conv(const PooledConvArgs *args) { return ISA_CALL(pooled_conv, *args); }
+EXPORT int mamba_pooled_scan(const PooledScanArgs *args) { return ISA_CALL(pooled_scan, *args); }
 EXPORT int mamba_pooled_gate(const PooledGateArgs *args) { return ISA_CALL(pooled_gate, *args); }
 EXPORT int mamba_pooled_conv_args_bytes() { return sizeof(PooledConvArgs); }
+EXPORT int mamba_pooled_scan_args_bytes() { return sizeof(PooledScanArgs); }
 EXPORT int mamba_pooled_gate_args_bytes() { return sizeof(PooledGateArgs); }

@@ -41,6 +41,17 @@ struct PooledConvArgs {
     int64_t skip, pooled_forward, pooled_backward;
 };
 
+// One direction's projections, contiguous float32: (rank + 2 * dstate, dim), (dim, rank), (dim,), (dim, dstate).
+struct Projections {
+    int64_t x_proj, dt_proj, dt_bias, A_log;
+};
+
+struct PooledScanArgs {
+    int64_t batch, dim, lines, dtype, rank, dstate, threads;
+    Projections forward, backward;
+    int64_t groups_forward, groups_backward, out;  // contiguous, in one dtype: (batch, lines, dim) each
+};
+
 struct PooledGateArgs {
     int64_t batch, dim, dtype, share, eps, threads;
     Lines lines;

@@ -1,8 +1,11 @@
 // The mixer over pooled lines on CPU vectors, a lane a channel: both convolutions and the means they are pooled to in one
-// walk over the tokens, and, behind the scans, sum, LayerNorm and gate in another. No token is moved: lines across the grid
-// are walked where they stand. Included inside an instruction set's namespace (see each_isa.h).
+// walk over the tokens, the few pooled tokens' projections and scans, and sum, LayerNorm and gate in another walk. No token
+// is moved: lines across the grid are walked where they stand. Included inside an instruction set's namespace (see
+// each_isa.h).
 
-constexpr int STEPS = 4;             // tokens convolved at a time
+#include "scan_kernels.h"
+
+constexpr int STEPS = 4;                // tokens convolved at a time
 constexpr int64_t STEPS_A_VECTOR = 32;  // what a vector of convolved channels costs, in the steps of parallel.h
 
 VEC int64_t padded(int64_t dim) { return (dim + LANES - 1) / LANES * LANES; }
@@ -120,6 +123,115 @@ inline int pooled_conv(const PooledConvArgs &s) {
     return s.dtype == FLOAT32    ? pooled_conv_of<float>(s)
            : s.dtype == BFLOAT16 ? pooled_conv_of<bfloat16>(s)
                                  : pooled_conv_of<float16>(s);
+}
+
+// ---- scans ----
+
+// Rows of dt, B, C: COUNT tokens from `first` on times all rows of x_proj.
+template <class T, int COUNT>
+void project_tokens(const T *groups, const float *weight, int64_t dim, int64_t outputs, int64_t first, float *rows) {
+    const T *x = groups + first * dim;
+    for (int64_t o = 0; o < outputs; ++o) {
+        V sums[COUNT];
+#pragma GCC unroll 8
+        for (int i = 0; i < COUNT; ++i) sums[i] = set(0.f);
+        for (int64_t c = 0; c < dim; c += LANES) {
+            const int channels = int(dim - c < LANES ? dim - c : LANES);
+            const V w = load_some(weight + o * dim + c, channels);
+#pragma GCC unroll 8
+            for (int i = 0; i < COUNT; ++i) sums[i] = fma(w, load_some(x + i * dim + c, channels), sums[i]);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < COUNT; ++i) rows[(first + i) * outputs + o] = sum(sums[i]);
+    }
+}
+
+template <class T>
+void project(const PooledScanArgs &s, bool backward, int64_t first, int64_t last, float *rows) {
+    const T *groups = pointer<T>(backward ? s.groups_backward : s.groups_forward);
+    const float *weight = pointer<float>((backward ? s.backward : s.forward).x_proj);
+    const int64_t outputs = s.rank + 2 * s.dstate;
+    for (; first + 8 <= last; first += 8) project_tokens<T, 8>(groups, weight, s.dim, outputs, first, rows);
+    for (; first + 2 <= last; first += 2) project_tokens<T, 2>(groups, weight, s.dim, outputs, first, rows);
+    for (; first < last; ++first) project_tokens<T, 1>(groups, weight, s.dim, outputs, first, rows);
+}
+
+// One direction over all lines for a vector of channels, in scan order.
+struct LineScan {
+    int64_t steps, pitch;
+    const float *B, *C, *dt, *input, *A_log2;
+    float *state, *y;
+
+    template <int N> VEC void run(int64_t n) {
+        forward_states<N, true, true>(steps, dt, input, B + n, C + n, pitch, A_log2 + n * LANES, state + n * LANES, y);
+    }
+};
+
+template <class T> void scan_channels(const PooledScanArgs &s, int64_t batch, int64_t first, const float *rows, float *scratch) {
+    const int64_t lines = s.lines, outputs = s.rank + 2 * s.dstate, tile = lines * LANES;
+    const int channels = int(s.dim - first < LANES ? s.dim - first : LANES);
+    float *A_log2 = scratch, *state = A_log2 + s.dstate * LANES, *weight = state + s.dstate * LANES;
+    float *dt = weight + s.rank * LANES, *input = dt + tile, *y = input + tile, *total = y + tile;
+    for (int backward = 0; backward < 2; ++backward) {
+        const Projections &p = backward ? s.backward : s.forward;
+        const T *groups = pointer<T>(backward ? s.groups_backward : s.groups_forward) + batch * lines * s.dim + first;
+        const float *own = rows + (backward * s.batch + batch) * lines * outputs;
+        const int64_t step = backward ? -1 : 1, start = backward ? lines - 1 : 0;
+        load_tile(pointer<float>(p.A_log) + first * s.dstate, s.dstate, 1, channels, s.dstate, A_log2, LANES);
+        load_tile(pointer<float>(p.dt_proj) + first * s.rank, s.rank, 1, channels, s.rank, weight, LANES);
+        for (int64_t i = 0; i < s.dstate * LANES; i += LANES) {
+            store(A_log2 + i, set(-shared_math::LOG2_E) * shared_math::exp<Machine>(load(A_log2 + i)));
+            store(state + i, set(0.f));
+        }
+        const V bias = load_some(pointer<float>(p.dt_bias) + first, channels);
+        for (int64_t t = 0; t < lines; ++t) {
+            const int64_t line = start + t * step;
+            V raw = bias;
+            for (int64_t r = 0; r < s.rank; ++r) raw = fma(set(own[line * outputs + r]), load(weight + r * LANES), raw);
+            const V size = shared_math::softplus<Machine>(raw);
+            store(dt + t * LANES, size);
+            store(input + t * LANES, size * load_some(groups + line * s.dim, channels));
+            store(y + t * LANES, set(0.f));
+        }
+        const float *B = own + start * outputs + s.rank;
+        for_state_blocks<FORWARD_STATES>(
+            s.dstate, LineScan{lines, step * outputs, B, B + s.dstate, dt, input, A_log2, state, y});
+        for (int64_t t = 0; t < lines; ++t) {
+            float *sum = total + (start + t * step) * LANES;
+            store(sum, backward ? load(sum) + load(y + t * LANES) : load(y + t * LANES));
+        }
+    }
+    T *out = pointer<T>(s.out) + batch * lines * s.dim + first;
+    for (int64_t t = 0; t < lines; ++t) store_some(out + t * s.dim, load(total + t * LANES), channels);
+}
+
+template <class T> int pooled_scan_of(const PooledScanArgs &s) {
+    const int64_t outputs = s.rank + 2 * s.dstate, tokens = s.batch * s.lines, blocks = padded(s.dim) / LANES;
+    const int64_t own = (2 * s.dstate + s.rank + 4 * s.lines) * LANES, work = 2 * tokens * blocks * (outputs + s.dstate * 4);
+    const int shares = parallel::shares_for(s.threads, blocks, work);
+    float *const rows = static_cast<float *>(std::malloc((2 * tokens * outputs + shares * own) * sizeof(float)));
+    if (!rows) return 1;
+    parallel::run(shares, [&](int share) {
+        for (int backward = 0; backward < 2; ++backward) {
+            const parallel::Range range = parallel::share_of(tokens, shares, share);
+            project<T>(s, backward, range.begin, range.end, rows + backward * tokens * outputs);
+        }
+    });
+    parallel::run(shares, [&](int share) {
+        float *scratch = rows + 2 * tokens * outputs + share * own;
+        const parallel::Range range = parallel::share_of(s.batch * blocks, shares, share);
+        for (int64_t task = range.begin; task < range.end; ++task)
+            scan_channels<T>(s, task / blocks, task % blocks * LANES, rows, scratch);
+    });
+    std::free(rows);
+    return 0;
+}
+
+// Not zero where there was no memory.
+inline int pooled_scan(const PooledScanArgs &s) {
+    return s.dtype == FLOAT32    ? pooled_scan_of<float>(s)
+           : s.dtype == BFLOAT16 ? pooled_scan_of<bfloat16>(s)
+                                 : pooled_scan_of<float16>(s);
 }
 
 // ---- norm and gate ----

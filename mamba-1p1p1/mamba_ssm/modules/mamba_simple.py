@@ -18,7 +18,7 @@ from mamba_ssm.modules.linear import Linear
 from mamba_ssm.ops import bidirectional
 from mamba_ssm.ops.directions import Direction, directions_fn, run_as_one
 from mamba_ssm.ops.linear import linear
-from mamba_ssm.ops.pooled import Lines, Taps, has_kernels, pooled_conv_fn, pooled_gate_fn
+from mamba_ssm.ops.pooled import Lines, Projections, Taps, has_kernels, pooled_conv_fn, pooled_gate_fn, pooled_scan_fn
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor, nn
 
@@ -356,6 +356,12 @@ class Mamba(nn.Module):
     def _scan_groups(self, groups: Sequence[Tensor]) -> Tensor:
         """The sum of the directions' scans, each over its own groups (B, G, d_inner), without D and z."""
         directions = self.directions
+        if self.bimamba_type == "v2" and not torch.is_grad_enabled() and has_kernels(groups[0]):
+            projections = [
+                Projections(each.x_proj.weight, each.dt_proj.weight, each.dt_proj.bias, each.A_log)
+                for each in directions
+            ]
+            return pooled_scan_fn(*groups, *projections)
         if len(directions) == 2 and bidirectional.shares_launch(groups[0]):
             scans = [self._scan_arguments(each, u, None, None, None) for each, u in zip(directions, groups)]
             parts = bidirectional.bidirectional_scan_fn(*scans, delta_softplus=True)

@@ -32,6 +32,7 @@ def load() -> ModuleType:
             "mamba_norm_args_bytes": cpp_norm.NORM_FIELDS,
             "mamba_gemm_args_bytes": cpp_gemm.GEMM_FIELDS,
             "mamba_pooled_conv_args_bytes": cpp_pooled.CONV_FIELDS,
+            "mamba_pooled_scan_args_bytes": cpp_pooled.SCAN_FIELDS,
             "mamba_pooled_gate_args_bytes": cpp_pooled.GATE_FIELDS,
         }
         _library = load_library(str(package), sizes)
@@ -224,6 +225,10 @@ def gemm(*args) -> None:
 
 def pooled_conv(*args) -> tuple[Tensor, Tensor, Tensor]:
     return cpp_pooled.pooled_conv(_library, *args)
+
+
+def pooled_scan(*args) -> Tensor:
+    return cpp_pooled.pooled_scan(_library, *args)
 
 
 def pooled_gate(*args) -> Tensor:

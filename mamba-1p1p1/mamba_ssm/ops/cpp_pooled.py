@@ -9,6 +9,7 @@ from causal_conv1d.native import DTYPE_CODES, address, call
 from torch import Tensor
 
 CONV_FIELDS = 6 + 3 + 3 + 2 * 3 + 3
+SCAN_FIELDS = 7 + 2 * 4 + 3
 GATE_FIELDS = 6 + 3 + 3 + 2 + 3
 
 
@@ -54,6 +55,21 @@ def pooled_conv(
         )
         call(library.mamba_pooled_conv, fields)
     return skip, pooled, pooled_b
+
+
+def pooled_scan(library, groups: Tensor, groups_b: Tensor, *projections: Tensor) -> Tensor:
+    groups, groups_b = groups.contiguous(), groups_b.contiguous()
+    wide = [_float32(parameter) for parameter in projections]
+    (batch, lines, dim), rank, dstate = groups.shape, wide[1].shape[1], wide[3].shape[1]
+    out = groups.new_empty(groups.shape)
+    if out.numel():
+        fields = (
+            *(batch, dim, lines, DTYPE_CODES[groups.dtype], rank, dstate, torch.get_num_threads()),
+            *(parameter.data_ptr() for parameter in wide),
+            *(groups.data_ptr(), groups_b.data_ptr(), out.data_ptr()),
+        )
+        call(library.mamba_pooled_scan, fields)
+    return out
 
 
 def pooled_gate(

@@ -1,9 +1,10 @@
-"""The mixer over pooled lines of a token grid (FastVim), in two operators around the scans.
+"""The mixer over pooled lines of a token grid (FastVim), in two operators around the scans, and one for the scans.
 
 The mixer can be put together from the convolution, the scan and torch's own operations for any map of tokens to groups.
 Where groups are the means over the lines of a full grid, these operators do the same with one pass over the tokens
 before the scans and one behind them, leave the tokens where they are whichever way the lines run, and keep nothing for
-the backward pass but their arguments. They need a kernel set that has them: `has_kernels`.
+the backward pass but their arguments. The scans of so few tokens take less time than the calls around them; without
+gradients they are one call. All need a kernel set that has them: `has_kernels`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ _TAPS = "Tensor weight, Tensor? bias, Tensor D, Tensor weight_b, Tensor? bias_b,
 LIBRARY.define(
     f"pooled_conv(Tensor x, {_TAPS}, int lines, bool across, float scale) -> (Tensor, Tensor, Tensor)", tags=_TAG
 )
+_PROJECTIONS = ", ".join(f"Tensor x_proj{b}, Tensor dt_proj{b}, Tensor dt_bias{b}, Tensor A_log{b}" for b in ("", "_b"))
+LIBRARY.define(f"pooled_scan(Tensor groups, Tensor groups_b, {_PROJECTIONS}) -> Tensor", tags=_TAG)
 LIBRARY.define(
     "pooled_gate(Tensor skip, Tensor groups, Tensor z, Tensor? weight, Tensor? bias, float eps, bool across,"
     " float share) -> Tensor",
@@ -47,6 +50,16 @@ class Taps(NamedTuple):
     D: Tensor
 
 
+class Projections(NamedTuple):
+    """What one direction's scan needs: x_proj (dt_rank + 2 * dstate, dim), whose rows give dt, B and C, dt_proj (dim,
+    dt_rank), dt_bias (dim,) and A_log (dim, dstate)."""
+
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+
+
 def has_kernels(x: Tensor) -> bool:
     """Whether there are kernels for `x`. Not while a graph is exported, whose reader knows the plain operators only."""
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -68,6 +81,16 @@ def pooled_conv_fn(x: Tensor, forward: Taps, backward: Taps, lines: Lines) -> tu
     if lines.count < 1 or x.dim() != 3 or x.shape[1] % lines.count:
         raise ValueError(f"x has shape {tuple(x.shape)}, wanted (batch, tokens, dim) that fill {lines.count} lines")
     return torch.ops.mamba_ssm.pooled_conv(x, *forward, *backward, *lines)
+
+
+def pooled_scan_fn(groups: Tensor, groups_b: Tensor, forward: Projections, backward: Projections) -> Tensor:
+    """The projections and scans of both directions' pooled tokens, (batch, lines, dim) each, summed; the backward one
+    runs from the last line to the first. Without D, z and gradients. Returns (batch, lines, dim) in their dtype."""
+    if groups.shape != groups_b.shape or groups.dtype != groups_b.dtype:
+        raise ValueError(
+            f"groups_b is {tuple(groups_b.shape)} of {groups_b.dtype}, wanted {tuple(groups.shape)} of {groups.dtype}"
+        )
+    return torch.ops.mamba_ssm.pooled_scan(groups, groups_b, *forward, *backward)
 
 
 def pooled_gate_fn(
@@ -102,6 +125,10 @@ def _conv(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale):
     return backends.pick(x).pooled_conv(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale)
 
 
+def _scan(groups, groups_b, *projections):
+    return backends.pick(groups).pooled_scan(groups, groups_b, *projections)
+
+
 def _gate(skip, groups, z, weight, bias, eps, across, share):
     return backends.pick(skip).pooled_gate(skip, groups, z, weight, bias, eps, across, share)
 
@@ -109,6 +136,10 @@ def _gate(skip, groups, z, weight, bias, eps, across, share):
 def _fake_conv(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale):
     pooled = (x.shape[0], lines, x.shape[2])
     return x.new_empty(x.shape), x.new_empty(pooled), x.new_empty(pooled)
+
+
+def _fake_scan(groups, groups_b, *projections):
+    return groups.new_empty(groups.shape)
 
 
 def _fake_gate(skip, groups, z, weight, bias, eps, across, share):
@@ -171,4 +202,5 @@ def _differentiate_gate(ctx, dout: Tensor) -> tuple:
 
 
 register("pooled_conv", _conv, _fake_conv, save=_save_conv, differentiate=_differentiate_conv)
+register("pooled_scan", _scan, _fake_scan)
 register("pooled_gate", _gate, _fake_gate, save=_save_gate, differentiate=_differentiate_gate)
