@@ -99,13 +99,13 @@ GROUPS = {
 }
 SIZES = {"nano": "nano_patch4_32"} | {size: f"{size}_patch16_224" for size in ("tiny", "small", "base")}
 
-# Few images want little augmentation and a high learning rate; many images get Vim-Ti's published recipe, and DyVM's.
+# Few images want little augmentation and a high learning rate, as in scripts/quickstart.sh, and no other for fine-tuning;
+# many images get Vim-Ti's published recipe, and DyVM's.
 DIGITS_RECIPE = (
-    *("--batch-size", "64", "--unscale-lr", "--lr", "3e-3", "--warmup-epochs", "2", "--drop-path", "0"),
+    *("--batch-size", "32", "--unscale-lr", "--lr", "3e-3", "--warmup-epochs", "1", "--drop-path", "0"),
     *("--mixup", "0", "--cutmix", "0", "--reprob", "0", "--aa", "none", "--color-jitter", "0", "--no-repeated-aug"),
     *("--no-model-ema", "--num_workers", "0"),
 )
-DIGITS_FINE_TUNING = ("--lr", "5e-4", "--warmup-epochs", "1")
 RECIPE = ("--batch-size", "128", "--drop-path", "0", "--weight-decay", "0.1")
 FINE_TUNING = ("--lr", "3e-5", "--min-lr", "1e-6", "--weight-decay", "1e-8", "--warmup-epochs", "5")
 
@@ -137,7 +137,7 @@ def plan(args: argparse.Namespace, more: Sequence[str]) -> list[Run]:
     digits = args.data_set == "DIGITS"
     data = ["--data-set", args.data_set, *(["--data-path", str(args.data_path)] if args.data_path else [])]
     shared = [*(DIGITS_RECIPE if digits else RECIPE), *data, "--device", args.device]
-    tuning = DIGITS_FINE_TUNING if digits else FINE_TUNING
+    tuning = () if digits else FINE_TUNING
     runs: dict[str, Run] = {}
     for seed in args.seeds:
         for name in args.methods:
@@ -419,8 +419,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         help=f"{', '.join(METHODS)}, or {' or '.join(GROUPS)} (default: {' '.join(COMPARED)})",
     )
     parser.add_argument("--seeds", type=utils.number(int, 0), nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--epochs", type=utils.number(int, 1), default=None, help="default: 20, or 300")
-    parser.add_argument("--fine-tune-epochs", type=utils.number(int, 1), default=None, help="default: 8, or 30")
+    parser.add_argument("--epochs", type=utils.number(int, 1), default=None, help="default: 15, or 300")
+    parser.add_argument("--fine-tune-epochs", type=utils.number(int, 1), default=None, help="default: 15, or 30")
     parser.add_argument("--output_dir", "--output-dir", type=Path, default=Path("output/compare"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument(
@@ -440,8 +440,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     own_data = bool(args.data_path)
     args.data_set = args.data_set or ("IMNET" if own_data else "DIGITS")
     args.size = args.size or ("tiny" if own_data else "nano")
-    args.epochs = args.epochs or (300 if own_data else 20)
-    args.fine_tune_epochs = args.fine_tune_epochs or (30 if own_data else 8)
+    args.epochs = args.epochs or (300 if own_data else 15)
+    args.fine_tune_epochs = args.fine_tune_epochs or (30 if own_data else 15)
     args.output_dir = args.output_dir.resolve()
     if args.data_path:
         args.data_path = Path(args.data_path).resolve()
