@@ -270,7 +270,7 @@ def fill_disk(folder: Path) -> list[Tally]:
     if os.geteuid():
         full.notes = "not tried: wants root"
     else:
-        with full.trial(), small_disk(folder / "disk") as disk:
+        with full.trial(), exit_on_sigterm(), small_disk(folder / "disk") as disk:
             _write_fails(flags, disk / "run", lambda process: _full(disk / "filler"), full)
     with limit.trial():
         _write_fails(flags, folder / "limited", _limited, limit)
@@ -357,6 +357,16 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
 @contextlib.contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Have SIGTERM end the block as an exception does, so that what it set up is taken down."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def two_machines() -> Iterator[list[str]]:
     """Names of two network namespaces with a cable between them. Raises NoNamespaces."""
     names = [f"vim{os.getpid()}{letter}" for letter in "ab"]
@@ -406,7 +416,7 @@ def network(folder: Path) -> list[Tally]:
     data = write_cifar100(folder / "data")
     flags = [*STEADY, "--data-set", "CIFAR", "--data-path", data, "--batch-size", 4, "--dist-eval"]
     try:
-        with two_machines() as names:
+        with exit_on_sigterm(), two_machines() as names:
             with equal.trial():
                 output = folder / "two_machines"
                 for process in on_two_machines(names, *flags, "--epochs", 3, "--output_dir", output):

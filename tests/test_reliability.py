@@ -1,0 +1,54 @@
+"""Short forms of `python -m benchmarks.reliability`: kills at random moments, and two machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import strategies as st
+
+from benchmarks import reliability
+from tests.bad_inputs import ACCEPTED, REFUSED
+
+
+def test_kills_at_random_moments(tmp_path: Path) -> None:
+    """Every checkpoint loads, and in the end nothing differs from a run that was left alone."""
+    tally = reliability.soak(tmp_path, 2, random.Random(0), workers=0)
+    assert (tally.tried, tally.failures) == (2, [])
+
+
+def test_two_machines(tmp_path: Path) -> None:
+    """Over two network namespaces: the same bits as on one machine, and an end in seconds if a process dies."""
+    tallies = reliability.network(tmp_path)
+    if not tallies[0].tried:
+        pytest.skip(tallies[0].notes)
+    assert [(tally.tried, tally.failures) for tally in tallies] == [(1, []), (1, [])]
+
+
+def test_inputs_are_counted() -> None:
+    """Also those that end the process, after which the others go on."""
+
+    def judge(value: int) -> str:
+        if value == 3:
+            os._exit(5)
+        return [ACCEPTED, REFUSED, "crashed"][value]
+
+    found = reliability.sweep("numbers", st.integers(0, 3), judge, 4, seed=0)
+    assert (found.accepted, found.refused, len(found.failures)) == (1, 1, 2)
+    assert any("3 ended the process (5)" in text for text in found.failures)
+
+
+def test_page(tmp_path: Path) -> None:
+    faults = [reliability.Tally("a fault")]
+    with faults[0].trial():
+        raise reliability.Lost("weights")
+    sweeps = [reliability.Sweep("an input", accepted=1, refused=2)]
+    runs = [dict(model="Vim", dtype="float16", steps=3, bad=0, scaled=1, first=2.0, last=1.0, finite="yes")]
+    page = reliability.report("command", faults, sweeps, runs, {"kills": 1.0})
+    assert "Faults: 1 tried, 0 survived, 1 lost." in page
+    assert "Bad inputs: 3 tried, 2 refused cleanly, 1 accepted" in page
+    assert "- a fault: Lost: weights" in page
+    assert json.dumps(runs[0]["model"]).strip('"') in page
