@@ -99,8 +99,8 @@ GROUPS = {
 }
 SIZES = {"nano": "nano_patch4_32"} | {size: f"{size}_patch16_224" for size in ("tiny", "small", "base")}
 
-# Few images want little augmentation and a high learning rate, as in scripts/quickstart.sh, and no other for fine-tuning;
-# many images get Vim-Ti's published recipe, and DyVM's.
+# Few images want little augmentation and a high learning rate, as in scripts/quickstart.sh, and no other for
+# fine-tuning; many images get Vim-Ti's published recipe, and DyVM's.
 DIGITS_RECIPE = (
     *("--batch-size", "32", "--unscale-lr", "--lr", "3e-3", "--warmup-epochs", "1", "--drop-path", "0"),
     *("--mixup", "0", "--cutmix", "0", "--reprob", "0", "--aa", "none", "--color-jitter", "0", "--no-repeated-aug"),

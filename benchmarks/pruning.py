@@ -31,7 +31,7 @@ def force_gates(model: VisionMamba, batch_size: int, keep: float) -> float:
     count = model.depth * directions * batch_size
     gates = torch.zeros(count)
     gates[torch.randperm(count)[: round(keep * count)]] = 1.0
-    gates = gates.view(model.depth, batch_size, directions)
+    gates = gates.view(model.depth, batch_size, directions).to(next(model.parameters()).device)
     method.direction_policy = lambda layer, column: learned(layer, column) * 0 + gates[layer]
     return float(gates.mean())
 
