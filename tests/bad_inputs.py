@@ -235,7 +235,7 @@ def _odd(draw: st.DrawFn, made: Checkpoints) -> File:
     for _ in range(draw(st.integers(1, 3))):
         part, key = content, draw(st.sampled_from(list(made.run)))
         below = part.get(key)
-        if below and isinstance(below, dict) and key not in ("optimizer", "lr_scheduler") and draw(st.booleans()):
+        if isinstance(below, dict) and below and key not in ("optimizer", "lr_scheduler") and draw(st.booleans()):
             part[key] = part = below.copy()
             key = draw(st.sampled_from(list(part)))
         if draw(st.integers(0, 4)) == 0:
@@ -247,7 +247,7 @@ def _odd(draw: st.DrawFn, made: Checkpoints) -> File:
     return File("odd.pth", stream.getvalue())
 
 
-@dataclass
+@dataclass(repr=False)
 class Checkpoints:
     """Checkpoints of a real run and what they may be turned into. `marker` is a file that foreign code would write."""
 
@@ -256,6 +256,9 @@ class Checkpoints:
     run: dict[str, Any] = field(repr=False)
     marker: Path
     folder: Path
+
+    def __repr__(self) -> str:
+        return "Checkpoints"  # hypothesis would print all that they hold
 
     @classmethod
     def make(cls, folder: Path) -> Checkpoints:
