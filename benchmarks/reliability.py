@@ -37,7 +37,7 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 import checkpoints
-from benchmarks.digits_merging import RECIPE
+from benchmarks.compare import DIGITS_RECIPE
 from benchmarks.summary import markdown
 from tests import bad_inputs
 from tests.conftest import MICRO, QUICK, ROOT, finish, lines, ranks_of, start
@@ -572,7 +572,7 @@ def bad_inputs_of_all_kinds(folder: Path, count: int, seed: int) -> list[Sweep]:
 
 MODELS: dict[str, tuple[str, ...]] = {
     "Vim": ("--model", "vim_nano_patch4_32"),
-    "Famba-V, `upper`": (
+    "Famba-V (paired), `upper`": (
         *("--model", "fambav_nano_patch4_32", "--fusion-strategy", "upper"),
         *("--fusion-layer", "2", "--fusion-token", "8"),
     ),
@@ -590,7 +590,20 @@ def mixed_precision(folder: Path, steps: int) -> list[dict[str, Any]]:
     for dtype in ("bfloat16", "float16"):
         for model, own in MODELS.items():
             output = folder / f"{own[1]}_{dtype}"
-            flags = [*RECIPE, *own, "--batch-size", BATCH, "--lr", "1e-3", "--epochs", epochs, "--device", "cpu"]
+            flags = [
+                "--data-set",
+                "DIGITS",
+                *DIGITS_RECIPE,
+                *own,
+                "--batch-size",
+                BATCH,
+                "--lr",
+                "1e-3",
+                "--epochs",
+                epochs,
+                "--device",
+                "cpu",
+            ]
             flags += ["--if_amp", "--amp-dtype", dtype, "--if_continue_inf", "--output_dir", output]
             if model == "DyVM":  # it starts from a trained Vim, and learns from it
                 flags += ["--model-path", folder / f"{MODELS['Vim'][1]}_{dtype}" / "checkpoint.pth"]

@@ -33,7 +33,7 @@ INSTALLS = {"scripts/setup.sh", "scripts/test.sh"}  # the suite runs inside them
 WHOLE = {"scripts/quickstart.sh", "scripts/compare.sh"}
 EXPERIMENTS = [script for script in SCRIPTS if script not in SOURCED | INSTALLS | WHOLE]
 # take minutes, or a GPU: that they start is all that is tried here
-LONG = {f"benchmarks.{name}" for name in ("flops", "pruning", "merging", "digits_merging", "resolution")}
+LONG = {f"benchmarks.{name}" for name in ("flops", "pruning", "merging", "resolution", "compare")}
 LONG_SCRIPTS = {"benchmarks/gpu_check.sh"}
 CLASSES = {"CIFAR": 100, "IMNET": 3}
 SMALL = ("--input-size", "32", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "4", "--num_workers", "0")
