@@ -8,7 +8,9 @@ is a transposed view of (batch, seqlen, 2*dim), is the fast layout.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +111,10 @@ class _Inner(NamedTuple):
         return self.check().composed(causal_conv1d_ref, selective_scan_ref)
 
 
+# How a published function goes about its work: `_Inner.computed`, or `_Inner.reference`.
+_Evaluate = Callable[[_Inner], Tensor]
+
+
 def _float32(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     return parameter if parameter is None or x.dtype == parameter.dtype == torch.float64 else parameter.float()
 
@@ -143,13 +149,15 @@ def mamba_inner_fn(
     B_proj_bias: Tensor | None = None,
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
+    *,
+    _evaluate: _Evaluate = _Inner.computed,
 ) -> Tensor:
     """A one-directional mixer from `xz` to its output, (batch, seqlen, d_model)."""
     inner = _Inner(
         *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight),
         *(A, None, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
     )
-    return _project_out(inner.computed(), out_proj_weight, out_proj_bias)
+    return _project_out(_evaluate(inner), out_proj_weight, out_proj_bias)
 
 
 def bimamba_inner_fn(
@@ -169,13 +177,15 @@ def bimamba_inner_fn(
     B_proj_bias: Tensor | None = None,
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
+    *,
+    _evaluate: _Evaluate = _Inner.computed,
 ) -> Tensor:
     """`mamba_inner_fn` plus the reversed scan, with `A_b`, of what the shared convolution and projections give."""
     inner = _Inner(
         *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight),
         *(A, A_b, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
     )
-    return _project_out(inner.computed(), out_proj_weight, out_proj_bias)
+    return _project_out(_evaluate(inner), out_proj_weight, out_proj_bias)
 
 
 def mamba_inner_fn_no_out_proj(
@@ -192,84 +202,29 @@ def mamba_inner_fn_no_out_proj(
     B_proj_bias: Tensor | None = None,
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
+    *,
+    _evaluate: _Evaluate = _Inner.computed,
 ) -> Tensor:
     """`mamba_inner_fn` without the output projection: (batch, dim, seqlen)."""
     inner = _Inner(
         *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight),
         *(A, None, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
     )
-    return inner.computed()
+    return _evaluate(inner)
 
 
-def mamba_inner_ref(
-    xz: Tensor,
-    conv1d_weight: Tensor,
-    conv1d_bias: Tensor | None,
-    x_proj_weight: Tensor,
-    delta_proj_weight: Tensor,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    A: Tensor,
-    B: Tensor | None = None,
-    C: Tensor | None = None,
-    D: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    B_proj_bias: Tensor | None = None,
-    C_proj_bias: Tensor | None = None,
-    delta_softplus: bool = True,
-) -> Tensor:
-    """What `mamba_inner_fn` computes, on the reference operators."""
-    inner = _Inner(
-        *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight),
-        *(A, None, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
-    )
-    return _project_out(inner.reference(), out_proj_weight, out_proj_bias)
+def _reference_of(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+    """`function`, with its signature, on the reference operators."""
+
+    @functools.wraps(function)
+    def reference(*args: Any, **keywords: Any) -> Tensor:
+        return function(*args, **keywords, _evaluate=_Inner.reference)
+
+    reference.__name__ = reference.__qualname__ = name
+    reference.__doc__ = f"What `{function.__name__}` computes, on the reference operators."
+    return reference
 
 
-def bimamba_inner_ref(
-    xz: Tensor,
-    conv1d_weight: Tensor,
-    conv1d_bias: Tensor | None,
-    x_proj_weight: Tensor,
-    delta_proj_weight: Tensor,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    A: Tensor,
-    A_b: Tensor,
-    B: Tensor | None = None,
-    C: Tensor | None = None,
-    D: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    B_proj_bias: Tensor | None = None,
-    C_proj_bias: Tensor | None = None,
-    delta_softplus: bool = True,
-) -> Tensor:
-    """What `bimamba_inner_fn` computes, on the reference operators."""
-    inner = _Inner(
-        *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight),
-        *(A, A_b, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
-    )
-    return _project_out(inner.reference(), out_proj_weight, out_proj_bias)
-
-
-def mamba_inner_fn_no_out_proj_ref(
-    xz: Tensor,
-    conv1d_weight: Tensor,
-    conv1d_bias: Tensor | None,
-    x_proj_weight: Tensor,
-    delta_proj_weight: Tensor,
-    A: Tensor,
-    B: Tensor | None = None,
-    C: Tensor | None = None,
-    D: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    B_proj_bias: Tensor | None = None,
-    C_proj_bias: Tensor | None = None,
-    delta_softplus: bool = True,
-) -> Tensor:
-    """What `mamba_inner_fn_no_out_proj` computes, on the reference operators."""
-    inner = _Inner(
-        *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight),
-        *(A, None, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
-    )
-    return inner.reference()
+mamba_inner_ref = _reference_of(mamba_inner_fn, "mamba_inner_ref")
+bimamba_inner_ref = _reference_of(bimamba_inner_fn, "bimamba_inner_ref")
+mamba_inner_fn_no_out_proj_ref = _reference_of(mamba_inner_fn_no_out_proj, "mamba_inner_fn_no_out_proj_ref")
