@@ -73,7 +73,8 @@ METHODS = {
     "dyvm-token": Method("DyVM (token)", "dyvm", ("--pruning", "token"), fine_tunes=True),
     "dyvm-block": Method("DyVM (block)", "dyvm", ("--pruning", "block"), fine_tunes=True),
     "dyvm-both": Method("DyVM (both)", "dyvm", ("--pruning", "both"), fine_tunes=True),
-    "deit": Method("DeiT", "deit"),
+    # attention does not stand the Vims' learning rate on the digits
+    "deit": Method("DeiT", "deit", (), ("--lr", "1e-3")),
 }
 # what is compared unless --methods says otherwise
 COMPARED = tuple(METHODS)
@@ -99,7 +100,7 @@ GROUPS = {
 }
 SIZES = {"nano": "nano_patch4_32"} | {size: f"{size}_patch16_224" for size in ("tiny", "small", "base")}
 
-# Few images want little augmentation and a high learning rate, as in scripts/quickstart.sh, and no other for
+# Few images want little augmentation and a high learning rate, like those of scripts/quickstart.sh, and no other for
 # fine-tuning; many images get Vim-Ti's published recipe, and DyVM's.
 DIGITS_RECIPE = (
     *("--batch-size", "32", "--unscale-lr", "--lr", "3e-3", "--warmup-epochs", "1", "--drop-path", "0"),
@@ -144,8 +145,8 @@ def plan(args: argparse.Namespace, more: Sequence[str]) -> list[Run]:
             method = METHODS[name]
             nano = args.size == "nano" and method.nano_flags is not None
             epochs = args.fine_tune_epochs if method.fine_tunes else args.epochs
-            flags = ["--model", f"{method.family}_{SIZES[args.size]}", *(method.nano_flags if nano else method.flags)]
-            flags += [*shared, *(tuning if method.fine_tunes else ()), *more]
+            flags = ["--model", f"{method.family}_{SIZES[args.size]}", *shared]
+            flags += [*(method.nano_flags if nano else method.flags), *(tuning if method.fine_tunes else ()), *more]
             flags += ["--epochs", str(epochs), "--seed", str(seed)]
             full = f"{name}-seed{seed}"
             start = runs[f"none-seed{seed}"] if method.fine_tunes else None

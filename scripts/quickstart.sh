@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Install what is missing, train small Vision Mambas on real handwritten digits, evaluate them, and compare.
-# Environment: OUTPUT_DIR (default output/quickstart), EPOCHS (default 15), METHODS (default "none upper fastvim dyvm").
+# Environment: OUTPUT_DIR (default output/quickstart), EPOCHS (default 20), METHODS (default "none upper fastvim dyvm").
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 
 output=${OUTPUT_DIR:-output/quickstart}
-epochs=${EPOCHS:-15}
+epochs=${EPOCHS:-20}
 data=(--data-set DIGITS --num_workers 0)
 # 1,437 training images are few: a short schedule wants plain augmentation and a high learning rate
-recipe=(--epochs "$epochs" --batch-size 32 --unscale-lr --lr 3e-3 --warmup-epochs 1 --drop-path 0 --no-model-ema
+recipe=(--epochs "$epochs" --batch-size 32 --unscale-lr --lr 2e-3 --warmup-epochs 1 --drop-path 0 --no-model-ema
     --mixup 0 --cutmix 0 --reprob 0 --aa none --color-jitter 0 --no-repeated-aug)
 
 train() {
