@@ -279,6 +279,8 @@ def train(
         log = {f"train_{name}": value for name, value in trained.items()}
         log |= {f"test_{name}": value for name, value in tested.items()}
         log |= {"epoch": run.epoch, "n_parameters": parameters, "seconds": run.seconds, "peak_memory_mib": memory}
+        if batches.steps is not None:
+            log["n_images"] = batches.steps * batches.batch_size * utils.world_size()
         run.end_epoch()
         if output:
             checkpoints.save_run(run, args, output, log, is_best)

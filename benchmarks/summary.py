@@ -18,6 +18,7 @@ COLUMNS = {
     "epochs": "{epochs}",
     "parameters, M": "{parameters:.3f}",
     "training, s": "{seconds:.1f}",
+    "training, images/s": "{images_per_second}",
     "peak memory, MiB": "{peak_memory_mib:.0f}",
 }
 
@@ -34,12 +35,14 @@ def summarize(folder: Path) -> dict[str, Any]:
     """The last epoch's figures of the run in `folder`, its time summed over epochs and its memory at the peak."""
     log = read_log(folder)
     args = json.loads((folder / "args.json").read_text())
+    seconds, images = sum(line["seconds"] for line in log), sum(line.get("n_images", 0) for line in log)
     return log[-1] | {
         "name": folder.name,
         "model": args["model"],
         "epochs": len(log),
         "parameters": log[-1]["n_parameters"] / 1e6,
-        "seconds": sum(line["seconds"] for line in log),
+        "seconds": seconds,
+        "images_per_second": f"{images / seconds:.0f}" if images else "unknown",
         "peak_memory_mib": max(line["peak_memory_mib"] for line in log),
     }
 

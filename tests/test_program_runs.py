@@ -48,6 +48,7 @@ def test_one_epoch_as_a_command(data_set: str, tmp_path: Path) -> None:
     line = last_line(tmp_path / "output")
     assert line["epoch"] == 0
     assert line["n_parameters"] > 300_000
+    assert line["n_images"] > 0
     assert {"train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "seconds", "peak_memory_mib"} <= set(line)
     assert {file.name.split(".")[0] for file in (tmp_path / "output").iterdir()} >= {
         "checkpoint",

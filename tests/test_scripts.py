@@ -287,7 +287,8 @@ def check_documented_script(words: list[str], files: Files, program: Callable[..
 def logged_run(folder: Path) -> Path:
     """A run's output folder with a log of two epochs."""
     folder.mkdir(parents=True)
-    lines = [{"epoch": epoch, "train_loss": 1.0, "test_loss": 1.0, "train_lr": 1e-3, "test_acc1": 50.0} for epoch in (0, 1)]
+    line = {"train_loss": 1.0, "test_loss": 1.0, "train_lr": 1e-3, "test_acc1": 50.0}
+    lines = [{"epoch": epoch} | line for epoch in (0, 1)]
     (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
