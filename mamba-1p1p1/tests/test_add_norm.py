@@ -1,29 +1,13 @@
 """Residual addition and normalisation: every CPU backend against autograd through the formula."""
 
-from contextlib import ExitStack
-
 import pytest
 import torch
-from causal_conv1d import backend, native
+from causal_conv1d import backend
 from mamba_ssm.ops.operators import backends
 from mamba_ssm.ops.triton.layernorm import RMSNorm, layer_norm_fn, rms_norm_fn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-
-
-@pytest.fixture(params=["torch", "plain", "avx2", "avx512"])
-def kernels(request):
-    with ExitStack() as stack:
-        if request.param == "torch":
-            stack.enter_context(backend.use("torch"))
-        else:
-            if backends.available("cpu") != "cpp":
-                pytest.skip("the C++ kernels are not built")
-            if stack.enter_context(native.isa(request.param)) != request.param:
-                pytest.skip(f"this processor has no {request.param}")
-            stack.enter_context(backend.use("cpp"))
-        yield request.param
 
 
 def formula(x, weight, bias, residual, eps, rms):

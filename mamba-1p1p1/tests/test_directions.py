@@ -1,12 +1,9 @@
 """The mixer's inside as one operator, and the published functions on it, against the reference operators."""
 
-from contextlib import ExitStack
-
 import pytest
 import torch
 import torch.nn.functional as F
-from causal_conv1d import backend, causal_conv1d_ref, native
-from causal_conv1d.operators import backends as conv_backends
+from causal_conv1d import backend, causal_conv1d_ref
 from mamba_ssm.ops.directions import Direction, directions_fn
 from mamba_ssm.ops.operators import backends
 from mamba_ssm.ops.selective_scan_interface import (
@@ -20,20 +17,6 @@ from mamba_ssm.ops.selective_scan_interface import (
 )
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-
-
-@pytest.fixture(params=["torch", "plain", "avx2", "avx512"])
-def kernels(request):
-    with ExitStack() as stack:
-        if request.param == "torch":
-            stack.enter_context(backend.use("torch"))
-        else:
-            if backends.available("cpu") != "cpp" or conv_backends.available("cpu") != "cpp":
-                pytest.skip("the C++ kernels are not built")
-            if stack.enter_context(native.isa(request.param)) != request.param:
-                pytest.skip(f"this processor has no {request.param}")
-            stack.enter_context(backend.use("cpp"))
-        yield request.param
 
 
 def arguments(batch=2, seqlen=21, dim=24, dt_rank=3, dstate=5, width=4, ways=(False, True), optional=True):

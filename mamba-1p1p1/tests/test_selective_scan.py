@@ -1,14 +1,13 @@
 """The selective scan: golden numbers, and every CPU backend against the reference in value and gradient."""
 
 import json
-from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from causal_conv1d import backend, native
+from causal_conv1d import backend
 from mamba_ssm.ops.operators import backends
 from mamba_ssm.ops.selective_scan_interface import (
     pooled_selective_scan_fn,
@@ -21,21 +20,6 @@ GOLDEN = sorted((Path(__file__).parent / "golden").glob("scan_*.npz"))
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 SEQUENCES = ("u", "delta", "B", "C", "z", "dout", "out", "grad:u", "grad:delta", "grad:B", "grad:C", "grad:z")
-
-
-@pytest.fixture(params=["torch", "plain", "avx2", "avx512"])
-def kernels(request):
-    """Every CPU backend, the C++ one at each instruction set that this machine has."""
-    with ExitStack() as stack:
-        if request.param == "torch":
-            stack.enter_context(backend.use("torch"))
-        else:
-            if backends.available("cpu") != "cpp":
-                pytest.skip("the C++ kernels are not built")
-            if stack.enter_context(native.isa(request.param)) != request.param:
-                pytest.skip(f"this processor has no {request.param}")
-            stack.enter_context(backend.use("cpp"))
-        yield request.param
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

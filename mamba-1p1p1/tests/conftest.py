@@ -1,0 +1,24 @@
+"""What the package's tests share."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from causal_conv1d import backend, native
+from causal_conv1d.operators import backends as conv_backends
+from mamba_ssm.ops.operators import backends
+
+
+@pytest.fixture(params=["torch", "plain", "avx2", "avx512"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every CPU backend, the C++ one at each instruction set that this machine has."""
+    with ExitStack() as stack:
+        if request.param == "torch":
+            stack.enter_context(backend.use("torch"))
+        else:
+            if backends.available("cpu") != "cpp" or conv_backends.available("cpu") != "cpp":
+                pytest.skip("the C++ kernels are not built")
+            if stack.enter_context(native.isa(request.param)) != request.param:
+                pytest.skip(f"this processor has no {request.param}")
+            stack.enter_context(backend.use("cpp"))
+        yield request.param
