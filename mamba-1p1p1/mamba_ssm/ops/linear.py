@@ -46,7 +46,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if kernels is None or other or x.numel() * weight.shape[0] < _MIN_MULTIPLICATIONS:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return _Linear.apply(x, weight, bias)
+        return _Linear.apply(kernels, x, weight, bias)
     return _product(kernels, x, weight, bias)
 
 
@@ -87,21 +87,21 @@ def _product(kernels: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx, kernels: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return _product(_kernels(x, weight), x, weight, bias)
+        return _product(kernels, x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx, dout: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         dx = dweight = dbias = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[1]:
             kernels = _kernels(dout, weight)
             dx = dout @ weight if kernels is None else _product(kernels, dout, weight.t())
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[2]:
             dweight = weight_gradient(dout, x)
-        if ctx.has_bias and ctx.needs_input_grad[2]:
+        if ctx.has_bias and ctx.needs_input_grad[3]:
             dbias = dout.sum(tuple(range(dout.dim() - 1)))
-        return dx, dweight, dbias
+        return None, dx, dweight, dbias
