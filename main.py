@@ -34,7 +34,7 @@ import models_mamba
 import utils
 from checkpoints import Run
 from fusion import config as methods
-from fusion.dynamic_pruning import DecisionMeter, PruningLoss
+from fusion.dynamic_pruning import DecisionMeter, PruningLoss, scale_gate_noise
 from fusion.token_merging import report_merging
 from utils import PeerError, RunError, StopRequest, UsageError, number
 
@@ -264,6 +264,8 @@ def train(
     board = utils.Board(output if utils.is_main_process() else None, run.updates)
     parameters = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
     while run.epoch < args.epochs:
+        if is_pruned(run.model):
+            scale_gate_noise(run.model, run.epoch, args.epochs, args.gate_noise_end)
         trained = engine.train_one_epoch(run, batches, args, stop, board)
         tested = None
         if trained is not None:

@@ -256,6 +256,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     pruning.add_argument("--block-pruning-weight", type=float, default=10.0, help="loss weight of the block keep ratio")
     pruning.add_argument(
+        "--gate-noise-end",
+        type=float,
+        default=1.0,
+        metavar="SCALE",
+        help="noise of the direction gates in the last epoch, reached in equal steps from 1: with 0 training ends with "
+        "the decisions, and so the share of directions, of inference (default: 1, as published)",
+    )
+    pruning.add_argument(
         "--pruning-loc", type=int, nargs="+", default=None, metavar="I", help="layers before which tokens drop"
     )
     pruning.add_argument("--pruning-policy", default="learned", choices=PRUNING_POLICIES, help="ablation: who chooses")
@@ -332,6 +340,10 @@ def _pooling_keywords(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 def _pruning_keywords(args: argparse.Namespace, name: str) -> dict[str, Any]:
     kind = args.pruning or ("both" if name.startswith("dyvm_") else "none")
+    if not 0 <= args.gate_noise_end <= 1:
+        raise ValueError(f"--gate-noise-end is {args.gate_noise_end:g}; wanted 0 to 1.")
+    if args.gate_noise_end < 1 and (kind not in ("block", "both") or args.pruning_policy != "learned"):
+        raise ValueError("--gate-noise-end wants --pruning block or both, and --pruning-policy learned.")
     if kind == "none":
         if name.startswith("dyvm_"):
             raise ValueError(

@@ -70,13 +70,16 @@ class ScorePredictor(nn.Module):
         return self.out_conv(torch.cat([local, shared.to(local.dtype).expand_as(local)], -1))
 
 
-def gumbel_sigmoid(logits: Tensor, temperature: float = 2.0) -> Tensor:
-    """Sample 0 or 1 with probability sigmoid(logits) for 1; gradients are those of the relaxed sample.
+def gumbel_sigmoid(logits: Tensor, temperature: float = 2.0, noise: float = 1.0) -> Tensor:
+    """Sample 0 or 1 with probability sigmoid(logits / noise) for 1; gradients are those of the relaxed sample.
 
-    Maddison et al. 2017 (arXiv:1611.00712), straight-through.
+    Maddison et al. 2017 (arXiv:1611.00712), straight-through. `noise` scales both Gumbel noises; without any, what
+    comes is 1 where the logit is positive.
     """
-    noise, other = (-torch.empty_like(logits).exponential_().log() for _ in range(2))
-    soft = ((logits + noise - other) / temperature).sigmoid()
+    if noise:
+        one, other = (-torch.empty_like(logits).exponential_().log() for _ in range(2))
+        logits = logits + noise * (one - other)
+    soft = (logits / temperature).sigmoid()
     return (soft > 0.5).to(soft.dtype) - soft.detach() + soft
 
 
@@ -131,12 +134,15 @@ class DynamicPruning(SiteMethod):
     """Token pruning before the layers of `config.pruning_loc`, and direction gates in every layer.
 
     `token_policy` and `direction_policy` make the choices and may be replaced, to force some; None switches one off.
+    `gate_noise` scales the noise that learned gates are drawn with in training: 1 as published, and at 0 they decide as
+    in inference.
     Where the class token's column is wanted for the gates, models with two class tokens take the mean of both, and
     models with none the mean over the patch tokens still kept.
     """
 
     def __init__(self, config: PruningConfig) -> None:
         self.config = config
+        self.gate_noise = 1.0
         tokens = {"learned": self._learned_tokens, "static": self._static_tokens, "random": self._random_tokens}
         gates = {"learned": self._learned_gates, "static": self._static_gates, "random": self._random_gates}
         self.token_policy: TokenPolicy | None = tokens[config.policy] if config.tokens else None
@@ -261,7 +267,7 @@ class DynamicPruning(SiteMethod):
 
     def _learned_gates(self, layer: int, column: Tensor) -> Tensor:
         logits = self.model.layers[layer].mixer.block_head(column).float()
-        return gumbel_sigmoid(logits) if self.model.training else (logits > 0).float()
+        return gumbel_sigmoid(logits, noise=self.gate_noise) if self.model.training else (logits > 0).float()
 
     def _static_gates(self, layer: int, column: Tensor) -> Tensor:
         directions = len(self.model.layers[layer].mixer.directions)
@@ -301,6 +307,16 @@ class DynamicPruning(SiteMethod):
             width = mixer.d_inner if self.config.predictor_input == "delta" else mixer.d_state
             return state.hidden.new_zeros(*state.hidden.shape[:2], width)
         return sum(seen) / len(mixer.directions)
+
+
+def scale_gate_noise(model: nn.Module, epoch: int, epochs: int, end: float) -> float:
+    """Set the gate noise of a pruned `model` to what it is in `epoch`: 1 in the first of all `epochs` and, in equal
+    steps, `end` in the last. Returns it."""
+    scale = 1.0 + (end - 1.0) * epoch / max(epochs - 1, 1)
+    for method in model.site_methods:
+        if isinstance(method, DynamicPruning):
+            method.gate_noise = scale
+    return scale
 
 
 class DecisionMeter:

@@ -26,7 +26,7 @@ for method in ${METHODS:-none upper fastvim dyvm}; do
     upper) train upper --model vim_nano_patch4_32 --fusion-strategy upper --fusion-layer 2 --fusion-token 8 ;;
     fastvim) train fastvim --model fastvim_nano_patch4_32 ;;
     dyvm) train dyvm --model dyvm_nano_patch4_32 --model-path "$output/none/checkpoint.pth" --token-keep-ratio 0.7 \
-        --block-keep-ratio 0.8 ;;
+        --block-keep-ratio 0.8 --gate-noise-end 0 ;;
     *) echo "METHODS names $method; wanted none, upper, fastvim or dyvm." >&2 && exit 2 ;;
     esac
 done

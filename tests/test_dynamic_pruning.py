@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusion.config import MethodConfig, PruningConfig
-from fusion.dynamic_pruning import PruningLoss, PruningOutput, ScorePredictor, evenly_spread, gumbel_sigmoid, kept_first
+from fusion.dynamic_pruning import (
+    PruningLoss,
+    PruningOutput,
+    ScorePredictor,
+    evenly_spread,
+    gumbel_sigmoid,
+    kept_first,
+    scale_gate_noise,
+)
 from fusion.token_state import TokenState, join_cls, mean_over_kept, split_cls
 from models_mamba import VisionMamba
 from tests.golden_rules import fill_model, images, load, relative_error
@@ -297,6 +305,33 @@ def test_gumbel_sigmoid_is_hard_unbiased_and_straight_through() -> None:
         gumbel_sigmoid(logits).sum().backward()
     soft = (logits.detach() / 2).sigmoid()
     assert relative_error(logits.grad, soft * (1 - soft) / 2) < 1e-5
+
+
+def test_gumbel_sigmoid_with_less_noise_and_with_none() -> None:
+    torch.manual_seed(0)
+    logits = torch.tensor([-1.0, 0.3, 2.0]).repeat(20000, 1)
+    assert (gumbel_sigmoid(logits, noise=0.5).mean(0) - (logits[0] / 0.5).sigmoid()).abs().max() < 0.015
+    assert torch.equal(gumbel_sigmoid(logits, noise=0.0).round(decimals=5), (logits > 0).float())
+
+
+def test_without_noise_training_runs_the_directions_of_inference() -> None:
+    model = small(salt=2, pruning="block")
+    x = images((4, 3, 32, 32), 249)
+    with torch.no_grad():
+        inference = model.forward_with_decisions(x).block_policy
+        noisy = model.train()(x).block_policy
+        assert scale_gate_noise(model, epoch=9, epochs=10, end=0.0) == 0
+        quiet = model(x).block_policy
+    assert 0 < inference.mean() < 1
+    assert not torch.equal(noisy.round(decimals=5), inference)
+    assert torch.equal(quiet.round(decimals=5), inference)
+
+
+def test_gate_noise_falls_in_equal_steps() -> None:
+    model = small(pruning="block")
+    assert [scale_gate_noise(model, epoch, 5, 0.2) for epoch in range(5)] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+    assert model.site_methods[0].gate_noise == pytest.approx(0.2)
+    assert scale_gate_noise(model, 0, 1, 0.2) == 1
 
 
 # --- policies and parts ---

@@ -124,6 +124,16 @@ CASES = {
     "pruning": ("--model dyvm_micro_patch8_32", "--model-path"),
     "teacher of another size": ("--model dyvm_micro_patch8_32 --model-path {other.pth}", "other.pth"),
     "keep ratio": ("--model dyvm_micro_patch8_32 --token-keep-ratio 2", "--token-keep-ratio is 2"),
+    "gate noise": ("--model dyvm_micro_patch8_32 --gate-noise-end 1.5", "--gate-noise-end is 1.5; wanted 0 to 1"),
+    "gate noise without gates": (
+        "--model dyvm_micro_patch8_32 --pruning token --gate-noise-end 0",
+        "--gate-noise-end wants --pruning block or both",
+    ),
+    "gate noise of gates that do not learn": (
+        "--model dyvm_micro_patch8_32 --pruning-policy static --gate-noise-end 0",
+        "--gate-noise-end wants",
+        "--pruning-policy learned",
+    ),
     "random positions": ("--model test_vit --input-size 32 --if_random_token_rank", "--if_random_token_rank"),
     "cutmix": ("--cutmix-minmax 0.8 0.2", "--cutmix-minmax"),
 }

@@ -44,6 +44,18 @@ def test_fine_tuning_logs_the_loss_and_what_is_kept(tuned: Path) -> None:
     assert 0 <= line["test_kept_directions"] <= 1
 
 
+def test_gate_noise_falls_to_its_end(cifar: Path, vim_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scales, train = [], main.engine.train_one_epoch
+    monkeypatch.setattr(
+        main.engine,
+        "train_one_epoch",
+        lambda run, *rest: scales.append(run.model.site_methods[0].gate_noise) or train(run, *rest),
+    )
+    flags = (*DYVM, "--data-path", cifar, "--model-path", vim_weights, "--epochs", 3, "--gate-noise-end", 0.5)
+    assert main.main([str(flag) for flag in flags]) == 0
+    assert scales == [1.0, 0.75, 0.5]
+
+
 def test_evaluation_compares_with_the_teacher(
     tuned: Path, program: Callable[..., Result], cifar: Path, vim_weights: Path, tmp_path: Path
 ) -> None:

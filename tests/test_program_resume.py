@@ -19,7 +19,7 @@ SETTINGS = {
     "vim": ["--num_workers", 2, "--if_amp"],
     "fambav": ["--fusion-strategy", "all", "--fusion-token", 2, "--clip-grad", 1, "--sched", "plateau"],
     "fastvim": ["--if_amp", "--amp-dtype", "float16", "--no-repeated-aug", "--cosub"],
-    "dyvm": ["--mixup-mode", "elem", "--ThreeAugment", "--opt", "lamb"],
+    "dyvm": ["--mixup-mode", "elem", "--ThreeAugment", "--opt", "lamb", "--gate-noise-end", 0.2],
 }
 
 
