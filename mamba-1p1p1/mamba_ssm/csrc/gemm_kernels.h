@@ -8,7 +8,8 @@ constexpr int TILE_ROWS = 6;
 constexpr int TILE_VECTORS = ISA_AVX512 ? 4 : 2;
 constexpr int64_t PANEL = TILE_VECTORS * LANES;
 // A block of a, and the part of a panel that meets it, stay in the second-level cache together.
-constexpr int64_t BLOCK_ROWS = 16 * TILE_ROWS;
+constexpr int64_t BLOCK_TILES = 16;
+constexpr int64_t BLOCK_ROWS = BLOCK_TILES * TILE_ROWS;
 constexpr int64_t BLOCK_DEPTH = 512;
 
 // c (ROWS, columns) (+)= a (ROWS, depth) times a panel (depth, PANEL), of which the first VECTORS vectors count.
@@ -96,21 +97,24 @@ inline void pack_rows(const GemmArgs &s, int64_t row, int64_t rows, int64_t begi
     }
 }
 
-// A block of rows times the panels [first, last), for steps [begin, end).
+// Tiles [first, last) of the block of rows from `row` on, for steps [begin, end). Tiles are counted panel by panel.
 inline void multiply_block(const GemmArgs &s, int64_t row, int64_t first, int64_t last, int64_t begin, int64_t end,
                            const float *panels, float *packed) {
     const int64_t rows = s.rows - row < BLOCK_ROWS ? s.rows - row : BLOCK_ROWS, depth = end - begin;
+    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     const bool along_rows = s.a.column_stride == 1;
     const bool fresh = begin == 0 && !s.accumulate;
     const float *a = reinterpret_cast<const float *>(s.a.data) + row * s.a.row_stride + begin;
     if (!along_rows) pack_rows(s, row, rows, begin, end, packed);
-    for (int64_t p = first; p < last; ++p) {
+    for (int64_t p = first / tiles; p * tiles < last; ++p) {
+        const int64_t from = first - p * tiles > 0 ? first - p * tiles : 0;
+        const int64_t to = last - p * tiles < tiles ? (last - p * tiles) * TILE_ROWS : rows;
         const int64_t columns = s.columns - p * PANEL < PANEL ? s.columns - p * PANEL : PANEL;
         const int64_t vectors = (columns + LANES - 1) / LANES;
         const float *panel = panels + p * PANEL * depth;
         const float *bias = s.bias ? reinterpret_cast<const float *>(s.bias) + p * PANEL : nullptr;
-        float *c = reinterpret_cast<float *>(s.c) + row * s.c_stride + p * PANEL;
-        for (int64_t r = 0; r < rows; r += TILE_ROWS, c += TILE_ROWS * s.c_stride) {
+        for (int64_t r = from * TILE_ROWS; r < to; r += TILE_ROWS) {
+            float *c = reinterpret_cast<float *>(s.c) + (row + r) * s.c_stride + p * PANEL;
             const MultiplyTile multiply = tile_of(rows - r, vectors);
             if (along_rows)
                 multiply(a + r * s.a.row_stride, s.a.row_stride, 1, panel, depth, c, s.c_stride, columns, fresh, bias);
@@ -121,11 +125,11 @@ inline void multiply_block(const GemmArgs &s, int64_t row, int64_t first, int64_
 
 // Not zero where there was no memory.
 inline int gemm(const GemmArgs &s) {
-    const int64_t panels = (s.columns + PANEL - 1) / PANEL, blocks = (s.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    const int64_t vectors = (s.columns + LANES - 1) / LANES;
+    const int64_t panels = (s.columns + PANEL - 1) / PANEL, row_tiles = (s.rows + TILE_ROWS - 1) / TILE_ROWS;
+    const int64_t tiles = panels * row_tiles, block = panels * BLOCK_TILES, vectors = (s.columns + LANES - 1) / LANES;
     const int64_t passes = s.depth > BLOCK_DEPTH ? (s.depth + BLOCK_DEPTH - 1) / BLOCK_DEPTH : 1;
     const int64_t deepest = (s.depth + passes - 1) / passes;
-    const int shares = parallel::shares_for(s.threads, panels * blocks, s.rows * s.columns * (s.depth / LANES + 1));
+    const int shares = parallel::shares_for(s.threads, tiles, s.rows * s.columns * (s.depth / LANES + 1));
     // Panels start on a cache line.
     const int64_t line = 64 / sizeof(float), floats = (panels * PANEL + shares * BLOCK_ROWS) * deepest + line;
     float *const scratch = static_cast<float *>(std::malloc(floats * sizeof(float)));
@@ -141,13 +145,13 @@ inline int gemm(const GemmArgs &s) {
                              packed_b + v / TILE_VECTORS * PANEL * depth + v % TILE_VECTORS * LANES);
         });
         parallel::run(shares, [&](int share) {
-            const parallel::Range range = parallel::share_of(panels * blocks, shares, share);
-            for (int64_t task = range.begin; task < range.end;) {
-                const int64_t first = task % panels, left = range.end - task;
-                const int64_t last = left < panels - first ? first + left : panels;
-                multiply_block(s, task / panels * BLOCK_ROWS, first, last, begin, end, packed_b,
+            // the last block has fewer tiles than the others, so shares are counted in tiles
+            const parallel::Range range = parallel::share_of(tiles, shares, share);
+            for (int64_t start = range.begin / block * block; start < range.end; start += block) {
+                const int64_t first = range.begin > start ? range.begin - start : 0;
+                const int64_t last = (range.end - start < block ? range.end - start : block);
+                multiply_block(s, start / panels * TILE_ROWS, first, last, begin, end, packed_b,
                                packed_a + share * BLOCK_ROWS * deepest);
-                task += last - first;
             }
         });
     }
