@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from mamba_ssm.ops import merging
 from torch import Tensor, nn
 
 from fusion.config import FUSION_ORDERS, MergingConfig
@@ -69,13 +70,39 @@ def bipartite_soft_matching(
     if sort is False and (class_token or order == "raster"):
         raise ValueError("sort is False; wanted True or None with a class token or in raster order.")
     cls_index = (0,) if class_token else ()
-    num_patches = metric.shape[1] - len(cls_index)
-    r = num_merged(r, num_patches)
-    slot, kept = _match(metric[:, len(cls_index) :], r, len(cls_index), order, sort=class_token or bool(sort))
-    return _with_cls(slot, kept, num_patches - r, cls_index, cls_index)
+    r = num_merged(r, metric.shape[1] - len(cls_index))
+    return _match(metric, r, cls_index, cls_index, order, sort=class_token or bool(sort))[0]
 
 
-def _match(metric: Tensor, r: int, first: int, order: str, sort: bool) -> tuple[Tensor, Tensor]:
+def _match(
+    metric: Tensor,
+    r: int,
+    cls_index: tuple[int, ...] | Tensor,
+    moved: tuple[int, ...] | None,
+    order: str,
+    sort: bool,
+) -> tuple[Matching, tuple[int, ...] | Tensor]:
+    """Match a sequence with class tokens at `cls_index`, r within bounds. They go to `moved`, or if that is None a
+    single one keeps its own place among the patch tokens left. Returns the matching and where class tokens went."""
+    is_first = isinstance(cls_index, tuple) and cls_index == (0,)
+    if r and merging.has_kernels(metric):
+        cls = cls_index if isinstance(cls_index, Tensor) else torch.tensor([cls_index], dtype=torch.long)
+        targets = (-1,) if moved is None else moved
+        slot, kept, count, places = merging.match_tokens_fn(
+            metric.detach(), r, cls, targets, odd_first=is_first, raster=order == "raster", sort=sort
+        )
+        return Matching(slot, kept, count), places if moved is None else moved
+    patches = split_cls(metric, cls_index)[1]
+    slot, kept = _match_patches(patches, r, int(is_first), order, sort)
+    if moved is None:
+        before = cls_index if isinstance(cls_index, Tensor) else cls_index[0]
+        places = (kept & (torch.arange(kept.shape[1], device=kept.device) < before)).sum(1, keepdim=True)
+    else:
+        places = moved
+    return _with_cls(slot, kept, patches.shape[1] - r, cls_index, places), places
+
+
+def _match_patches(metric: Tensor, r: int, first: int, order: str, sort: bool) -> tuple[Tensor, Tensor]:
     """Match patch tokens alone, r within bounds: set a begins at index `first` (0 or 1), set b at the other. Returns
     `slot` and `kept`."""
     batch, length = metric.shape[:2]
@@ -120,6 +147,8 @@ def merge(x: Tensor, matching: Matching) -> Tensor:
 
     Sums in float32 at least. A token alone in its group keeps its exact value. Differentiable in x.
     """
+    if merging.has_kernels(x):
+        return merging.merge_tokens_fn(x, matching.slot, matching.count)
     batch, length, channels = x.shape
     num_left = matching.count.shape[1]
     # rows of a matrix instead of a batch of sequences: torch adds whole rows much faster
@@ -151,26 +180,27 @@ def merge_tokens(state: TokenState, r: int, order: str = "published") -> TokenSt
     """
     if state.token_mask is not None:
         raise ValueError("A masked sequence must keep its length; wanted token merging without a token mask.")
-    patches = split_cls(state.hidden, state.cls_index)[1]
-    fused = num_merged(r, patches.shape[1])
+    num_patches = state.num_tokens - state.num_cls
+    fused = num_merged(r, num_patches)
     if fused == 0:
         return state
-    has_head = isinstance(state.cls_index, tuple) and state.cls_index == (0,)
-    slot, kept = _match(patches, fused, int(has_head), order, sort=True)
-    cls_index = _moved_cls(state, kept, patches.shape[1] - fused, order)
-    matching = _with_cls(slot, kept, patches.shape[1] - fused, state.cls_index, cls_index)
+    moved = _moved_cls(state, num_patches - fused, order)
+    matching, cls_index = _match(state.hidden, fused, state.cls_index, moved, order, sort=True)
     return state.replace(
         hidden=merge(state.hidden, matching),
         residual=None if state.residual is None else merge(state.residual, matching),
         cls_index=cls_index,
         grid=None,
         positions=None,
-        groups=None if state.groups is None else slot.gather(1, state.groups),
+        groups=None
+        if state.groups is None
+        else _patch_slots(matching, state.cls_index, cls_index).gather(1, state.groups),
     )
 
 
-def _moved_cls(state: TokenState, kept: Tensor, num_left: int, order: str) -> tuple[int, ...] | Tensor:
-    """Where the class tokens of `state` stand among the `num_left` patch tokens that `kept` (B, M) leaves."""
+def _moved_cls(state: TokenState, num_left: int, order: str) -> tuple[int, ...] | None:
+    """Where the class tokens of `state` stand once `num_left` patch tokens are left; None where a single one keeps its
+    place among those, in each image its own."""
     old = state.cls_index
     if state.num_cls == 2:
         return 0, num_left + 1
@@ -179,10 +209,15 @@ def _moved_cls(state: TokenState, kept: Tensor, num_left: int, order: str) -> tu
             return old
         if old[0] == state.num_tokens - 1:
             return (num_left,)
-    if order == "published":
-        return (num_left // 2,)
-    index = torch.arange(kept.shape[1], device=kept.device)
-    return (kept & (index < (old if isinstance(old, Tensor) else old[0]))).sum(1, keepdim=True)
+    return (num_left // 2,) if order == "published" else None
+
+
+def _patch_slots(matching: Matching, old: tuple[int, ...] | Tensor, new: tuple[int, ...] | Tensor) -> Tensor:
+    """Where each patch token goes among the patch tokens left, (B, M); class tokens go from `old` to `new`."""
+    slot = split_cls(matching.slot.unsqueeze(-1), old)[1].squeeze(-1)
+    for place in reversed(new.split(1, 1) if isinstance(new, Tensor) else new):
+        slot = slot - (slot > place).long()
+    return slot
 
 
 def _with_cls(

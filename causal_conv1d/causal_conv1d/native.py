@@ -67,14 +67,16 @@ def isa(name: str) -> Iterator[str]:
             library.kernel_isa(_most)
 
 
-def call(function, fields: Sequence[int]) -> None:
-    """Hand `fields` to a library function.
+def call(function, fields: Sequence[int]) -> int:
+    """Hand `fields` to a library function; returns its code, 0 or one of its own above 1.
 
     Raises:
         MemoryError: the function found no memory to work in.
     """
-    if function((ctypes.c_int64 * len(fields))(*fields)):
+    code = function((ctypes.c_int64 * len(fields))(*fields))
+    if code == 1:
         raise MemoryError("no memory for a kernel's working buffers")
+    return code
 
 
 ABSENT_SIGNAL = (0, 0, 0, 0, 0)

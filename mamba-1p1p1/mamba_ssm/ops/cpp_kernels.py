@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from causal_conv1d.native import ABSENT_SIGNAL, DTYPE_CODES, address, call, load_library, signal
 from causal_conv1d.operators import backends as conv_backends
-from mamba_ssm.ops import cpp_directions, cpp_gemm, cpp_norm, cpp_pooled, directions
+from mamba_ssm.ops import cpp_directions, cpp_gemm, cpp_merging, cpp_norm, cpp_pooled, directions
 from torch import Tensor
 
 _ABSENT_MATRIX = (0,) * 7
@@ -34,6 +34,8 @@ def load() -> ModuleType:
             "mamba_pooled_conv_args_bytes": cpp_pooled.CONV_FIELDS,
             "mamba_pooled_scan_args_bytes": cpp_pooled.SCAN_FIELDS,
             "mamba_pooled_gate_args_bytes": cpp_pooled.GATE_FIELDS,
+            "mamba_match_args_bytes": cpp_merging.MATCH_FIELDS,
+            "mamba_merge_args_bytes": cpp_merging.MERGE_FIELDS,
         }
         _library = load_library(str(package), sizes)
     return sys.modules[__name__]
@@ -233,6 +235,14 @@ def pooled_scan(*args) -> Tensor:
 
 def pooled_gate(*args) -> Tensor:
     return cpp_pooled.pooled_gate(_library, *args)
+
+
+def match_tokens(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return cpp_merging.match_tokens(_library, *args)
+
+
+def merge_tokens(*args) -> Tensor:
+    return cpp_merging.merge_tokens(_library, *args)
 
 
 def _convolution(x: Tensor) -> ModuleType | None:

@@ -141,6 +141,15 @@ def _differentiate_add_norm(ctx, dout: Tensor | None, dtotal: Tensor | None, _dm
     return dx, dresidual, dweight, dbias, None, None, None
 
 
+def has_kernel(x: Tensor, function: str) -> bool:
+    """Whether the kernel set for `x` has `function`, which not all have. Not while a graph is exported, whose reader
+    knows the plain operators only."""
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    if torch.jit.is_tracing() or exporting():
+        return False
+    return hasattr(backends.pick(x), function)
+
+
 def register(name: str, kernel, fake, *, save=None, differentiate=None) -> None:
     """Give operator `mamba_ssm::name` its kernel, its fake and, if it is differentiable, its gradient."""
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from mamba_ssm.ops.operators import LIBRARY, backends, register
+from mamba_ssm.ops.operators import LIBRARY, backends, has_kernel, register
 from torch import Tensor
 
 _TAG = torch.Tag.pt2_compliant_tag
@@ -61,11 +61,8 @@ class Projections(NamedTuple):
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether there are kernels for `x`. Not while a graph is exported, whose reader knows the plain operators only."""
-    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    if torch.jit.is_tracing() or exporting():
-        return False
-    return hasattr(backends.pick(x), "pooled_conv")
+    """Whether there are kernels for `x`."""
+    return has_kernel(x, "pooled_conv")
 
 
 def pooled_conv_fn(x: Tensor, forward: Taps, backward: Taps, lines: Lines) -> tuple[Tensor, Tensor, Tensor]:
