@@ -6,12 +6,13 @@ import argparse
 import logging
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from causal_conv1d import backend
 from torch import Tensor
 
 import main
@@ -70,6 +71,14 @@ def groups_of(matching: Matching, image: int) -> list[list[int]]:
     ]
 
 
+@pytest.fixture(params=["auto", "torch"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The kernels at hand, and none."""
+    with backend.use(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("case", ["bipartite_cls", "bipartite_nocls", "bipartite_cap"])
 def test_published_matching(case: str) -> None:
     config, arrays = load(case)
@@ -81,6 +90,7 @@ def test_published_matching(case: str) -> None:
     assert relative_error(unmerge(merged, matching), arrays["unmerged"]) < 1e-6
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("class_token", [True, False])
 @pytest.mark.parametrize(("length", "r"), [(17, 5), (16, 5), (16, 100), (2, 1), (3, 1), (9, 0), (9, -3), (1, 4)])
@@ -96,6 +106,7 @@ def test_matching_is_the_definition(length: int, r: int, class_token: bool, orde
         assert int(matching.kept[image].sum()) == len(wanted)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_unsorted_survivors_come_most_similar_first() -> None:
     metric = images((2, 16, 8), 3)
     unit = metric / metric.norm(dim=-1, keepdim=True)
@@ -120,6 +131,7 @@ def test_gradient_is_the_mean_and_not_the_choice(order: str) -> None:
     torch.testing.assert_close(x.grad, shares)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_ties_zeros_and_infinities_still_give_a_matching() -> None:
     for metric in (torch.zeros(2, 9, 4), torch.ones(2, 9, 4), torch.full((2, 9, 4), torch.nan)):
         matching = bipartite_soft_matching(metric, 3, class_token=True)
@@ -128,6 +140,7 @@ def test_ties_zeros_and_infinities_still_give_a_matching() -> None:
         assert matching.slot[:, 0].tolist() == [0, 0]
 
 
+@pytest.mark.usefixtures("kernels")
 def test_half_precision_sums_in_float32() -> None:
     """Bfloat16 would lose the 257th summand of equal size."""
     x = torch.full((1, 600, 1), 3.0, dtype=torch.bfloat16)
@@ -150,6 +163,7 @@ STATES = {
 }
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", STATES)
 def test_class_tokens_pass_untouched(kind: str, order: str) -> None:
@@ -179,6 +193,7 @@ def test_class_tokens_pass_untouched(kind: str, order: str) -> None:
     assert new_patches.shape[1] == patches.shape[1] - 4
 
 
+@pytest.mark.usefixtures("kernels")
 def test_where_class_tokens_go() -> None:
     hidden = images((3, 17, 8), 7)
 
@@ -216,6 +231,7 @@ def test_images_do_not_see_each_other(order: str) -> None:
         torch.testing.assert_close(model(x[1:2]), together[1:2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", CLASS_TOKENS)
 def test_models_train_and_get_shorter(kind: str, order: str) -> None:
