@@ -66,13 +66,16 @@ def _merging(strategy: str, tokens: int, layer: int = 0) -> tuple[str, ...]:
     return "--fusion-strategy", strategy, "--fusion-layer", str(layer), "--fusion-token", str(tokens)
 
 
+# fifteen epochs do not make a gate sure of itself: without noise in the end, it decides as it does in inference
+_SURE = ("--gate-noise-end", "0")
+_BLOCK, _BOTH = ("--pruning", "block"), ("--pruning", "both")
 METHODS = {
     "none": Method("Vim", "vim"),
     "upper": Method("Famba-V (upper)", "vim", _merging("upper", 8, 4), _merging("upper", 8, 2)),
     "fastvim": Method("FastVim", "fastvim"),
     "dyvm-token": Method("DyVM (token)", "dyvm", ("--pruning", "token"), fine_tunes=True),
-    "dyvm-block": Method("DyVM (block)", "dyvm", ("--pruning", "block"), fine_tunes=True),
-    "dyvm-both": Method("DyVM (both)", "dyvm", ("--pruning", "both"), fine_tunes=True),
+    "dyvm-block": Method("DyVM (block)", "dyvm", _BLOCK, _BLOCK + _SURE, fine_tunes=True),
+    "dyvm-both": Method("DyVM (both)", "dyvm", _BOTH, _BOTH + _SURE, fine_tunes=True),
     # attention does not stand the Vims' learning rate on the digits
     "deit": Method("DeiT", "deit", (), ("--lr", "1e-3")),
 }
@@ -92,7 +95,7 @@ for _name in _STRATEGIES:
         f"{_method.title[:-1]}, raster order)", "vim", _method.flags + _raster, _method.nano_flags + _raster
     )
 for _policy in ("random", "static"):
-    _flags = (*METHODS["dyvm-both"].flags, "--pruning-policy", _policy)
+    _flags = (*_BOTH, "--pruning-policy", _policy)
     METHODS[f"dyvm-{_policy}"] = Method(f"DyVM (both, {_policy})", "dyvm", _flags, fine_tunes=True)
 GROUPS = {
     "merging": ("none", *_STRATEGIES, *(f"{name}-raster" for name in _STRATEGIES)),

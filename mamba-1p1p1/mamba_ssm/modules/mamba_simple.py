@@ -334,28 +334,29 @@ class Mamba(nn.Module):
             return self._pooled_lines(hidden_states, pooling.lines)
         # every projection is position-wise, so the narrowest tensors are the ones to reorder
         x, z = self.in_proj(pooling.order(hidden_states)).chunk(2, dim=-1)
-        skip, groups = None, []
-        for direction in self.directions:
+        directions, skip, groups = self.directions, None, []
+        for direction in directions:
             u = self._convolve(direction, x, token_mask)
             D = direction.D.to(u.dtype)
             skip = u * D if skip is None else torch.addcmul(skip, u, D)
             groups.append(pooling.reduce(u))
-        y = pooling.expand_add(skip, self._scan_groups(groups)) * self._share
+        y = pooling.expand_add(skip, self._scan_groups(directions, groups)) * self._share
         return pooling.restore(self._project(y if self.layernorm is None else self.layernorm(y), z))
 
     def _pooled_lines(self, hidden_states: Tensor, lines: Lines) -> Tensor:
         """`_pooled` for v2 and the lines of a full grid, in two passes over the tokens."""
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        taps = [Taps(each.conv.weight.squeeze(1), each.conv.bias, each.D) for each in self.directions]
+        directions = self.directions
+        taps = [Taps(each.conv.weight.squeeze(1), each.conv.bias, each.D) for each in directions]
         skip, *groups = pooled_conv_fn(x, *taps, lines)
         norm = (None, None, 0.0)
         if self.layernorm is not None:
             norm = self.layernorm.weight, self.layernorm.bias, self.layernorm.eps
-        return self._project(pooled_gate_fn(skip, self._scan_groups(groups), z, *norm, lines, self._share), None)
+        scanned = self._scan_groups(directions, groups)
+        return self._project(pooled_gate_fn(skip, scanned, z, *norm, lines, self._share), None)
 
-    def _scan_groups(self, groups: Sequence[Tensor]) -> Tensor:
+    def _scan_groups(self, directions: Sequence[_Direction], groups: Sequence[Tensor]) -> Tensor:
         """The sum of the directions' scans, each over its own groups (B, G, d_inner), without D and z."""
-        directions = self.directions
         if self.bimamba_type == "v2" and not torch.is_grad_enabled() and has_kernels(groups[0]):
             projections = [
                 Projections(each.x_proj.weight, each.dt_proj.weight, each.dt_proj.bias, each.A_log)
