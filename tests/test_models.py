@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -11,6 +13,7 @@ import torch
 import models_mamba
 from embeddings import resize_pos_embed
 from fusion.token_state import TokenState, join_cls, split_cls
+from tests.conftest import ROOT
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_classes=5, drop_path_rate=0.0)
 NAMES = timm.list_models(module="models_mamba")
@@ -284,6 +287,18 @@ def test_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
     logits.sum().backward()
     assert torch.isfinite(model.layers[0].mixer.A_log.grad).all()
+
+
+def test_compiles_in_a_process_that_has_run_nothing() -> None:
+    """There the compiler meets kernels that are not loaded yet."""
+    code = """
+import timm, torch, models_mamba
+for name, keywords in (("vim", dict(fusion_strategy="all", fusion_token=9)), ("fastvim", {})):
+    model = timm.create_model(f"{name}_nano_patch4_32", depth=2, **keywords)
+    torch.compile(model, backend="aot_eager", fullgraph=True)(torch.randn(1, 3, 32, 32)).sum().backward()
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 BAD = {

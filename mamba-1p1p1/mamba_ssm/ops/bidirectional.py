@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from mamba_ssm.ops.operators import LIBRARY, backends, register
+from mamba_ssm.ops.operators import LIBRARY, backends, has_kernel, register
 from mamba_ssm.ops.scan import check_scan, selective_scan_fn
 from torch import Tensor
 
@@ -48,10 +48,8 @@ class Direction(NamedTuple):
 
 
 def shares_launch(x: Tensor) -> bool:
-    """Whether there are kernels that take both scans of `x` at once. Not while a graph is exported, whose reader knows
-    the plain operators only."""
-    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    return not torch.jit.is_tracing() and not exporting() and hasattr(backends.pick(x), "scan_forward_both")
+    """Whether there are kernels that take both scans of `x` at once."""
+    return has_kernel(x, "scan_forward_both")
 
 
 def _alike(first: Direction, second: Direction) -> bool:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from causal_conv1d.backend import KERNEL_DTYPES
 from causal_conv1d.causal_conv1d_interface import WIDTHS
 from causal_conv1d.checks import check_device, check_dtype, check_ndim, check_shape, check_tensor
-from mamba_ssm.ops.operators import LIBRARY, backends, register
+from mamba_ssm.ops.operators import LIBRARY, backends, has_kernel, register
 from torch import Tensor
 
 
@@ -57,11 +57,8 @@ LIBRARY.define(
 
 def run_as_one(x: Tensor) -> bool:
     """Whether there are kernels for `x` that make one operator of it all; put together from others it saves memory, not
-    time. Not while a graph is exported, whose reader knows the plain operators only."""
-    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    if torch.jit.is_tracing() or exporting():
-        return False
-    return hasattr(backends.pick(x), "directions_forward")
+    time."""
+    return has_kernel(x, "directions_forward")
 
 
 def directions_fn(xz: Tensor, directions: Sequence[Direction], share: float = 1.0) -> Tensor:

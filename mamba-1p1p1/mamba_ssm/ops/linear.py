@@ -40,10 +40,10 @@ def _kernels(*tensors: Tensor) -> Any | None:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: x (..., in) times weight (out, in), plus bias (out,)."""
-    kernels = _kernels(x, weight)
     # compilers and tracers have their own ways with a product, autocast another dtype
     other = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu")
-    if kernels is None or other or x.numel() * weight.shape[0] < _MIN_MULTIPLICATIONS:
+    kernels = None if other or x.numel() * weight.shape[0] < _MIN_MULTIPLICATIONS else _kernels(x, weight)
+    if kernels is None:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(kernels, x, weight, bias)

@@ -141,12 +141,20 @@ def _differentiate_add_norm(ctx, dout: Tensor | None, dtotal: Tensor | None, _dm
     return dx, dresidual, dweight, dbias, None, None, None
 
 
+@torch.compiler.assume_constant_result
+def _load(device_type: str) -> str:
+    """Load the kernel set for a kind of device, which a compiler cannot follow."""
+    return backends.available(device_type)
+
+
 def has_kernel(x: Tensor, function: str) -> bool:
     """Whether the kernel set for `x` has `function`, which not all have. Not while a graph is exported, whose reader
     knows the plain operators only."""
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
     if torch.jit.is_tracing() or exporting():
         return False
+    if torch.compiler.is_compiling():
+        _load(x.device.type)
     return hasattr(backends.pick(x), function)
 
 
