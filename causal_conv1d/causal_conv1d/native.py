@@ -87,6 +87,12 @@ def signal(x: Tensor | None) -> tuple[int, ...]:
     return ABSENT_SIGNAL if x is None else (x.data_ptr(), DTYPE_CODES[x.dtype], *x.stride())
 
 
+def channel_last(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """`x` (batch, tokens, dim), copied only if its stride along dim is not 1, and its address and other strides."""
+    x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+    return x, (x.data_ptr(), x.stride(0), x.stride(1))
+
+
 def address(x: Tensor | None) -> int:
     """Address of a contiguous float32 tensor; 0 for None."""
     return 0 if x is None else x.data_ptr()

@@ -149,7 +149,7 @@ inline int gemm(const GemmArgs &s) {
             const parallel::Range range = parallel::share_of(tiles, shares, share);
             for (int64_t start = range.begin / block * block; start < range.end; start += block) {
                 const int64_t first = range.begin > start ? range.begin - start : 0;
-                const int64_t last = (range.end - start < block ? range.end - start : block);
+                const int64_t last = range.end - start < block ? range.end - start : block;
                 multiply_block(s, start / panels * TILE_ROWS, first, last, begin, end, packed_b,
                                packed_a + share * BLOCK_ROWS * deepest);
             }

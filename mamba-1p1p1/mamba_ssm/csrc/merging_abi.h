@@ -4,17 +4,14 @@
 
 #include <cstdint>
 
-// (batch, tokens, channels) with stride 1 along channels.
-struct Sequence {
-    int64_t data, batch_stride, token_stride;
-};
+#include "tokens_abi.h"
 
 // Among the tokens that are no class tokens, set a is those at even places, or at odd ones if `odd_first`; set b is the
 // others. `fused` of set a become one with a token of set b each.
 struct MatchArgs {
     int64_t batch, tokens, channels, dtype, threads;
     int64_t fused, classes, odd_first, raster, sorted;
-    Sequence x;
+    Tokens x;
     int64_t cls, cls_stride;  // int64 (batch, classes), rising
     int64_t moved[2];         // where class tokens go; a negative number for its own place among the tokens left
     // contiguous: int64 (batch, tokens), bool (batch, tokens), int64 (batch, tokens - fused), int64 (batch, classes)
@@ -35,6 +32,6 @@ struct MatchArgs {
 
 struct MergeArgs {
     int64_t batch, tokens, left, channels, dtype, threads;
-    Sequence x;
+    Tokens x;
     int64_t slot, count, out;  // contiguous: int64 (batch, tokens), int64 (batch, left), x's dtype (batch, left, channels)
 };

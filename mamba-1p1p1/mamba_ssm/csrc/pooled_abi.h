@@ -6,16 +6,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "tokens_abi.h"
+
 inline double double_of(int64_t bits) {
     double value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
-
-// (batch, lines * length, dim) with stride 1 along dim.
-struct Tokens {
-    int64_t data, batch_stride, token_stride;
-};
 
 // A grid of tokens cut into lines: token k of line g is token g * length + k or, across, token k * lines + g.
 struct Lines {

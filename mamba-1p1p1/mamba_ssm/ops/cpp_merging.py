@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from causal_conv1d.native import DTYPE_CODES, call
+from causal_conv1d.native import DTYPE_CODES, call, channel_last
 from torch import Tensor
 
 MATCH_FIELDS = 5 + 5 + 3 + 2 + 2 + 4
 MERGE_FIELDS = 6 + 3 + 3
-
-
-def _sequence(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """`x` (batch, tokens, channels), copied only if its stride along channels is not 1, and its description."""
-    x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
-    return x, (x.data_ptr(), x.stride(0), x.stride(1))
 
 
 def match_tokens(
@@ -26,7 +20,7 @@ def match_tokens(
     kept = torch.empty(batch, tokens, dtype=torch.bool)
     count = cls.new_empty(batch, tokens - fused)
     places = cls.new_empty(batch, classes)
-    metric, described = _sequence(metric)
+    metric, described = channel_last(metric)
     cls = cls.contiguous()
     fields = (
         *(batch, tokens, channels, DTYPE_CODES[metric.dtype], torch.get_num_threads()),
@@ -44,7 +38,7 @@ def match_tokens(
 def merge_tokens(library, x: Tensor, slot: Tensor, count: Tensor) -> Tensor:
     (batch, tokens, channels), left = x.shape, count.shape[1]
     out = x.new_empty(batch, left, channels)
-    (x, described), slot, count = _sequence(x), slot.contiguous(), count.contiguous()
+    (x, described), slot, count = channel_last(x), slot.contiguous(), count.contiguous()
     fields = (
         *(batch, tokens, left, channels, DTYPE_CODES[x.dtype], torch.get_num_threads()),
         *described,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 import torch
-from causal_conv1d.native import DTYPE_CODES, address, call
+from causal_conv1d.native import DTYPE_CODES, address, call, channel_last
 from torch import Tensor
 
 CONV_FIELDS = 6 + 3 + 3 + 2 * 3 + 3
@@ -19,12 +19,6 @@ def _bits(value: float) -> int:
 
 def _float32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.float32).contiguous()
-
-
-def _tokens(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """`x` (batch, tokens, dim), copied only if its stride along dim is not 1, and its description."""
-    x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
-    return x, (x.data_ptr(), x.stride(0), x.stride(1))
 
 
 def pooled_conv(
@@ -44,7 +38,7 @@ def pooled_conv(
     skip = x.new_empty(x.shape)
     pooled, pooled_b = (x.new_empty((batch, lines, dim)) for _ in range(2))
     if skip.numel():
-        x, described = _tokens(x)
+        x, described = channel_last(x)
         taps = [_float32(parameter) for parameter in (weight, bias, D, weight_b, bias_b, D_b)]
         fields = (
             *(batch, dim, DTYPE_CODES[x.dtype], weight.shape[1], _bits(scale), torch.get_num_threads()),
@@ -86,7 +80,7 @@ def pooled_gate(
     batch, tokens, dim = skip.shape
     out = skip.new_empty(skip.shape)
     if out.numel():
-        (z, described), lines = _tokens(z), groups.shape[1]
+        (z, described), lines = channel_last(z), groups.shape[1]
         skip, groups, weight, bias = skip.contiguous(), groups.contiguous(), _float32(weight), _float32(bias)
         fields = (
             *(batch, dim, DTYPE_CODES[skip.dtype], _bits(share), _bits(eps), torch.get_num_threads()),
