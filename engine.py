@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 import utils
 from checkpoints import Run
 from datasets import EvalBatches, TrainBatches, check_labels
-from fusion.dynamic_pruning import DecisionMeter
+from fusion import Meter
 from utils import PeerError, Progress, RunError, StopRequest, UsageError, nearest, number
 
 _logger = logging.getLogger(__name__)
@@ -292,10 +292,10 @@ def evaluate(
     autocast: Callable[[], contextlib.AbstractContextManager],
     num_classes: int,
     stop: StopRequest | None = None,
-    meter: DecisionMeter | None = None,
+    meters: Sequence[Meter] = (),
 ) -> dict[str, float] | None:
     """Loss, acc1 and acc5 (percent) of `model` over all of `batches`, exact for any number of processes, and the shares
-    that a `meter` around it finds kept.
+    that `meters` find kept on the way.
 
     Returns None if a signal stopped it. Every process must call this together.
     """
@@ -320,8 +320,10 @@ def evaluate(
             continue
         check_labels(batch[1], num_classes, "evaluation")
         images, targets = (part.to(device, non_blocking=True) for part in batch[:2])
-        with autocast():
-            outputs = (meter or model)(images)
+        with contextlib.ExitStack() as active:
+            for context in (autocast(), *meters):
+                active.enter_context(context)
+            outputs = model(images)
         outputs = (outputs if isinstance(outputs, Tensor) else outputs[0]).float()
         sums[0] += F.cross_entropy(outputs, targets, reduction="sum").item()
         top1, top5 = utils.accuracy(outputs, targets)
@@ -331,9 +333,11 @@ def evaluate(
     progress.close()
     if batches.shared:
         sums = utils.sum_over_processes(sums)
-        if meter is not None:
+        for meter in meters:
             meter.sums = torch.tensor(utils.sum_over_processes(meter.sums.tolist()), dtype=torch.float64)
     if sums[3] == 0:
         raise UsageError("The evaluation set holds no image.")
     stats = {"loss": sums[0] / sums[3], "acc1": 100 * sums[1] / sums[3], "acc5": 100 * sums[2] / sums[3]}
-    return stats if meter is None else stats | meter.shares()
+    for meter in meters:
+        stats |= meter.shares()
+    return stats

@@ -14,7 +14,7 @@ import contextlib
 import itertools
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,11 @@ import augment
 import checkpoints
 import datasets
 import engine
+import fusion
 import losses
 import models_mamba
 import utils
 from checkpoints import Run
-from fusion import config as methods
-from fusion.dynamic_pruning import DecisionMeter, PruningLoss, scale_gate_noise
-from fusion.token_merging import report_merging
 from utils import PeerError, RunError, StopRequest, UsageError, number
 
 _logger = logging.getLogger("main")
@@ -60,7 +58,7 @@ def get_args_parser() -> utils.Parser:
     group.add_argument("--epochs", type=number(int, 1), default=300, help="default: 300")
     group.add_argument("--start_epoch", "--start-epoch", type=number(int, 0), default=0, help="default: 0")
     group.add_argument("--eval", action="store_true", help="evaluate only")
-    for owner in (engine, losses, augment, datasets, checkpoints, utils, methods):
+    for owner in (engine, losses, augment, datasets, checkpoints, utils, fusion):
         owner.add_arguments(parser)
     return parser
 
@@ -69,8 +67,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the flags and refuse, before any work, those that contradict each other or name what is not there."""
     args, typed = get_args_parser().parse(argv)
     try:
-        methods.check(args)
-        name, _ = methods.model_keywords(args)
+        fusion.check(args, typed)
+        name = models_mamba.registry_name(args.model)
+        fusion.model_keywords(args, models_mamba.registry_keywords(name))
     except ValueError as error:
         raise UsageError(str(error)) from error
     if not timm.is_model(name):
@@ -86,11 +85,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for owner in (engine, losses, augment, datasets, checkpoints):
         owner.check(args)
     with torch.device("meta"):
-        check_model(build_model(args, num_classes=1), args)
+        check_model(build_model(args, num_classes=1), args, typed)
     return args
 
 
-def check_model(model: nn.Module, args: argparse.Namespace) -> None:
+def check_model(model: nn.Module, args: argparse.Namespace, typed: set[str]) -> None:
     """Refuse flags that do not fit `model`, which may be on the meta device."""
     if args.fsdp:
         for flag, wrong in (
@@ -98,7 +97,7 @@ def check_model(model: nn.Module, args: argparse.Namespace) -> None:
             ("--visualize", args.visualize),
             ("--amp-dtype float16", args.amp_dtype == "float16"),
             ("--model-ema-force-cpu", args.model_ema_force_cpu),
-            (f"--model {args.model}", not isinstance(model, models_mamba.VisionMamba) or is_pruned(model)),
+            (f"--model {args.model}", not isinstance(model, models_mamba.VisionMamba)),
         ):
             if wrong:
                 raise UsageError(f"{flag} contradicts --fsdp, which trains Vision Mambas without pruning.")
@@ -110,24 +109,17 @@ def check_model(model: nn.Module, args: argparse.Namespace) -> None:
         for name in ("if_random_cls_token_position", "if_random_token_rank", "visualize"):
             if getattr(args, name):
                 raise UsageError(f"--{name} wants a Vision Mamba; {args.model} does not know it.")
-    elif model.methods.pruning is not None and not args.eval:
-        if not args.model_path:
-            raise UsageError(
-                "Training with pruning wants --model-path: student and teacher start from a trained model."
-            )
-        for flag, wrong in (
-            ("--cosub", args.cosub),
-            ("--distillation-type", args.distillation_type != "none"),
-            ("--no-train-mode", not args.train_mode),
-        ):
-            if wrong:
-                raise UsageError(f"{flag} contradicts pruning, which has its own loss, teacher and training mode.")
+    for method in fusion.methods_of(model):
+        try:
+            method.check(args, typed)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
 
 def build_model(args: argparse.Namespace, num_classes: int, **overrides: Any) -> nn.Module:
     """The model that the flags ask for, from timm's registry; `overrides` are keywords that come before the flags."""
-    name, keywords = methods.model_keywords(args)
-    keywords |= overrides
+    name = models_mamba.registry_name(args.model)
+    keywords = fusion.model_keywords(args, models_mamba.registry_keywords(name)) | overrides
     own = name in timm.list_models(module="models_mamba")
     if own or timm.get_pretrained_cfg(name).fixed_input_size:
         keywords["img_size"] = args.input_size
@@ -145,14 +137,15 @@ def build_model(args: argparse.Namespace, num_classes: int, **overrides: Any) ->
 def load_weights(args: argparse.Namespace, model: nn.Module) -> nn.Module | None:
     """Start `model` from --finetune, fitted to its image size and class count, or from --model-path, as it is.
 
-    Returns the teacher of a pruned model, which --model-path holds unless it is all that --eval is given.
+    Returns the teacher that a method wants, which --model-path holds unless it is all that --eval is given.
     """
     teacher, may_miss = None, set()
-    if is_pruned(model) and args.model_path and not (args.eval and not args.resume and not args.finetune):
-        teacher = build_model(args, args.nb_classes, pruning="none")
+    taught = [method for method in fusion.methods_of(model) if method.needs_teacher]
+    if taught and args.model_path and not (args.eval and not args.resume and not args.finetune):
+        teacher = build_plain_model(args, args.nb_classes, model)
         weights, _ = checkpoints.find_weights(checkpoints.read(args.model_path), args.model_path)
         checkpoints.load_strictly(teacher, weights, args.model_path, f"the model that {args.model} prunes")
-        may_miss = set() if args.eval else model.state_dict().keys() - teacher.state_dict().keys()
+        may_miss = set() if args.eval else set().union(*(method.added_parameters() for method in taught))
     path = args.finetune or ("" if args.eval and args.resume else args.model_path)
     if path:
         weights, origin = checkpoints.find_weights(checkpoints.read(path), path)
@@ -164,9 +157,10 @@ def load_weights(args: argparse.Namespace, model: nn.Module) -> nn.Module | None
     return teacher
 
 
-def is_pruned(model: nn.Module) -> bool:
-    """Whether `model` prunes tokens or scan directions."""
-    return getattr(model, "methods", methods.MethodConfig()).pruning is not None
+def build_plain_model(args: argparse.Namespace, num_classes: int, model: nn.Module) -> nn.Module:
+    """`model` without the methods that want a teacher: their teacher's shape."""
+    off = {method.switch: method.off for method in fusion.methods_of(model) if method.needs_teacher}
+    return build_model(args, num_classes, **off)
 
 
 def build_run(
@@ -192,9 +186,8 @@ def build_run(
         )
     autocast, scaler = engine.build_precision(args, device)
     criterion = losses.build_criterion(args, args.nb_classes)
-    if teacher is not None:
-        weights = args.token_pruning_weight, args.block_pruning_weight
-        criterion = PruningLoss(criterion, teacher, model.methods.pruning, *weights)
+    for method in fusion.methods_of(model):
+        criterion = method.criterion(criterion, teacher, args)
     criterion = criterion.to(device)
     mixup = augment.build_mixup(args, args.nb_classes)
     return Run(model, trained, criterion, optimizer, scheduler, autocast, scaler, ema, mixup, device)
@@ -222,34 +215,36 @@ def evaluate_only(
     for title, weights in versions:
         if weights is not None:
             checkpoints.load_strictly(model, weights, path, args.model)
-        meter = DecisionMeter(model) if is_pruned(model) else None
-        stats = engine.evaluate(batches, model, device, autocast, args.nb_classes, meter=meter)
+        meters = fusion.meters_of(model)
+        stats = engine.evaluate(batches, model, device, autocast, args.nb_classes, meters=meters)
         _logger.info(
             "Accuracy on the %d test images%s: top-1 %.2f %%, top-5 %.2f %%, loss %.4f",
             *(len(batches.loader.dataset), title, stats["acc1"], stats["acc5"], stats["loss"]),
         )
-        if meter is not None and utils.is_main_process():
-            report_pruning(args, meter, teacher, device, batches, autocast)
+        if meters and utils.is_main_process():
+            report_methods(args, model, meters, teacher, device, batches, autocast)
         if not title:
-            visualize(args, model, batches.loader.dataset, device, meter)
+            visualize(args, model, batches.loader.dataset, device, meters)
 
 
-def report_pruning(
+def report_methods(
     args: argparse.Namespace,
-    meter: DecisionMeter,
+    model: nn.Module,
+    meters: Sequence[fusion.Meter],
     teacher: nn.Module | None,
     device: torch.device,
     batches: datasets.EvalBatches,
     autocast: Callable[[], contextlib.AbstractContextManager],
 ) -> None:
-    """Say what `meter` saw kept, and how fast and large its model and the unpruned one are."""
+    """Say what `meters` saw decided, and how fast and large the model and its plain one are."""
     from benchmarks import pruning
 
     # speed does not depend on the weights
-    unpruned = build_model(args, args.nb_classes, pruning="none") if teacher is None else teacher
+    plain = build_plain_model(args, args.nb_classes, model) if teacher is None else teacher
     images = next(iter(batches))[0].to(device)
-    for line in pruning.report(meter, unpruned.to(device), images, autocast):
-        _logger.info("%s", line)
+    for meter in meters:
+        for line in pruning.report(meter, model, plain.to(device), images, autocast):
+            _logger.info("%s", line)
 
 
 def train(
@@ -264,14 +259,14 @@ def train(
     board = utils.Board(output if utils.is_main_process() else None, run.updates)
     parameters = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
     while run.epoch < args.epochs:
-        if is_pruned(run.model):
-            scale_gate_noise(run.model, run.epoch, args.epochs, args.gate_noise_end)
+        for method in fusion.methods_of(run.model):
+            method.begin_epoch(run.epoch, args.epochs, args)
         trained = engine.train_one_epoch(run, batches, args, stop, board)
         tested = None
         if trained is not None:
             memory = utils.peak_memory_mib(run.device)
-            meter = DecisionMeter(run.model) if is_pruned(run.model) else None
-            tested = engine.evaluate(tests, run.model, run.device, run.autocast, args.nb_classes, stop, meter)
+            meters = fusion.meters_of(run.model)
+            tested = engine.evaluate(tests, run.model, run.device, run.autocast, args.nb_classes, stop, meters)
         if tested is None:
             break
         if run.scheduler is not None:
@@ -304,21 +299,17 @@ def visualize(
     model: nn.Module,
     test_set: Iterable[Any],
     device: torch.device,
-    meter: DecisionMeter | None = None,
+    meters: Sequence[fusion.Meter] = (),
 ) -> None:
-    """Save pictures of what `model` does to the first test images, if --visualize asks for them; what `meter` saw a
-    pruned one decide is among them."""
+    """Save pictures of what `model` does to the first test images, if --visualize asks for them; what `meters` saw its
+    methods decide is among them."""
     if not args.visualize or not utils.is_main_process():
         return
-    from fusion.visualize import NUM_IMAGES, visualize_merging
+    from fusion.visualize import NUM_IMAGES
 
     images = torch.stack([item[0] for item in itertools.islice(iter(test_set), NUM_IMAGES)]).to(device)
     try:
-        visualize_merging(model, images, args.visualize)
-        if is_pruned(model):
-            from fusion.visualize_pruning import visualize_pruning
-
-            visualize_pruning(model, images, args.visualize, meter)
+        fusion.draw(model, images, args.visualize, meters)
     except OSError as error:
         _logger.warning("%s cannot hold the pictures (%s); there are none.", args.visualize, error)
 
@@ -337,7 +328,7 @@ def work(args: argparse.Namespace, stop: StopRequest) -> None:
     model = build_model(args, args.nb_classes)
     teacher = load_weights(args, model)
     model = model.to(device)
-    report_merging(model)
+    fusion.describe(model)
     if args.eval:
         return evaluate_only(args, model, teacher, device, tests)
     run = build_run(args, model, teacher, device, batches.batch_size)
