@@ -145,7 +145,8 @@ def load_weights(args: argparse.Namespace, model: nn.Module) -> nn.Module | None
         teacher = build_plain_model(args, args.nb_classes, model)
         weights, _ = checkpoints.find_weights(checkpoints.read(args.model_path), args.model_path)
         checkpoints.load_strictly(teacher, weights, args.model_path, f"the model that {args.model} prunes")
-        may_miss = set() if args.eval else set().union(*(method.added_parameters() for method in taught))
+    if not args.eval:
+        may_miss = set().union(*(method.added_parameters() for method in fusion.methods_of(model)))
     path = args.finetune or ("" if args.eval and args.resume else args.model_path)
     if path:
         weights, origin = checkpoints.find_weights(checkpoints.read(path), path)
