@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.machinery
 import importlib.util
-import itertools
 import json
 import logging
-import math
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,41 +18,28 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-import utils
-from augment import build_transform, mixes
-from samplers import SeededDataset, SeededSampler
-from utils import UsageError, nearest, number
+from utils import UsageError, nearest
+from utils.flags import number
+from utils.processes import once_per_node
 
 _logger = logging.getLogger(__name__)
 
 DATA_SETS = ("CIFAR", "CIFAR10", "IMNET", "INAT", "INAT19", "DIGITS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-REPEATS = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of data sets and loaders."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--data-path", default="", metavar="DIR", help="where the data set lies")
-    group.add_argument(
-        "--data-set", default="DIGITS", metavar="NAME", help=f"{', '.join(DATA_SETS)} or timm/NAME (default: DIGITS)"
-    )
+    """Add the flags of image classification sets."""
+    group = parser.add_argument_group("image sets")
     group.add_argument("--inat-category", default="name", choices=INAT_CATEGORIES, help="what INAT's classes are")
     group.add_argument("--train-split", default="train", help="training split of a timm/ data set (default: train)")
     group.add_argument("--val-split", default="validation", help="its evaluation split (default: validation)")
     group.add_argument(
         "--num-classes", type=number(int, 1), default=None, help="classes of a timm/ set that does not say"
     )
-    utils.add_switch(
-        group, ["--repeated-aug"], ["--no-repeated-aug"], default=True, help="repeat each image 3 times in a row"
-    )
-    group.add_argument("--eval-crop-ratio", type=number(float, 0, 1, above=True), default=0.875, help="default: 0.875")
-    group.add_argument("--dist-eval", action="store_true", help="share the evaluation set among the processes")
-    group.add_argument("--num_workers", "--num-workers", type=number(int, 0), default=10, help="default: 10")
-    utils.add_switch(group, ["--pin-mem"], ["--no-pin-mem"], default=True, help="page-locked batches for faster copies")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -223,7 +208,7 @@ def _build_cifar(is_train: bool, args: argparse.Namespace, transform: Callable[.
             except Exception as error:  # network, disk and archive errors alike
                 raise UsageError(f"{folder} does not exist and {source.url} cannot be downloaded: {error}.") from error
 
-        utils.once_per_node(download)
+        once_per_node(download)
     return ImageArrays(*_cifar_arrays(folder, files, label), transform), classes
 
 
@@ -294,14 +279,15 @@ def _build_timm(is_train: bool, args: argparse.Namespace, transform: Callable[..
     return dataset, args.num_classes or len(known)
 
 
-def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, int]:
+def build_dataset(
+    is_train: bool, args: argparse.Namespace, transform: Callable[[Image.Image], Any]
+) -> tuple[Dataset, int]:
     """The training or evaluation set that the flags ask for, and its number of classes.
 
-    Items are (normalised image (3, size, size), class number). Raises UsageError for data that are not there, broken,
-    or labelled outside the classes.
+    Items are (what `transform` makes of the image, class number). Raises UsageError for data that are not there,
+    broken, or labelled outside the classes.
     """
     name = args.data_set
-    transform = build_transform(is_train, args, flip=name != "DIGITS")
     if name.startswith("timm/"):
         dataset, classes = _build_timm(is_train, args, transform)
     elif name in ("INAT", "INAT19"):
@@ -322,107 +308,3 @@ def check_labels(targets: Tensor, num_classes: int, what: str) -> None:
     wrong = targets[(targets < 0) | (targets >= num_classes)]
     if len(wrong):
         raise UsageError(f"The {what} set has label {int(wrong[0])}; wanted 0 to {num_classes - 1}.")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-
-
-def _workers(args: argparse.Namespace) -> int:
-    """Loader processes for each process: as many as asked for, at most its share of the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if args.num_workers > share:
-        _logger.info(
-            "%d loader workers a process instead of %d: that is its share of the cores.", share, args.num_workers
-        )
-    return min(args.num_workers, share)
-
-
-class TrainBatches:
-    """The training set in batches of (images (B, 3, size, size), class numbers (B,)), the same after any interruption.
-
-    `batch_size` is the flag's, less where a process has fewer images than that; the last, partial batch of an epoch is
-    left out. `steps` is the number of batches in an epoch, None where the data set does not know.
-    """
-
-    def __init__(self, dataset: Dataset, args: argparse.Namespace) -> None:
-        self.seed, self.batch_size = args.seed, args.batch_size
-        self.dataset, self.generator = dataset, torch.Generator()
-        self.sampler: SeededSampler | None = None
-        workers = _workers(args)
-        options: dict[str, Any] = {}
-        if isinstance(dataset, IterableDataset):
-            # timm's readers share their samples among processes, and count those of one
-            workers = max(workers, 1)  # in this process a stream would remember its last epoch
-            if hasattr(dataset, "set_loader_cfg"):
-                dataset.set_loader_cfg(num_workers=workers)
-            self.steps = len(dataset) // self.batch_size or None  # type: ignore[arg-type]
-        else:
-            repeats = REPEATS if args.repeated_aug else 1
-            self.sampler = SeededSampler(dataset, args.seed, utils.rank(), utils.world_size(), repeats)
-            count = len(self.sampler)
-            if count < self.batch_size:
-                self.batch_size = count - count % 2 if mixes(args) else count
-                _logger.warning("Batches of %d: each process has only %d images.", self.batch_size, count)
-            if self.batch_size == 0:
-                raise UsageError(
-                    f"The training set gives each process {count} images; mixup wants 2, or --mixup 0 --cutmix 0."
-                )
-            self.steps = count // self.batch_size
-            dataset, options = SeededDataset(dataset), {"sampler": self.sampler, "persistent_workers": workers > 0}
-        self.loader = DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=workers,
-            pin_memory=args.pin_mem and torch.cuda.is_available(),
-            drop_last=True,
-            worker_init_fn=utils.ignore_stop_signals,
-            generator=self.generator,
-            **options,
-        )
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of `epoch` from number `start` on."""
-        self.generator.manual_seed(int(np.random.SeedSequence([self.seed, epoch, utils.rank()]).generate_state(1)[0]))
-        if self.sampler is not None:
-            self.sampler.set_epoch(epoch, start * self.batch_size)
-            return iter(self.loader)
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-        return itertools.islice(iter(self.loader), start, None)
-
-
-class EvalBatches:
-    """The evaluation set in order, in batches half as large again as in training.
-
-    With `--dist-eval` a process gets every world_size-th image, and no image comes twice: `steps` is the longest
-    share, so that all processes can go through the same number of steps.
-    """
-
-    def __init__(self, dataset: Dataset, args: argparse.Namespace) -> None:
-        batch_size = int(1.5 * args.batch_size)
-        shares = utils.world_size() if args.dist_eval else 1
-        streams = isinstance(dataset, IterableDataset)
-        self.steps: int | None = None
-        options: dict[str, Any] = {}
-        if not streams:
-            size = len(dataset)  # type: ignore[arg-type]
-            self.steps = math.ceil(math.ceil(size / shares) / batch_size)
-            options = {"sampler": range(utils.rank() % shares, size, shares)}
-        # timm's readers share streams themselves, as evenly as their shards allow
-        self.shared = (shares if not streams else utils.world_size()) > 1
-        workers = max(_workers(args), int(streams))
-        self.loader = DataLoader(
-            dataset,
-            batch_size=batch_size,
-            num_workers=workers,
-            pin_memory=args.pin_mem and torch.cuda.is_available(),
-            worker_init_fn=utils.ignore_stop_signals,
-            generator=torch.Generator(),
-            persistent_workers=workers > 0 and not streams,
-            **options,
-        )
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self.loader)

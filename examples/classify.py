@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import augment
 import checkpoints
 import datasets
 import main as program
+from tasks.backbone import build_backbone
+from tasks.classify import augmentation
 
 
 @torch.inference_mode()
@@ -27,9 +28,9 @@ def classify(checkpoint: str, images: list[str], model_name: str | None = None) 
         args = argparse.Namespace(**saved["args"])
     else:
         args = program.parse(["--model", model_name, "--eval", "--finetune", checkpoint])
-    model = program.build_model(args, num_classes=len(weights["head.weight"]))
+    model = build_backbone(args, num_classes=len(weights["head.weight"]))
     model.load_state_dict(weights)
-    transform = augment.build_transform(False, args)
+    transform = augmentation.build_transform(False, args)
     batch = torch.stack([transform(datasets.load_image(image)) for image in images])
     return model.eval()(batch).softmax(-1)
 
