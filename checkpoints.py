@@ -11,6 +11,7 @@ import logging
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,25 +33,31 @@ _logger = logging.getLogger(__name__)
 EMA_ENTRIES = ("model_ema", "state_dict_ema", "ema_state_dict")
 WEIGHT_ENTRIES = ("model", "state_dict", "model_state_dict")
 EMA_PREFIXES = ("model_ema.", "ema_model.", "ema.")
-WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
-# Lightning checkpoints carry settings of these packages beside the weights; they are read as inert stand-ins.
-INERT_PACKAGES = ("omegaconf", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "pathlib")
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "encoder.")
+# Checkpoints carry settings and figures of these packages beside the weights; they are read as inert stand-ins.
+INERT_PACKAGES = (
+    *("omegaconf", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "pathlib"),
+    *("numpy", "datetime"),
+)
+# what is beside an encoder in the weights of self-supervised training
+DECODER_PREFIXES = ("decoder", "mask_token")
 
 
 def read(path: str) -> Any:
     """What the checkpoint at `path`, a file or an https URL, holds; nothing in it is run.
 
-    Raises UsageError for a file that is broken or whose pickle calls anything but tensors, plain values and
-    `argparse.Namespace`.
+    Raises UsageError for a file that is broken, whose pickle calls anything but tensors, plain values and
+    `argparse.Namespace`, or that holds tensors larger than itself.
     """
     file = download(path) if is_url(path) else Path(path)
-    if file.suffix == ".safetensors":
+    kind = _kind(file, path)
+    if file.suffix == ".safetensors" or kind == "safetensors":
         try:
             return safetensors.torch.load_file(file)
         except Exception as error:  # safetensors raises its own error class, and OSError
             raise UsageError(f"{path} is no whole safetensors file: {error}.") from error
     try:
-        return _load_pickle(file)
+        checkpoint = _load_pickle(file)
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
         if foreign:
@@ -58,14 +65,49 @@ def read(path: str) -> Any:
         raise UsageError(f"{path} is no whole checkpoint, or holds more than weights.") from error
     except Exception as error:  # a truncated or flipped file trips torch's reader in any way
         raise UsageError(f"{path} is no whole checkpoint: {first_line(error)}.") from error
+    _check_tensors(checkpoint, path)
+    return checkpoint
+
+
+def _kind(file: Path, path: str) -> str:
+    """What `file` is by its first bytes. Raises UsageError for what is often taken for a checkpoint and is none, and
+    for an archive whose records unfold to more than the file."""
+    try:
+        with open(file, "rb") as stream:
+            head = stream.read(512)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if head.startswith(b"version https://git-lfs"):
+        raise UsageError(f"{path} is a pointer of git-lfs; wanted the file itself, by `git lfs pull`.")
+    if head.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
+        raise UsageError(f"{path} is a web page; wanted the checkpoint that it links to.")
+    if zipfile.is_zipfile(file):
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise UsageError(f"{path} is a compressed archive; wanted a checkpoint as torch.save writes it.")
+    return "safetensors" if head[8:9] == b"{" and not head.startswith(b"PK") else ""
+
+
+def _check_tensors(value: Any, path: str) -> None:
+    """Refuse tensors that claim more elements than their storage has: a small file would fill the memory."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            _check_tensors(part, path)
+    elif isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu":
+        size = value.numel() * value.element_size()
+        if size > max(value.untyped_storage().nbytes(), 1 << 20):
+            raise UsageError(f"{path} has a tensor of {tuple(value.shape)} that repeats its elements; wanted weights.")
 
 
 def _load_pickle(file: Path) -> Any:
     stand_ins: list[Any] = [argparse.Namespace]
     with contextlib.suppress(ValueError, RuntimeError):  # raised for files without an archive, which have none to list
         for name in torch.serialization.get_unsafe_globals_in_checkpoint(file):
-            if name.partition(".")[0] in INERT_PACKAGES:
-                stand_ins.append((type(name.rpartition(".")[2], (_Inert,), {}), name))
+            kind = _InertDict if name == "collections.defaultdict" else _Inert
+            if kind is _InertDict or name.partition(".")[0] in INERT_PACKAGES or name == "builtins.list":
+                stand_ins.append((type(name.rpartition(".")[2], (kind,), {}), name))
     with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # on pickle protocols: what cannot be read raises
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -82,6 +124,16 @@ class _Inert:
 
     def __setstate__(self, state: Any) -> None:
         pass
+
+
+class _InertDict(dict):
+    """Stands for a dictionary with a factory, which is never called."""
+
+    def __new__(cls, *args: Any) -> _InertDict:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
 
 
 def find_weights(checkpoint: Any, path: str, *, ema: bool = False) -> tuple[dict[str, Tensor], str]:
@@ -133,6 +185,10 @@ def load_strictly(
     found = model.load_state_dict(fitting, strict=False)
     missing = [key for key in found.missing_keys if key not in shapes and not (may_miss and may_miss(key))]
     unexpected = found.unexpected_keys
+    broken = [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        others = f", nor are {len(broken) - 1} more tensors" if len(broken) > 1 else ""
+        _logger.warning("%s: %s is not finite%s.", path, broken[0], others)
     told = (
         [f"{key} is missing" for key in missing[:2]]
         + [f"{key} is unknown" for key in unexpected[:2]]
@@ -155,21 +211,26 @@ def class_positions(model: nn.Module, num_patches: int) -> tuple[int, ...]:
 def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict[str, Tensor], Callable[[str], bool]]:
     """Fit `weights` to `model`'s image size and class count.
 
-    The position embedding is resized, a head for another number of classes is left out, and both are said. Returns the
-    weights and a test for the keys that may be missing from them.
+    The position embedding is resized; a head for another number of classes, or none at all, and a decoder beside the
+    encoder are left out; all of it is said. Returns the weights and a test for the keys that may be missing from them.
     """
     own, weights = model.state_dict(), dict(weights)
-    dropped = [
-        key
-        for key in own
-        if key.startswith(("head.", "head_dist.")) and key in weights and weights[key].shape != own[key].shape
-    ]
+    decoder = [key for key in weights if key not in own and key.startswith(DECODER_PREFIXES)]
+    if decoder:
+        _logger.info("%s: its decoder is left out (%s, %d tensors).", path, decoder[0], len(decoder))
+        weights = {key: value for key, value in weights.items() if key not in decoder}
+    in_head = [key for key in own if key.startswith(("head.", "head_dist."))]
+    dropped = [key for key in in_head if key in weights and weights[key].shape != own[key].shape]
     if dropped:
         heads = {key.partition(".")[0] for key in dropped}
-        classes = weights[dropped[0]].shape[0]
+        classes = weights[dropped[0]].shape[0] if weights[dropped[0]].ndim else 0
         _logger.info("%s: its head for %d classes is left out; the new one starts afresh.", path, classes)
         weights = {key: value for key, value in weights.items() if key.partition(".")[0] not in heads}
         dropped = [key for key in own if key.partition(".")[0] in heads]
+    elif not any(key in weights for key in in_head):
+        dropped = in_head
+        if in_head:
+            _logger.info("%s has no head; the new one starts afresh.", path)
     name = "pos_embed"
     if name in own and name in weights and own[name].shape[1] != weights[name].shape[1]:
         new_grid = tuple(getattr(model, "pos_embed_grid", None) or model.patch_embed.grid_size)

@@ -1,4 +1,4 @@
-"""Data sets and how they reach the model in batches."""
+"""Image classification sets, as DeiT's `build_dataset` knows them: folders, CIFAR, iNaturalist, timm's, digits."""
 
 from __future__ import annotations
 
@@ -11,23 +11,30 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils import UsageError, nearest
-from utils.flags import number
+from utils import UsageError, first_line, nearest
+from utils.flags import add_switch, number
 from utils.processes import once_per_node
 
 _logger = logging.getLogger(__name__)
 
-DATA_SETS = ("CIFAR", "CIFAR10", "IMNET", "INAT", "INAT19", "DIGITS")
+Image.MAX_IMAGE_PIXELS = None  # `load_image` counts them itself, and names the flag
+MAX_PIXELS = 2 * 89_478_485  # what Pillow refuses by default
+MOST_ASPECT = 100
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
+WHITES = (1.0, 255.0, 4095.0, 65535.0)
+DATA_SETS = ("CIFAR", "CIFAR10", "IMNET", "IMNET_100", "INAT", "INAT19", "DIGITS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 
@@ -40,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-classes", type=number(int, 1), default=None, help="classes of a timm/ set that does not say"
     )
+    group.add_argument(
+        "--max-pixels", type=number(int, 1), default=MAX_PIXELS, metavar="N", help="of an image (default: %(default)s)"
+    )
+    add_switch(group, ["--exif"], ["--no-exif"], default=True, help="turn photographs as their EXIF orientation says")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -67,19 +78,42 @@ def check(args: argparse.Namespace) -> None:
 # Images
 
 
-def load_image(path: str) -> Image.Image:
-    """The image in file `path` as RGB; 16-bit greys are scaled down. Raises UsageError, naming the file, if
-    unreadable."""
+def load_image(path: str, *, upright: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image in file `path` as RGB.
+
+    `upright` turns it as its EXIF orientation says. Greys of more than 8 bits, and floats, keep their range: full white
+    is the least of 1 (floats), 255, 4,095 and 65,535 that is not below their highest value. Raises UsageError, naming
+    the file, if it is unreadable, of a format that is none of `FORMATS`, has more than `max_pixels` or a side over
+    `MOST_ASPECT` times the other, or holds values that are not finite.
+    """
     try:
-        with Image.open(path) as image:
+        # an allow-list, since some of Pillow's readers start other programs
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ValueError(f"it has {width} x {height} pixels; --max-pixels {width * height} allows it")
+            if max(width, height) > MOST_ASPECT * min(width, height):
+                raise ValueError(f"it is {width} x {height}; wanted sides of at most {MOST_ASPECT} to 1")
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith(("I", "F")):
-                values = np.asarray(image, dtype=np.float32)
-                highest = 65535.0 if image.mode.startswith("I;16") else max(float(values.max()), 255.0)
-                return Image.fromarray((values.clip(0) * (255 / highest)).astype(np.uint8)).convert("RGB")
+                return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
             return image.convert("RGB")
     except Exception as error:  # Pillow's readers raise whatever a broken file makes them trip over
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"Image {path} cannot be read: {reason}.") from error
+        raise UsageError(f"Image {path} cannot be read: {first_line(error)}.") from error
+
+
+def image_loader(args: argparse.Namespace) -> Callable[[str], Image.Image]:
+    """`load_image` as the flags want it."""
+    return partial(load_image, upright=args.exif, max_pixels=args.max_pixels)
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values that are not finite")
+    highest = float(values.max())
+    white = next((white for white in WHITES[values.dtype.kind != "f" :] if highest <= white), highest)
+    return np.rint(values.astype(np.float32).clip(0) * (255 / white)).astype(np.uint8)
 
 
 class ImageArrays(Dataset):
@@ -104,17 +138,53 @@ class ImageArrays(Dataset):
         return self.transform(image), self.targets[index]
 
 
-class _KnownClasses(ImageFolder):
-    """An ImageFolder whose classes are those of another, so that a class number means the same in both."""
+def class_names(folder: Path) -> list[str]:
+    """The folders in `folder` that are not hidden, sorted; UsageError if there is none."""
+    if not folder.is_dir():
+        raise UsageError(f"--data-path {folder.parent} wants train and val, with a folder of images per class.")
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UsageError(f"{folder} has no folder of images; wanted one per class.")
+    return names
 
-    def __init__(self, root: str, class_to_idx: dict[str, int], **kwargs: Any) -> None:
-        self._known = class_to_idx
-        super().__init__(root, **kwargs)
+
+class ClassFolders(ImageFolder):
+    """A folder of images per class; hidden folders and files are none, and what is no image is left out, with a count.
+
+    `class_to_idx` gives the class numbers, so that a number means the same in training and evaluation; with `cut`,
+    classes that are not among them are left out. Raises UsageError for a set without classes or images.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        transform: Callable[..., Any],
+        loader: Callable[[str], Image.Image],
+        class_to_idx: dict[str, int],
+        cut: bool = False,
+    ) -> None:
+        self._known, self._cut = class_to_idx, cut
+        self._others = 0
+        try:
+            super().__init__(str(root), transform, loader=loader, is_valid_file=self._is_image)
+        except FileNotFoundError as error:
+            raise UsageError(f"{root} is no folder of classes: {first_line(error)}.") from error
+        if self._others:
+            _logger.warning("%s: %d files that are no images are left out.", root, self._others)
+
+    def _is_image(self, path: str) -> bool:
+        name = os.path.basename(path)
+        if name.startswith("."):
+            return False
+        is_image = name.lower().endswith(IMG_EXTENSIONS)
+        self._others += not is_image
+        return is_image
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        names, _ = super().find_classes(directory)
+        names = class_names(Path(directory))
         unknown = sorted(set(names) - set(self._known))
-        if unknown:
+        names = [name for name in names if name in self._known]
+        if unknown and not self._cut:
             raise UsageError(f"{directory} has a class {unknown[0]!r} that the training set does not have.")
         return names, {name: self._known[name] for name in names}
 
@@ -126,8 +196,16 @@ class INatDataset(Dataset):
     where its `file_name` says, or there without the level of its super-category.
     """
 
-    def __init__(self, root: Path, is_train: bool, year: int, category: str, transform: Callable[..., Any]) -> None:
-        self.transform = transform
+    def __init__(
+        self,
+        root: Path,
+        is_train: bool,
+        year: int,
+        category: str,
+        transform: Callable[..., Any],
+        loader: Callable[[str], Image.Image] = load_image,
+    ) -> None:
+        self.transform, self.loader = transform, loader
         train = _read_json(root / f"train{year}.json")
         data = train if is_train else _read_json(root / f"val{year}.json")
         catalogue = root / "categories.json"
@@ -159,7 +237,7 @@ class INatDataset(Dataset):
         if not path.exists():
             parts = Path(name).parts
             path = self.root.joinpath(*parts[:1], *parts[2:])
-        return self.transform(load_image(str(path))), target
+        return self.transform(self.loader(str(path))), target
 
 
 def _read_json(path: Path) -> Any:
@@ -169,15 +247,62 @@ def _read_json(path: Path) -> Any:
         raise UsageError(f"{path} cannot be read: {error}.") from None
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles what CIFAR's files hold, numpy arrays and plain values, and nothing that could run code."""
+class _PickledDtype:
+    """Stands for numpy's dtype in a CIFAR file: bytes or whole numbers, and nothing that holds pointers."""
 
-    allowed = ("_reconstruct", "ndarray", "dtype", "encode", "_frombuffer")
+    codes: ClassVar[dict[str, str]] = {"u1": "u1", "|u1": "u1", "i8": "<i8", "<i8": "<i8"}
+
+    def __init__(self, code: Any, *args: Any) -> None:
+        code = code.decode() if isinstance(code, bytes) else code
+        if code not in self.codes:
+            raise pickle.UnpicklingError(f"it holds an array of {code!r}")
+        self.code = self.codes[code]
+
+    def __setstate__(self, state: Any) -> None:
+        if state[1] not in ("<", "|", b"<", b"|"):
+            raise pickle.UnpicklingError("it holds an array of another byte order")
+
+
+class _PickledArray:
+    """Stands for numpy's array in a CIFAR file, and is made of the bytes that are there."""
+
+    values: np.ndarray
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, is_fortran, raw = state
+        raw = raw.encode("latin-1") if isinstance(raw, str) else raw
+        self.values = np.frombuffer(raw, dtype.code).reshape(shape, order="F" if is_fortran else "C")
+
+
+def _from_buffer(raw: Any, dtype: _PickledDtype, shape: tuple[int, ...], order: str) -> _PickledArray:
+    array = _PickledArray()
+    array.__setstate__((1, shape, dtype, order == "F", bytes(raw)))
+    return array
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it wants the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles what CIFAR's files hold, numpy arrays and plain values; no name in them is looked up or run."""
+
+    known: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy", "ndarray"): _PickledArray,
+        ("numpy", "dtype"): _PickledDtype,
+        ("numpy.core.multiarray", "_reconstruct"): lambda *ignored: _PickledArray(),
+        ("numpy._core.multiarray", "_reconstruct"): lambda *ignored: _PickledArray(),
+        ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+        ("numpy._core.numeric", "_frombuffer"): _from_buffer,
+        ("_codecs", "encode"): _encode,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in self.allowed and module.partition(".")[0] in ("numpy", "_codecs"):
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        raise pickle.UnpicklingError(f"it wants {module}.{name}")
+        if (module, name) not in self.known:
+            raise pickle.UnpicklingError(f"it wants {module}.{name}")
+        return self.known[module, name]
 
 
 def _cifar_arrays(folder: Path, files: Sequence[str], label: bytes) -> tuple[np.ndarray, list[int]]:
@@ -186,8 +311,11 @@ def _cifar_arrays(folder: Path, files: Sequence[str], label: bytes) -> tuple[np.
         try:
             with open(folder / name, "rb") as file:
                 entry = _ArrayUnpickler(file, encoding="bytes").load()
-            images.append(np.asarray(entry[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-            targets += [int(target) for target in entry[label]]
+            data = entry[b"data"].values.astype(np.uint8, casting="safe")
+            images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+            labels = entry[label]
+            labels = labels.values.tolist() if isinstance(labels, _PickledArray) else labels
+            targets += [int(target) for target in labels]
         except Exception as error:  # a broken pickle can raise nearly anything
             raise UsageError(f"{folder / name} is no CIFAR file: {error}.") from error
     return np.ascontiguousarray(np.concatenate(images)), targets
@@ -224,19 +352,12 @@ def _build_digits(is_train: bool, args: argparse.Namespace, transform: Callable[
 
 
 def _build_folder(is_train: bool, args: argparse.Namespace, transform: Callable[..., Any]) -> tuple[Dataset, int]:
-    root = Path(args.data_path)
-    try:
-        if is_train or not (root / "train").is_dir():
-            part = root / ("train" if is_train else "val")
-            folder = ImageFolder(str(part), transform, loader=load_image)
-            return folder, len(folder.classes)
-        names = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
-        classes = {name: number for number, name in enumerate(names)}
-        return _KnownClasses(str(root / "val"), classes, transform=transform, loader=load_image), len(classes)
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"--data-path {root} wants train and val, with a folder of images per class: {error}."
-        ) from error
+    root, part = Path(args.data_path), "train" if is_train else "val"
+    source = root / "train" if (root / "train").is_dir() or is_train else root / "val"
+    most = 100 if args.data_set == "IMNET_100" else None
+    names = class_names(source)[:most]
+    classes = {name: number for number, name in enumerate(names)}
+    return ClassFolders(root / part, transform, image_loader(args), classes, cut=most is not None), len(classes)
 
 
 def _import_huggingface() -> None:
@@ -292,10 +413,16 @@ def build_dataset(
         dataset, classes = _build_timm(is_train, args, transform)
     elif name in ("INAT", "INAT19"):
         year = 2018 if name == "INAT" else 2019
-        dataset = INatDataset(Path(args.data_path), is_train, year, args.inat_category, transform)
+        dataset = INatDataset(Path(args.data_path), is_train, year, args.inat_category, transform, image_loader(args))
         classes = len(dataset.class_to_idx)
     else:
-        build = {"CIFAR": _build_cifar, "CIFAR10": _build_cifar, "DIGITS": _build_digits, "IMNET": _build_folder}[name]
+        build = {
+            "CIFAR": _build_cifar,
+            "CIFAR10": _build_cifar,
+            "DIGITS": _build_digits,
+            "IMNET": _build_folder,
+            "IMNET_100": _build_folder,
+        }[name]
         dataset, classes = build(is_train, args, transform)
     targets = getattr(dataset, "targets", None)
     if targets is not None:
