@@ -10,6 +10,7 @@ import contextlib
 import logging
 import pickle
 import re
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -272,11 +273,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     weights, origin = find_weights(read(args.source), args.source, ema=args.ema)
     weights = {name: value.clone().contiguous() for name, value in weights.items()}
-    if args.target.suffix == ".safetensors":
-        data = safetensors.torch.save(weights)
-        write_atomically(args.target, lambda file: file.write(data))
-    else:
-        write_atomically(args.target, lambda file: torch.save(weights, file))
+    try:
+        if args.target.suffix == ".safetensors":
+            data = safetensors.torch.save(weights)
+            write_atomically(args.target, lambda file: file.write(data))
+        else:
+            write_atomically(args.target, lambda file: torch.save(weights, file))
+    except OSError as error:
+        raise UsageError(f"{args.target} cannot be written: {error.strerror or error}.") from error
     _logger.info("%s: %d tensors from %s.", args.target, len(weights), origin)
 
 
@@ -285,4 +289,5 @@ if __name__ == "__main__":
     try:
         main()
     except UsageError as error:
-        raise SystemExit(f"{error}") from None
+        print(f"checkpoints.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
