@@ -196,7 +196,8 @@ def train(args: argparse.Namespace, run: Run, batches: TrainBatches, tests: Eval
     """Train to the last epoch; after each, test, save and log."""
     task, metric = run.task, run.task.metric
     output = Path(args.output_dir) if args.output_dir else None
-    board = Board(output if is_main_process() else None, run.updates)
+    is_main = is_main_process()
+    board = Board(output if is_main else None, run.updates, vars(args) if args.mlflow and is_main else None)
     parameters = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
     is_saved = True
     try:

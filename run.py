@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import importlib.util
 import json
 import logging
 import os
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--finetune", default="", metavar="FILE", help="start from FILE's weights, at any image size and class count"
     )
+    group.add_argument("--mlflow", action="store_true", help="log to MLflow too, where its package is installed")
     group.add_argument("--start_epoch", "--start-epoch", type=int, default=0, help="default: 0")
 
 
@@ -70,6 +72,8 @@ def check(args: argparse.Namespace) -> None:
     """Refuse checkpoint flags that contradict each other or name no file."""
     if args.start_epoch < 0:
         raise UsageError(f"--start_epoch is {args.start_epoch}; wanted a whole number from 0.")
+    if args.mlflow and importlib.util.find_spec("mlflow") is None:
+        raise UsageError("--mlflow wants the MLflow package; wanted pip install mlflow.")
     for name in ("output_dir", "resume", "finetune", "model_path"):
         setattr(args, name, _home(getattr(args, name, "")))
     for flag, value in (("--resume", args.resume), ("--finetune", args.finetune), ("--model-path", args.model_path)):

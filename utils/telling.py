@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -105,20 +106,30 @@ def _clock(seconds: float) -> str:
 
 
 class Board:
-    """TensorBoard events in a folder, None for none; points after `updates` steps, of a run that was killed, are
-    replaced."""
+    """Curves of a run: TensorBoard events in a folder, and MLflow metrics where `settings`, the run's flags, are given.
+
+    Nothing is written for a folder of None. Points after `updates` steps, of a run that was killed, are replaced.
+    """
 
     every = 20  # steps between two points of the training loss
 
-    def __init__(self, folder: Path | None, updates: int = 0) -> None:
-        self._writer = None
+    def __init__(self, folder: Path | None, updates: int = 0, settings: dict[str, Any] | None = None) -> None:
+        self._writer = self._mlflow = None
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(folder), purge_step=updates + 1 if updates else None)
+        if settings is not None:
+            import mlflow
+
+            self._mlflow = mlflow
+            mlflow.start_run(run_name=folder.name if folder is not None else None)
+            mlflow.log_params({name: str(value) for name, value in settings.items()})
 
     def add(self, values: dict[str, float], step: int) -> None:
         """Add a point to each curve. A disk that is full ends the curves, not the run."""
+        if self._mlflow is not None:
+            self._mlflow.log_metrics(values, step=step)
         if self._writer is None:
             return
         try:
@@ -130,10 +141,12 @@ class Board:
             self._writer = None
 
     def close(self) -> None:
-        """End the file."""
+        """End the curves."""
         if self._writer is not None:
             with contextlib.suppress(OSError):
                 self._writer.close()
+        if self._mlflow is not None:
+            self._mlflow.end_run()
 
 
 def setup_logging() -> None:
