@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from utils import Parser, RunError, UsageError, number
+from utils import RunError, UsageError
+from utils.flags import Parser, number
 
 Main = Callable[[Sequence[str] | None], int | None]
 
@@ -41,9 +42,9 @@ def command(name: str) -> Callable[[Main], Callable[..., int]]:
     return decorate
 
 
-def parser(name: str, description: str | None) -> Parser:
+def parser(name: str, description: str | None, **options: Any) -> Parser:
     """A parser of the command `name`, whose module's docstring is its help."""
-    return Parser(prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return Parser(prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
 
 def add_device(found: argparse.ArgumentParser) -> None:

@@ -38,10 +38,11 @@ import main as program
 from benchmarks import plot
 from benchmarks.command import add_device, command, parser, write, write_json
 from benchmarks.comparisons import COMPARISONS, Comparison
-from benchmarks.summary import Score, markdown, read_log
+from benchmarks.summary import Score, markdown, read_log, score_of_task
 from benchmarks.trained import Run, measure
 from measure.machine import in_words, machine
-from utils import RunError, UsageError, number
+from utils import RunError, UsageError
+from utils.flags import number
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -105,7 +106,7 @@ def launch(run: Run, args: argparse.Namespace) -> int:
 
 def train_all(runs: Sequence[Run], args: argparse.Namespace, launch: Launch) -> None:
     """Make the runs that are not finished; raises RunError for one that fails."""
-    score = COMPARISONS[args.task].score
+    score = score_of_task(args.task)
     waiting = [run for run in runs if not run.finished()]
     if len(waiting) < len(runs):
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already.")
@@ -147,14 +148,14 @@ def figures_of(score: Score) -> dict[str, tuple[str, float, int, bool]]:
     return {score.key: (score.title, 1, 2, True)} | FIGURES
 
 
-def summarize(found: Sequence[dict[str, Any]], table: Comparison) -> list[dict[str, Any]]:
+def summarize(found: Sequence[dict[str, Any]], table: Comparison, score: Score) -> list[dict[str, Any]]:
     """One row a method: every figure's mean over the seeds, its standard deviation as `<name>_spread` (0 for one seed),
     lowest and highest, and as `<name>_text` what a reader sees of it."""
     rows = []
     for name in dict.fromkeys(entry["method"] for entry in found):
         entries = [entry for entry in found if entry["method"] == name]
         row: dict[str, Any] = {"method": name, "title": table.methods[name].title, "seeds": len(entries)}
-        for figure, (_, unit, decimals, show_spread) in figures_of(table.score).items():
+        for figure, (_, unit, decimals, show_spread) in figures_of(score).items():
             values = [entry[figure] for entry in entries]
             mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
             row |= {
@@ -173,8 +174,8 @@ def report(
     runs: Sequence[Run], found: Sequence[dict[str, Any]], about: dict[str, Any], args: argparse.Namespace
 ) -> str:
     """Write table.md, table.csv, pareto.png and results.json; returns the Markdown table with what it was made on."""
-    table = COMPARISONS[args.task]
-    rows = summarize(found, table)
+    table, score = COMPARISONS[args.task], score_of_task(args.task)
+    rows = summarize(found, table, score)
     seeds = f"mean ± standard deviation over {len(args.seeds)} seeds" if len(args.seeds) > 1 else "one seed"
     fine_tuned = [table.methods[name].title for name in args.methods if table.methods[name].fine_tunes]
     made = f"{args.data_set}, {args.size} models, {_epochs(args.epochs)}, {seeds}"
@@ -184,7 +185,7 @@ def report(
             "their time"
         )
     made += f". {in_words(about)}.\n"
-    columns = {title: f"{{{figure}_text}}" for figure, (title, *_) in figures_of(table.score).items()}
+    columns = {title: f"{{{figure}_text}}" for figure, (title, *_) in figures_of(score).items()}
     text = f"{markdown(rows, {'method': '{title}'} | columns)}\n\n{made}"
     output: Path = args.output_dir
     write(output / "table.md", text)
@@ -193,7 +194,7 @@ def report(
         writer = csv.DictWriter(file, kept, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    plot.pareto(rows, table.score, PANELS).savefig(output / "pareto.png", dpi=150)
+    plot.pareto(rows, score, PANELS).savefig(output / "pareto.png", dpi=150)
     results = {"machine": about, "flags": {run.name: run.flags for run in runs}, "runs": list(found)}
     write_json(output / "results.json", results)
     return text
@@ -206,7 +207,7 @@ def _epochs(count: int) -> str:
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """This program's flags, and those that go to every run."""
     task, table = "classify", COMPARISONS["classify"]
-    flags = parser("benchmarks.compare", __doc__)
+    flags = parser("benchmarks.compare", __doc__, allow_abbrev=False)
     flags.usage = "%(prog)s [DATA_PATH] [FLAGS...]"
     flags.set_defaults(task=task)
     flags.add_argument(
@@ -266,7 +267,7 @@ def main(argv: Sequence[str] | None = None, launch: Launch = launch) -> int:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         args, more = parse(argv)
-        runs, score, device = plan(args, more), COMPARISONS[args.task].score, torch.device(args.device)
+        runs, score, device = plan(args, more), score_of_task(args.task), torch.device(args.device)
         check(runs)
         try:
             args.output_dir.mkdir(parents=True, exist_ok=True)

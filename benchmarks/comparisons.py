@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.summary import SCORES, Score
-
 
 @dataclass(frozen=True)
 class Method:
@@ -76,7 +74,6 @@ class Comparison:
     names without the family by size; the data set that is at hand with flags and epochs for it, the one that is asked
     for by a path, and its flags; what fine-tuning adds there."""
 
-    score: Score
     methods: dict[str, Method]
     compared: tuple[str, ...]
     groups: dict[str, tuple[str, ...]]
@@ -92,7 +89,6 @@ class Comparison:
 
 COMPARISONS = {
     "classify": Comparison(
-        score=SCORES["classify"],
         methods=_METHODS,
         compared=_COMPARED,
         groups=_GROUPS,

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.cases import build, model_spec
 from benchmarks.command import command, parser
 from measure.flops import model_flops
-from utils import number
+from utils.flags import number
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "vim_tiny_patch16_224": {},

@@ -35,7 +35,8 @@ from benchmarks.command import command, device_name, parser, size, write_json
 from measure.machine import machine
 from measure.memory import bytes_in_use, peak_in_use, size_of
 from measure.timing import Call, device_seconds, synchronize
-from utils import UsageError, number
+from utils import UsageError
+from utils.flags import number
 
 SIZES = ((128, 384, 197), (8, 384, 197), (8, 768, 197), (8, 384, 14), (1, 384, 4096), (64, 128, 64))
 DSTATE, WIDTH = 16, 4

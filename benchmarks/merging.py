@@ -27,7 +27,8 @@ from measure.machine import in_words, machine
 from measure.memory import bytes_in_use, in_fresh_process, peak_in_use
 from measure.timing import seconds_of, time_in_turns
 from models_mamba import VisionMamba
-from utils import UsageError, number
+from utils import UsageError
+from utils.flags import number
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "none": {},

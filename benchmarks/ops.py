@@ -36,7 +36,7 @@ from measure.clock import clock_hertz
 from measure.machine import LANES, in_words, instruction_set, machine
 from measure.memory import bytes_in_use, in_fresh_process, peak_in_use, size_of
 from measure.timing import Call, time_in_turns
-from utils import number
+from utils.flags import number
 
 SIZES = ("8,384,197", "8,768,197", "8,384,14", "1,384,4096", "64,128,64")
 DSTATE = 16

@@ -18,15 +18,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.command import command, parser
-from benchmarks.summary import SCORES, Score, read_log, score_of
+from benchmarks.summary import Score, read_log, score_of, score_of_task
 from utils import UsageError
 
 Log = list[dict[str, Any]]
 STYLES = ("-", "--", ":", "-.")
 
 
-def curves(runs: dict[str, Log], score: Score = SCORES["classify"]) -> Figure:
-    """A figure of `runs`, which `score` judges: the lines of each log.txt, by the run's name."""
+def curves(runs: dict[str, Log], score: Score | None = None) -> Figure:
+    """A figure of `runs`, which `score` (classification's if None) judges: the lines of each log.txt, by the run's
+    name."""
+    score = score_of_task("classify") if score is None else score
     keeps = any(_kept(line) for log in runs.values() for line in log)
     figure = Figure(figsize=(13 if keeps else 10, 3.4), layout="constrained")
     axes = figure.subplots(1, 4 if keeps else 3)

@@ -20,7 +20,8 @@ from measure.flops import model_flops
 from measure.machine import in_words, machine
 from measure.pruning import force_gates
 from models_mamba import VisionMamba
-from utils import UsageError, number
+from utils import UsageError
+from utils.flags import number
 
 
 @command("benchmarks.pruning")

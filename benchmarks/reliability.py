@@ -31,7 +31,7 @@ from benchmarks.program import ROOT, lines, start
 from benchmarks.summary import markdown
 from benchmarks.sweeps import Sweep, bad_inputs_of_all_kinds
 from measure.machine import in_words, machine
-from utils import number
+from utils.flags import number
 
 FAULTS = {"fault": "{name}", "tried": "{tried}", "survived": "{survived}", "lost": "{lost}", "notes": "{notes}"}
 SWEEPS = {

@@ -27,7 +27,8 @@ from measure.flops import model_flops
 from measure.machine import in_words, machine
 from measure.timing import time_in_turns
 from models_mamba import VisionMamba
-from utils import UsageError, number
+from utils import UsageError
+from utils.flags import number
 
 MODELS = ("vim_tiny_patch16_224", "fastvim_tiny_patch16_224", "deit_tiny_patch16_224")
 SIZES = (224, 512, 1024, 2048)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.command import command, parser
+from tasks import TASKS
 from utils import UsageError
 
 
@@ -35,7 +36,15 @@ class Score(NamedTuple):
         return f"{self.name} {line[self.logged]:.2f} {self.unit}".rstrip()
 
 
-SCORES = {"classify": Score("test_acc1", "top-1", "%", "top1")}
+def score_of_task(name: str) -> Score:
+    """What the runs of the task `name` are judged by. Raises UsageError for a task that there is not."""
+    if name not in TASKS:
+        raise UsageError(f"There is no task {name!r}; wanted one of {', '.join(TASKS)}.")
+    metric = TASKS[name].metric
+    label = metric.label or metric.name
+    return Score(f"test_{metric.name}", label, metric.unit, label.replace("-", ""), metric.higher_is_better)
+
+
 # {score} stands for the score's title
 COLUMNS = {
     "run": "{name}",
@@ -76,11 +85,9 @@ def read_flags(folder: Path) -> dict[str, Any]:
 
 
 def score_of(folder: Path) -> Score:
-    """What the run in `folder` is judged by. Raises UsageError for a task without a score."""
-    task = read_flags(folder).get("task", "classify") if (folder / "args.json").exists() else "classify"
-    if task not in SCORES:
-        raise UsageError(f"{folder} is a run of the task {task!r}; wanted one of {', '.join(SCORES)}.")
-    return SCORES[task]
+    """What the run in `folder` is judged by; one that does not say its task is of before there were several."""
+    flags = read_flags(folder) if (folder / "args.json").exists() else {}
+    return score_of_task(flags.get("task", "classify"))
 
 
 def summarize(folder: Path) -> dict[str, Any]:

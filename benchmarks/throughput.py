@@ -29,7 +29,7 @@ from measure.machine import in_words, machine
 from measure.pruning import force_gates, kept_directions
 from measure.timing import time_in_turns
 from models_mamba import VisionMamba
-from utils import number
+from utils.flags import number
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:

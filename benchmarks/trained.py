@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 import checkpoints
-import datasets
 import engine
 import main as program
-import utils
 from benchmarks.cases import Case
 from benchmarks.summary import Score, read_log
 from fusion.token_merging import TokenMerging
@@ -23,6 +21,10 @@ from measure.flops import model_flops
 from measure.memory import peak_memory
 from measure.pruning import kept_directions
 from measure.timing import time_in_turns
+from tasks import TASKS
+from utils.randomness import seed_everything
+from utils.signals import StopRequest
+from utils.telling import Board
 
 
 class Run(NamedTuple):
@@ -58,37 +60,41 @@ def trained_case(run: Run, device: torch.device) -> tuple[Case, argparse.Namespa
     """The model of a finished run, and the first batch of its evaluation."""
     checkpoint = checkpoints.read(str(run.folder / "checkpoint.pth"))
     args = argparse.Namespace(**checkpoint["args"])
-    model = program.build_model(args, args.nb_classes)
+    kind = TASKS[args.task]
+    data = kind.build_data(args, train=False)
+    model = kind.build_model(args, data)
     model.load_state_dict(checkpoint["model"])
-    test_set, _ = datasets.build_dataset(False, args)
-    images = next(iter(datasets.EvalBatches(test_set, args)))[0]
+    task = kind(args, model.to(device), data, device)
+    inputs, _, _ = task.prepare(next(iter(kind.eval_batches(data, args))), training=False)
     dtype = "float32"
     if args.if_amp:
         dtype = args.amp_dtype or ("bfloat16" if device.type == "cpu" or torch.cuda.is_bf16_supported() else "float16")
-    return Case(model.eval().to(device), images.to(device), dtype=dtype), args
+    return Case(model.eval(), inputs, dtype=dtype), args
 
 
 def training_peak(run: Run, device: torch.device) -> int:
     """Bytes in use at the peak of one training step of `run`, by the program's own code, on one device."""
     args = program.parse(run.command())
     args.distributed, args.output_dir = False, ""
-    utils.seed_everything(args.seed)
-    train_set, args.nb_classes = datasets.build_dataset(True, args)
-    batches = datasets.TrainBatches(train_set, args)
-    model = program.build_model(args, args.nb_classes)
-    teacher = program.load_weights(args, model)
-    model = model.to(device)
-    state = program.build_run(args, model, teacher, device, batches.batch_size)
+    seed_everything(args.seed)
+    kind = TASKS[args.task]
+    data = kind.build_data(args, train=True)
+    args.nb_classes = data.num_classes
+    batches = kind.train_batches(data, args)
+    model = kind.build_model(args, data)
+    teacher = program.load_weights(args, kind, model, data)
+    task = kind(args, model.to(device), data, device, teacher)
+    state = program.build_run(args, task, batches)
     one = _OneBatch(next(iter(batches.epoch(0))))
 
     def step() -> None:
         state.step = 0
-        engine.train_one_epoch(state, one, args, utils.StopRequest(), utils.Board(None))
+        engine.train_one_epoch(state, one, args, StopRequest(), Board(None))
 
     step()
     state.optimizer.zero_grad()  # a step begins without gradients, whose release would go unseen
     averaged = [state.ema.module] if state.ema is not None else []
-    held = [tensor for part in (model, state.criterion, *averaged) for tensor in (*part.parameters(), *part.buffers())]
+    held = [tensor for part in (task, *averaged) for tensor in (*part.parameters(), *part.buffers())]
     held += [value for entry in state.optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
     return peak_memory(step, device, [tensor for tensor in (*held, *one.batch) if tensor.device.type == device.type])
 
