@@ -30,7 +30,7 @@ from typing import NamedTuple
 import timm
 import torch
 from causal_conv1d import _nvrtc, backend
-from mamba_ssm.ops import cuda as scan_cuda
+from mamba_ssm.kernels.cuda import scan as scan_cuda
 from torch import Tensor
 
 import models_mamba  # noqa: F401 - its models join the registry

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn
-from causal_conv1d.operators import backends as conv_backends
-from mamba_ssm.ops.operators import backends as scan_backends
+from causal_conv1d.kernels.registry import backends as conv_backends
+from mamba_ssm.kernels.registry import backends as scan_backends
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn, selective_scan_ref
 from torch import Tensor
 

@@ -31,8 +31,8 @@ from typing import Any
 
 import timm
 import torch
-from causal_conv1d.operators import backends as conv_backends
-from mamba_ssm.ops.operators import backends as scan_backends
+from causal_conv1d.kernels.registry import backends as conv_backends
+from mamba_ssm.kernels.registry import backends as scan_backends
 from torch import Tensor, nn
 from torch.nn import functional as F
 
