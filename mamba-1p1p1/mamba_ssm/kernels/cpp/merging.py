@@ -19,7 +19,7 @@ def match_tokens(
     kept = torch.empty(batch, tokens, dtype=torch.bool)
     count = cls.new_empty(batch, tokens - fused)
     places = cls.new_empty(batch, classes)
-    metric, cls = channel_last(metric), cls.contiguous()
+    metric, cls, targets = channel_last(metric), cls.contiguous(), torch.tensor(moved, dtype=torch.long)
     arguments = LIBRARY.structs.MatchArgs(
         batch=batch,
         tokens=tokens,
@@ -34,7 +34,7 @@ def match_tokens(
         x=tokens_of(metric),
         cls=address(cls),
         cls_stride=classes if len(cls) > 1 else 0,
-        moved=(*moved, -1, -1)[:2],
+        moved=address(targets),
         slot=address(slot),
         kept=address(kept),
         count=address(count),
@@ -62,5 +62,5 @@ def merge_tokens(x: Tensor, slot: Tensor, count: Tensor) -> Tensor:
         out=address(out),
     )
     if LIBRARY.call("mamba_merge_tokens", arguments):
-        raise IndexError(f"slot holds a place outside the merged sequence; wanted 0 to {left - 1}")
+        raise IndexError(f"slot holds no place of the merged sequence, or count no size; wanted 0 to {left - 1}")
     return out
