@@ -226,7 +226,7 @@ class DynamicPruning(SiteMethod):
             model.score_predictors = nn.ModuleList(ScorePredictor(width, model.embed_dim) for _ in settings.pruning_loc)
         if settings.blocks:
             for layer in model.layers:
-                head = nn.Linear(2 * mixer.d_inner, len(mixer.branches))
+                head = nn.Linear(2 * mixer.d_inner, len(mixer.directions))
                 nn.init.zeros_(head.weight)
                 nn.init.constant_(head.bias, 5.0)
                 layer.mixer.block_head = head
@@ -319,14 +319,14 @@ class DynamicPruning(SiteMethod):
         return gumbel_sigmoid(logits, noise=self.gate_noise) if self.model.training else (logits > 0).float()
 
     def _static_gates(self, layer: int, column: Tensor) -> Tensor:
-        directions = len(self.model.layers[layer].mixer.branches)
+        directions = len(self.model.layers[layer].mixer.directions)
         total = directions * self.model.depth
         gates = torch.zeros(total, device=column.device)
         gates[evenly_spread(total, int(total * self.settings.block_keep_ratio)).to(column.device)] = 1.0
         return gates[layer * directions : (layer + 1) * directions].expand(len(column), -1)
 
     def _random_gates(self, layer: int, column: Tensor) -> Tensor:
-        directions = len(self.model.layers[layer].mixer.branches)
+        directions = len(self.model.layers[layer].mixer.directions)
         chance = torch.rand(len(column), directions, device=column.device)
         return (chance < self.settings.block_keep_ratio).float()
 
@@ -355,7 +355,7 @@ class DynamicPruning(SiteMethod):
         if not seen:
             width = mixer.d_inner if self.settings.predictor_input == "delta" else mixer.d_state
             return state.hidden.new_zeros(*state.hidden.shape[:2], width)
-        return sum(seen) / len(mixer.branches)
+        return sum(seen) / len(mixer.directions)
 
     # --- training, and what is told of it ---
 
@@ -425,7 +425,7 @@ class DecisionMeter(Meter):
         method = next(method for method in model.site_methods if isinstance(method, DynamicPruning))
         settings = method.settings
         self.stages = len(settings.pruning_loc) if settings.tokens else 0
-        self.shape = (model.depth, len(model.layers[0].mixer.branches)) if settings.blocks else (0, 0)
+        self.shape = (model.depth, len(model.layers[0].mixer.directions)) if settings.blocks else (0, 0)
         super().__init__(method, 1 + self.stages + self.shape[0] * self.shape[1])
 
     @torch.no_grad()

@@ -151,9 +151,10 @@ def match_tokens_ref(
 def merge_tokens_ref(x: Tensor, slot: Tensor, count: Tensor) -> Tensor:
     """What `merge_tokens_fn` computes."""
     groups = count.shape[1]
-    if not torch._C._are_functorch_transforms_active() and x.device.type != "meta":
-        if slot.numel() and not 0 <= int(slot.min()) <= int(slot.max()) < groups or bool((count < 1).any()):
-            raise IndexError(f"slot holds no place of the merged sequence, or count no size; wanted 0 to {groups - 1}")
+    readable = not torch._C._are_functorch_transforms_active() and x.device.type != "meta"
+    within = not (readable and slot.numel()) or 0 <= int(slot.min()) <= int(slot.max()) < groups
+    if not within or (readable and bool((count < 1).any())):
+        raise IndexError(f"slot holds no place of the merged sequence, or count no size; wanted 0 to {groups - 1}")
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     member = (slot.unsqueeze(1) == torch.arange(groups, device=x.device).unsqueeze(1)).to(wide.dtype)
     return (member @ wide / count.unsqueeze(-1)).to(x.dtype)
