@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from fusion.dynamic_pruning import DecisionMeter
+from fusion.method import Meter, methods_of
 from fusion.token_state import ClassTokens
 from fusion.visualize import patch_cells
 
@@ -28,7 +28,7 @@ def visualize_pruning(
     model: nn.Module,
     images: Tensor,
     directory: str | Path,
-    meter: DecisionMeter | None = None,
+    meter: Meter | None = None,
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> None:
@@ -44,7 +44,8 @@ def visualize_pruning(
     """
     directory, training = Path(directory), model.training
     directory.mkdir(parents=True, exist_ok=True)
-    meter = DecisionMeter(model) if meter is None else meter
+    if meter is None:
+        meter = next(method for method in methods_of(model) if method.name == "pruning").meter()
     model.eval()
     try:
         with torch.no_grad():

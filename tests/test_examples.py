@@ -16,7 +16,8 @@ from PIL import Image
 
 import fusion
 import main as program
-from examples import classify, export_onnx, merge_in_other_vim, new_method, new_strategy
+from examples import classify, export_onnx, merge_in_other_vim, new_method, new_operator, new_strategy, new_task
+from tasks.backbone import build_backbone
 from tests import conftest, micro_models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +33,8 @@ def _keep_logging(one_thread: None):
 
 def test_every_example_is_tested() -> None:
     files = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert files == {"classify", "export_onnx", "merge_in_other_vim", "new_method", "new_strategy"}
+    wanted = {"classify", "export_onnx", "merge_in_other_vim", "new_method", "new_operator", "new_strategy", "new_task"}
+    assert files == wanted
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_classify_reads_the_model_from_the_checkpoint(
     assert lines[0].startswith("picture.png: class ")
 
     saved = torch.load(checkpoint)
-    model = program.build_model(argparse.Namespace(**saved["args"]), 100).eval()
+    model = build_backbone(argparse.Namespace(**saved["args"]), 100).eval()
     model.load_state_dict(saved["model"])
     assert model.site_methods, "the flags in the checkpoint switch merging on"
     probabilities = classify.classify(checkpoint, [picture])
@@ -180,6 +182,27 @@ def test_examples_are_the_page_s() -> None:
     page = (ROOT / "docs" / "add_a_method.md").read_text()
     for module in (new_strategy, new_method):
         assert Path(module.__file__).read_text() in page
+
+
+def test_new_task_trains_resumes_and_is_the_page_s_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_lines(new_task, "@TASKS.add") < 60
+    flags = [
+        *("--task", "rotate", "--model", "vim_micro_patch8_32", "--num_workers", "0", "--batch-size", "128"),
+        *("--warmup-epochs", "0", "--output_dir", str(tmp_path), "--turns", "2", "--device", "cpu"),
+    ]
+    assert program.main([*flags, "--epochs", "1"]) == 0
+    assert program.main([*flags, "--epochs", "2", "--resume"]) == 0
+    assert [line["epoch"] for line in conftest.lines(tmp_path)] == [0, 1]
+    assert 0 < conftest.lines(tmp_path)[1]["test_top1"] <= 100
+    capsys.readouterr()
+    assert program.main(["--turns", "2"]) == 2
+    assert capsys.readouterr().err == "main.py: error: --turns belongs to --task rotate; this run is --task classify.\n"
+    assert Path(new_task.__file__).read_text() in (ROOT / "docs" / "add_a_task.md").read_text()
+
+
+def test_new_operator_keeps_torch_s_rules_and_is_the_page_s_example() -> None:
+    new_operator.check()
+    assert Path(new_operator.__file__).read_text() in (ROOT / "docs" / "add_an_operator.md").read_text()
 
 
 def test_onnx_export_runs(tmp_path: Path) -> None:

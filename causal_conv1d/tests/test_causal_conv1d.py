@@ -15,7 +15,7 @@ from causal_conv1d import (
     causal_conv1d_update_ref,
     native,
 )
-from causal_conv1d.operators import backends
+from causal_conv1d.kernels.registry import backends
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("conv_*.npz"))
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -202,6 +202,38 @@ def test_bad_update_input():
         ValueError, match=r"conv_state has shape \(2, 4, 3\), wanted \(batch, dim, width\) = \(2, 4, 4\)"
     ):
         causal_conv1d_update(torch.zeros(2, 4), torch.zeros(2, 4, 3), torch.zeros(4, 4))
+
+
+def test_update_writes_only_where_torch_would(kernels):
+    x, weight, bias = torch.randn(2, 8), torch.randn(8, 4), torch.randn(8)
+    for state in (torch.zeros(1, 8, 4).expand(2, 8, 4), torch.zeros(2, 8, 1).expand(2, 8, 4), torch.zeros(8, 8).T[:2]):
+        state = state.unfold(1, 4, 4)[:, :1].expand(2, 8, 4) if state.dim() == 2 else state
+        with pytest.raises(RuntimeError, match="wanted a place in memory of its own for each element"):
+            causal_conv1d_update(x, state, weight, bias)
+    with pytest.raises(RuntimeError, match="conv_state requires a gradient"):
+        causal_conv1d_update(x, torch.zeros(2, 8, 4, requires_grad=True), weight, bias)
+    state = torch.zeros(2, 8, 4)
+    with pytest.raises(RuntimeError, match="x shares its memory with conv_state"):
+        causal_conv1d_update(state[:, :, 0], state, weight, bias)
+    # a view with places of its own is as good as a whole
+    wide = torch.randn(2, 4, 16).transpose(1, 2)[:, ::2]
+    own = wide.clone()
+    torch.testing.assert_close(
+        causal_conv1d_update(x, wide, weight, bias), causal_conv1d_update_ref(x, own, weight, bias)
+    )
+    torch.testing.assert_close(wide, own)
+
+
+def test_update_of_a_state_that_a_graph_has_saved_is_an_error(kernels):
+    x, weight = torch.randn(2, 8), torch.randn(8, 4)
+    leaf = torch.randn(2, 8, 4, requires_grad=True)
+    state = leaf.detach() * 1
+    saved = (leaf * state).sum()
+    before = state._version
+    causal_conv1d_update(x, state, weight)
+    assert state._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()
 
 
 def test_unknown_backend():
