@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import timm
 import torch
 from torch import Tensor
 
+import checkpoints
 import models_mamba
-from benchmarks.flops import model_flops
 from fusion.token_state import split_cls
 from fusion.visualize import class_marks, trace, visualize_merging
 from fusion.visualize_pruning import visualize_pruning
+from measure.flops import model_flops
 from tests.golden_rules import fill_model, images, relative_error
 from tests.test_dynamic_pruning import forced, random_sets
+from utils import UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -144,6 +147,41 @@ def test_random_orders_train(option: str) -> None:
         assert logits.isfinite().all()
     places = {model.embed(images((2, 3, 32, 32), 1), random_cls_position=True).cls.index for _ in range(4)}
     assert len(places) > 2
+
+
+@pytest.mark.parametrize(
+    ("keywords", "left_out"),
+    [
+        (dict(img_size=48), ()),
+        (dict(num_classes=7), ("head for 5 classes",)),
+        (dict(num_cls_tokens=6), ("cls_token, norm_neck.weight, pos_embed_cls", "head for 5 classes")),
+        (dict(cls_reduce=4), ("neck.weight, norm_neck.weight", "head for 5 classes")),
+        (dict(cls_reduce=1), ("neck.weight, norm_neck.weight", "head for 5 classes")),
+        (dict(num_cls_tokens=8, cls_reduce=4), ("cls_token, neck.weight, pos_embed_cls",)),
+    ],
+    ids=str,
+)
+def test_finetuning_at_another_size(
+    keywords: dict[str, Any], left_out: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    trained, model = small().state_dict(), timm.create_model("mambareg_nano_patch4_32", **(SMALL | keywords))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    if left_out and "num_classes" not in keywords:
+        with pytest.raises(UsageError, match="instead of|is missing|is unknown"):
+            checkpoints.load_strictly(model, trained, "file", "MambaReg")
+    caplog.set_level(logging.INFO)
+    weights, may_miss = checkpoints.adapt(trained, model, "file")
+    checkpoints.load_strictly(model, weights, "file", "MambaReg", may_miss=may_miss)
+    assert all(name in caplog.text for name in left_out)
+    state = model.state_dict()
+    assert torch.equal(state["norm_f.weight"], trained["norm_f.weight"])
+    if len(state["pos_embed"][0]) == 64:
+        assert torch.equal(state["pos_embed"], trained["pos_embed"])
+    fresh = {key for key in state if torch.equal(state[key], before[key]) and "block_head" not in key}
+    named = [key for part in left_out for key in part.split(", ") if "." in key or "_" in key]
+    heads = {"head.weight", "head.bias"} if any("head for" in part for part in left_out) else set()
+    assert fresh == ({*named} & state.keys()) | heads
+    assert model.eval()(images((1, 3, *model.patch_embed.img_size), 1)).isfinite().all()
 
 
 # --- methods ---
