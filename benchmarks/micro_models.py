@@ -17,17 +17,18 @@ from timm.models import generate_default_cfgs, register_model
 
 import models_mamba
 
+FAMILIES = ("vim", "fambav", "fastvim", "dyvm", "mambareg", "dyvm_mambareg")
 SIZES: dict[str, Any] = dict(depth=4, embed_dim=32, patch_size=8)
 default_cfgs = generate_default_cfgs(
     {
         f"{family}_micro_patch8_32": dict(input_size=(3, 32, 32), fixed_input_size=True, num_classes=10)
-        for family in ("vim", "fambav", "fastvim", "dyvm")
+        for family in FAMILIES
     }
 )
 
 
 def _entry(family: str) -> Any:
-    own = SIZES | (dict(pruning_loc=(1, 2, 3)) if family == "dyvm" else {})
+    own = SIZES | (dict(pruning_loc=(1, 2, 3)) if family.startswith("dyvm") else {})
 
     def build(pretrained: bool = False, **kwargs: Any) -> models_mamba.VisionMamba:
         keywords = own | kwargs
@@ -39,7 +40,7 @@ def _entry(family: str) -> Any:
     return register_model(build)
 
 
-for _family in ("vim", "fambav", "fastvim", "dyvm"):
+for _family in FAMILIES:
     globals()[f"{_family}_micro_patch8_32"] = _entry(_family)
 
 if __name__ == "__main__":
