@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from mamba_ssm.modules.mamba_simple import Mamba
-from mamba_ssm.ops.triton.layernorm import RMSNorm, layer_norm_fn
+from mamba_ssm.ops.triton.layernorm import RMSNorm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, lecun_normal_, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -33,8 +33,10 @@ from fusion.token_state import (
     join_cls,
     mean_over_kept,
     patch_policy,
+    reorder,
     split_cls,
 )
+from models_layers import Block, add_norm
 from models_registry import (
     ALIASES,
     FASTVIM,
@@ -46,45 +48,6 @@ from models_registry import (
 )
 
 __all__ = ["PUBLISHED_SPELLINGS", "Block", "VimSettings", "VisionMamba", "registry_keywords", "registry_name"]
-
-
-class Block(nn.Module):
-    """One encoder layer: add the last output to the residual, normalise, mix."""
-
-    def __init__(
-        self,
-        mixer: Mamba,
-        norm: nn.Module,
-        drop_path: float,
-        fused_add_norm: bool = False,
-        residual_in_fp32: bool = False,
-    ) -> None:
-        super().__init__()
-        self.mixer, self.norm = mixer, norm
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.fused_add_norm, self.residual_in_fp32 = fused_add_norm, residual_in_fp32
-
-    def forward(self, hidden: Tensor, residual: Tensor | None, **mixer_args: Any) -> tuple[Tensor, Tensor]:
-        """hidden, residual (B, L, D) -> the mixer's output and the new residual; `mixer_args` go to the mixer."""
-        if residual is not None:
-            hidden = self.drop_path(hidden)
-        hidden, residual = add_norm(self.norm, hidden, residual, self.fused_add_norm, self.residual_in_fp32)
-        return self.mixer(hidden, **mixer_args), residual
-
-
-def add_norm(
-    norm: nn.Module, hidden: Tensor, residual: Tensor | None, fused: bool, residual_in_fp32: bool
-) -> tuple[Tensor, Tensor]:
-    """residual + hidden, and its norm: in one operator if `fused`, else step by step in the dtypes that torch gives."""
-    if fused:
-        is_rms = isinstance(norm, RMSNorm)
-        return layer_norm_fn(
-            hidden, norm.weight, norm.bias, residual, norm.eps, True, residual_in_fp32, is_rms_norm=is_rms
-        )
-    residual = hidden if residual is None else residual + hidden
-    if residual_in_fp32:
-        residual = residual.float()
-    return norm(residual.to(norm.weight.dtype)), residual
 
 
 class VisionMamba(nn.Module):
@@ -181,20 +144,35 @@ class VisionMamba(nn.Module):
         )
         self.drop_path = DropPath(settings.drop_path_rate) if settings.drop_path_rate > 0 else nn.Identity()
         self.norm_f = norm_layer(dim)
-        reads_all = self.class_tokens.readout == "concat"
-        self.head_hidden_size = self.class_tokens.count * dim // settings.cls_reduce if reads_all else dim
         self.neck = self.norm_neck = None
-        if settings.cls_reduce > 1:
-            self.neck = nn.Linear(dim, dim // settings.cls_reduce, bias=False)
-            self.norm_neck = norm_layer(self.head_hidden_size)
-        classes = settings.num_classes
-        self.head = nn.Linear(self.head_hidden_size, classes) if classes > 0 else nn.Identity()
+        self._build_head(settings.num_classes, settings.global_pool, settings.cls_reduce)
         layers_per_site = 2 if self.if_bidirectional else 1
         self.num_sites = depth // layers_per_site
         self.feature_info = [
             dict(num_chs=dim, reduction=self.patch_embed.stride[0], module=f"layers.{last}")
             for last in range(layers_per_site - 1, depth, layers_per_site)
         ]
+
+    def _build_head(self, num_classes: int, global_pool: str | None, reduce: int = 1) -> None:
+        """What the head reads, and the head; `reduce` narrows registers where there is a neck to be made."""
+        own = "token" if self.class_tokens.count else "avg" if self.final_pool_type == "mean" else "last"
+        pool = {None: own, "mean": "avg"}.get(global_pool, global_pool)
+        if pool not in ("", "avg", own):
+            raise ValueError(
+                f"global_pool is {global_pool!r}; wanted 'token', 'avg' or '': this model reads its class token, or "
+                "the mean where it has none."
+            )
+        self.num_classes, self.global_pool = num_classes, pool
+        registers = self.class_tokens.count if self.class_tokens.readout == "concat" and pool == "token" else 0
+        if not registers:
+            self.neck = self.norm_neck = None
+        elif reduce > 1:
+            self.neck = nn.Linear(self.embed_dim, self.embed_dim // reduce, bias=False)
+            norm = RMSNorm if isinstance(self.norm_f, RMSNorm) else nn.LayerNorm
+            self.norm_neck = norm(registers * self.neck.out_features, eps=self.norm_epsilon)
+        width = self.embed_dim if self.neck is None else self.neck.out_features
+        self.head_hidden_size = width * max(registers, 1)
+        self.head = nn.Linear(self.head_hidden_size, num_classes) if num_classes > 0 else nn.Identity()
 
     # --- weights ---
 
@@ -246,17 +224,30 @@ class VisionMamba(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head; `global_pool` must stay what the model reads from (class token or mean)."""
-        if global_pool not in (None, "", "mean" if self.num_prefix_tokens == 0 else "token"):
-            raise ValueError(
-                f"global_pool is {global_pool!r}; this model reads its class token, or the mean where it has none."
-            )
-        self.num_classes = num_classes
-        head = nn.Linear(self.head_hidden_size, num_classes) if num_classes > 0 else nn.Identity()
+        """Replace the head; `global_pool` says what it reads (see `VimSettings`), None what it read before.
+
+        A MambaReg that goes back to its registers from another reading reads them without a neck.
+        """
+        self._build_head(num_classes, self.global_pool if global_pool is None else global_pool)
         if num_classes > 0:
-            trunc_normal_(head.weight, std=0.02)
-            nn.init.zeros_(head.bias)
-        self.head = head.to(self.norm_f.weight.device)
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+        weight = self.layers[0].mixer.out_proj.weight
+        self.head.to(device=weight.device, dtype=weight.dtype)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Take images of another size from now on: positions are resized, class tokens stand by their rule."""
+        embed, old_grid = self.patch_embed, self.pos_embed_grid
+        embed.resize(img_size)
+        if self.pos_embed is not None and self.pos_embed_grid != old_grid:
+            resized = resize_pos_embed(self.pos_embed.detach(), old_grid, self.pos_embed_grid, self.class_row_positions)
+            self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
+        if self.rope is not None:
+            rope = RotaryEmbedding2d(self.embed_dim, embed.grid_size, self.rope.pretrain_side)
+            self.rope = rope.to(self.rope.freqs_cos.device)
+        for method in self.site_methods:
+            method.resize(self)
 
     def class_token_positions(self, num_patches: int) -> tuple[int, ...]:
         """Where the class tokens stand among `num_patches` patch tokens."""
@@ -309,13 +300,13 @@ class VisionMamba(nn.Module):
         hidden = self.pos_drop(patches) if drops_classes else patches
         state = TokenState(hidden, cls=cls, grid=grid, positions=positions)
         if random_token_rank:
-            state = _reorder(state, torch.randperm(state.num_tokens))
+            state = reorder(state, torch.randperm(state.num_tokens))
         if (
             self.training
             and self.flip_img_sequences_ratio > 0
             and float(torch.rand(())) < self.flip_img_sequences_ratio
         ):
-            state = _reorder(state, torch.arange(state.num_tokens - 1, -1, -1))
+            state = reorder(state, torch.arange(state.num_tokens - 1, -1, -1))
         return state
 
     def position_rows(self, grid: tuple[int, int], index: ClassIndex) -> tuple[Tensor | None, Tensor | None]:
@@ -391,7 +382,10 @@ class VisionMamba(nn.Module):
         for method in self.site_methods:
             method.finish(state)
         hidden = self.drop_path(state.hidden)
-        hidden, _ = add_norm(self.norm_f, hidden, state.residual, self.fused_add_norm, self.residual_in_fp32)
+        if isinstance(self.norm_f, nn.Identity):
+            hidden = hidden + state.residual
+        else:
+            hidden, _ = add_norm(self.norm_f, hidden, state.residual, self.fused_add_norm, self.residual_in_fp32)
         if isinstance(state.cls.index, Tensor) or state.cls.index != tuple(range(state.num_cls)):
             hidden = torch.cat(split_cls(hidden, state.cls), 1)
         return hidden
@@ -405,10 +399,13 @@ class VisionMamba(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False, token_policy: Tensor | None = None) -> Tensor:
         """Tokens of `forward_features` -> logits (B, num_classes), or with `pre_logits` the features they are read from
         (B, `head_hidden_size`); a mean over patch tokens leaves out those whose `token_policy` (B, M) is 0."""
-        if self.num_prefix_tokens:
-            x = self._read(x[:, : self.num_prefix_tokens])
-        else:
-            x = mean_over_kept(x, token_policy) if self.final_pool_type == "mean" else x[:, -1]
+        count = self.num_prefix_tokens
+        if self.global_pool == "token":
+            x = self._read(x[:, :count])
+        elif self.global_pool == "avg":
+            x = mean_over_kept(x[:, count:], token_policy)
+        elif self.global_pool == "last":
+            x = x[:, -1]
         return x if pre_logits else self.head(x)
 
     def _read(self, classes: Tensor) -> Tensor:
@@ -463,17 +460,20 @@ class VisionMamba(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         return_prefix_tokens: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        output_dict: bool = False,
+    ) -> list[Any] | tuple[Tensor, list[Any]] | dict[str, Any]:
         """Token maps after chosen sites, as timm's models give them: (B, D, rows, cols), or (B, M, D) for output_fmt
         "NLC".
 
-        With `return_prefix_tokens` each map comes with its class tokens (B, K, D). Needs models that keep their full
-        token grid.
+        With `return_prefix_tokens` each map comes with its class tokens (B, K, D). With `output_dict` maps are under
+        `image_intermediates`, class tokens under `image_intermediates_prefix`, final tokens under `image_features`.
+        Needs models that keep their full token grid.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; wanted 'NCHW' or 'NLC'.")
         take, last = feature_take_indices(self.num_sites, indices)
-        maps: list[Any] = []
+        maps: list[Tensor] = []
+        prefixes: list[Tensor] = []
 
         def visit(index: int, state: TokenState) -> None:
             if index not in take:
@@ -484,23 +484,46 @@ class VisionMamba(nn.Module):
             classes, patches = split_cls(self.norm_f(tokens) if norm else tokens, state.cls)
             if output_fmt == "NCHW":
                 patches = patches.transpose(1, 2).unflatten(2, state.grid).contiguous()
-            maps.append((patches, classes) if return_prefix_tokens else patches)
+            maps.append(patches)
+            prefixes.append(classes)
 
         state = self.encode(self.embed(x), visit, last + 1 if stop_early and intermediates_only else None)
-        return maps if intermediates_only else (self.finish(state), maps)
+        features = None if intermediates_only else self.finish(state)
+        if output_dict:
+            found: dict[str, Any] = {"image_intermediates": maps}
+            if return_prefix_tokens:
+                found["image_intermediates_prefix"] = prefixes
+            return found if features is None else found | {"image_features": features}
+        pairs = list(zip(maps, prefixes)) if return_prefix_tokens else maps
+        return pairs if features is None else (features, pairs)
 
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | list[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """DINO's interface to `forward_intermediates`: the last `n` sites, or those named; maps with `reshape`."""
+        output_fmt = "NCHW" if reshape else "NLC"
+        return self.forward_intermediates(x, n, norm, True, output_fmt, True, return_prefix_tokens)
 
-def _reorder(state: TokenState, order: Tensor) -> TokenState:
-    """The same tokens in another order (L,), for the whole batch; the patches' positions are written down."""
-    old_cls = torch.tensor(state.cls.index, dtype=torch.long)
-    cls = state.cls.moved(tuple(int(index) for index in torch.isin(order, old_cls).nonzero()))
-    order = order.to(state.hidden.device)
-    batch = state.hidden.shape[0]
-    positions = state.positions
-    if positions is None:
-        positions = torch.arange(state.num_patches, device=order.device).expand(batch, -1)
-    slots = join_cls(positions.new_full((batch, cls.count, 1), -1), positions.unsqueeze(-1), state.cls)[:, order]
-    return state.replace(hidden=state.hidden[:, order], cls=cls, positions=split_cls(slots, cls)[1].squeeze(-1))
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the layers behind the last of the sites `indices`, and with them what is named; returns the sites."""
+        if self.methods.get("pruning") is not None:
+            raise ValueError("Learned pruning counts the layers it was built with: wanted a model without it.")
+        take, last = feature_take_indices(self.num_sites, indices)
+        per_site = self.depth // self.num_sites
+        self.num_sites, self.depth = last + 1, (last + 1) * per_site
+        self.layers, self.feature_info = self.layers[: self.depth], self.feature_info[: last + 1]
+        if prune_norm:
+            self.norm_f = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VisionMamba) -> dict[str, Tensor]:

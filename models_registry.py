@@ -22,7 +22,9 @@ class VimSettings:
     residual at every site) or averaged. `flip_img_sequences_ratio` is the chance that training reverses the sequence.
     `use_norm_after_ssm` puts a LayerNorm between scan and gate; None does so with spatial pooling only.
     `num_cls_tokens` puts that many registers, spread among the patches, in the class token's place (MambaReg,
-    arXiv:2405.14858); all are read, each narrowed to embed_dim / `cls_reduce` channels.
+    arXiv:2405.14858); all are read, each narrowed to embed_dim / `cls_reduce` channels. `global_pool` is timm's: what
+    the head reads, the class tokens ("token"), the mean of the patch tokens ("avg"), or each token ("", so that the
+    model returns them all); None reads class tokens where there are any.
     """
 
     img_size: int | tuple[int, int] = 224
@@ -58,6 +60,7 @@ class VimSettings:
     use_middle_cls_token: bool = False
     num_cls_tokens: int | None = None
     cls_reduce: int = 1
+    global_pool: str | None = None
     use_norm_after_ssm: bool | None = None
     if_devide_out: bool | None = None  # the published spelling
 
