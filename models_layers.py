@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.triton.layernorm import RMSNorm, layer_norm_fn
 from timm.layers import DropPath
@@ -37,7 +38,11 @@ class Block(nn.Module):
 def add_norm(
     norm: nn.Module, hidden: Tensor, residual: Tensor | None, fused: bool, residual_in_fp32: bool
 ) -> tuple[Tensor, Tensor]:
-    """residual + hidden, and its norm: in one operator if `fused`, else step by step in the dtypes that torch gives."""
+    """residual + hidden, and its norm: in one operator if `fused`, else step by step in the dtypes that torch gives.
+
+    `residual_in_fp32` keeps the residual in float32 at least: a model in float64 has it in float64.
+    """
+    residual_in_fp32 = residual_in_fp32 and hidden.dtype != torch.float64
     if fused:
         is_rms = isinstance(norm, RMSNorm)
         return layer_norm_fn(
