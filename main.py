@@ -203,6 +203,7 @@ def train(args: argparse.Namespace, run: Run, batches: TrainBatches, tests: Eval
     is_saved = True
     try:
         while run.epoch < args.epochs:
+            task.begin_epoch(run.epoch)
             trained = engine.train_one_epoch(run, batches, args, stop, board)
             tested = None
             if trained is not None:
