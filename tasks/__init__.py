@@ -1,0 +1,1 @@
+"""What the program can train a backbone for."""
