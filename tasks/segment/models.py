@@ -55,7 +55,7 @@ class UPerNetHead(nn.Module):
 
 
 class FCNHead(nn.Module):
-    """One 3x3 convolution and a classifier over a single map, the auxiliary head (Long et al. 2015, arXiv:1411.4038)."""
+    """One 3x3 convolution and a classifier over a single map, the auxiliary head (Long et al. 2015, 1411.4038)."""
 
     def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float = 0.1) -> None:
         super().__init__()
