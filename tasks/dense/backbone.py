@@ -42,9 +42,10 @@ def create_body(name: str, img_size: int | tuple[int, int], **keywords: Any) -> 
     between the layers, as FastVim's dense weights have it, unless `keywords` say otherwise. Other timm models must have
     `forward_intermediates`; they come as timm builds them.
     """
-    if not name.startswith(_mamba_names()):
+    own = models_mamba.registry_keywords(name)
+    if not own:
         return _create_timm_body(name, img_size, **keywords)
-    if "noclstok" in name or name.startswith("fastvim_") or keywords.get("spatial_pool"):
+    if keywords.get("spatial_pool", own.get("spatial_pool")):
         keywords = dict(rms_norm=False, fused_add_norm=False) | keywords
     body = timm.create_model(
         name, img_size=to_2tuple(img_size), num_classes=0, if_cls_token=False, use_double_cls_token=False, **keywords
@@ -53,10 +54,6 @@ def create_body(name: str, img_size: int | tuple[int, int], **keywords: Any) -> 
     body.classifier_tokens = _class_tokens(name, keywords)
     body.patch_embed.dynamic = True
     return body
-
-
-def _mamba_names() -> tuple[str, ...]:
-    return tuple(models_mamba.default_cfgs)
 
 
 def _class_tokens(name: str, keywords: dict[str, Any]) -> ClassTokens:

@@ -14,7 +14,6 @@ import fusion
 import models_mamba
 from fusion import Meter
 from loading import EvalBatches
-from tasks.backbone import own_models
 from tasks.dense.backbone import FEATURES
 from tasks.dense.measure import SegmentationMeter
 from tasks.dense.necks import resize, synchronise_batch_norm
@@ -29,6 +28,7 @@ from utils.flags import number
 from utils.processes import sum_over_processes
 
 NUM_PICTURES = 8
+_PICTURED = ("pruning", "merging")  # the methods whose work on the patches is drawn
 IGNORED = 255
 # by data set: image side, steps, learning rate
 _RECIPES = {"ADE20K": (512, 160_000, 6e-5), "SHAPES": (64, 1000, 1e-3)}
@@ -78,6 +78,7 @@ class Segment(Task):
     data_sets = sets.DATA_SETS
     default_data_set = "SHAPES"
     collate = staticmethod(sets.collate)
+    with_teacher = False
 
     # --- before a run ---
 
@@ -160,7 +161,7 @@ class Segment(Task):
                 f"--slide-stride {args.slide_stride} is more than --input-size {args.input_size}; windows that do not "
                 "leave gaps wanted it at most that."
             )
-        if "dense_feature" in typed and models_mamba.registry_name(args.model) not in own_models():
+        if "dense_feature" in typed and not models_mamba.registry_keywords(args.model):
             raise UsageError(f"--dense-feature wants a Vision Mamba; {args.model} has maps of its own.")
         if args.attn_only:
             raise UsageError("--attn-only would leave the new heads as they are; wanted it with --task classify.")
@@ -297,7 +298,7 @@ class Segment(Task):
             shown = denormalise(resize(item.image[None], item.labels.shape)[0])
             figure = draw_segmentation(shown, item.labels.numpy(), prediction.numpy(), self.data.extra)
             figure.savefig(directory / f"image_{index}.png", dpi=120)
-        if self.methods:
+        if self.model.backbone.is_mamba and any(self.model.backbone.body.methods.get(name) for name in _PICTURED):
             side = self.args.input_size
             crops = [resize(item.image[None], (side, side)) for item in items[:4]]
             fusion.draw(self.model.backbone.body, torch.cat(crops).to(self.device), directory, meters)
