@@ -190,9 +190,13 @@ def test_bad_annotations_are_named(wrong: str, told: str, tmp_path: Path) -> Non
     root = write_shapes(tmp_path / "shapes", 2, 3)
     names = read_names(root)
     spoil(root, wrong)
-    with pytest.raises(UsageError, match=told) as caught:
+
+    def read_all() -> list:
         folder = SegmentationFolder(root, False, names)
-        [folder[index] for index in range(len(folder))]
+        return [folder[index] for index in range(len(folder))]
+
+    with pytest.raises(UsageError, match=told) as caught:
+        read_all()
     assert re.search(r"[^.]\.$", str(caught.value))
 
 
