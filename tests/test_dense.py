@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
+import engine
 from fusion.dynamic_pruning import Choices
 from tasks.dense.backbone import DenseBackbone, create_body, from_classifier, spread_indices
 from tasks.dense.measure import SegmentationMeter
@@ -205,6 +206,15 @@ def test_timm_backbones_under_the_same_head(name: str) -> None:
     body = model.backbone.body
     classifier = timm.create_model(name, num_classes=10, **PEERS[name])
     assert from_classifier(classifier.state_dict(), body).keys() <= body.state_dict().keys()
+
+
+def test_layers_are_grouped_for_layer_decay() -> None:
+    model = build_segmenter("vit_tiny_patch16_224", 5, img_size=64, channels=16, **PEERS["vit_tiny_patch16_224"])
+    scales = engine.layer_scales(model, 0.5)
+    assert scales["backbone.body.patch_embed.proj.weight"] == 0.5**5
+    assert scales["backbone.body.blocks.0.attn.qkv.weight"] == 0.5**4
+    assert scales["backbone.body.blocks.3.mlp.fc1.bias"] == 0.5
+    assert scales["decode_head.conv_seg.weight"] == scales["neck.fpn2.0.weight"] == 1
 
 
 @pytest.mark.parametrize("stride", [4, 8, 16])

@@ -116,7 +116,7 @@ def test_resume_is_exact(family: str, shapes: Path, tmp_path: Path, monkeypatch:
 
 def test_two_processes_equal_one(shapes: Path, tmp_path: Path) -> None:
     """On the same global batch, BatchNorm and all; and the shared evaluation counts every image once."""
-    command = [*FLAGS, "--data-path", shapes, "--drop-path", 0, "--opt", "sgd", "--scale-range", 1, 1]
+    command = [*FLAGS, "--data-path", shapes, "--drop-path", 0, "--drop", 0, "--opt", "sgd"]
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
     pair = start(*torchrun, MICRO, *command, "--batch-size", 2, "--dist-eval", "--output_dir", tmp_path / "two")
     assert call_program(*command, "--batch-size", 4, "--output_dir", tmp_path / "one").code == 0
@@ -154,6 +154,7 @@ def test_starting_from_a_classifier_and_from_a_segmenter(run: Path, shapes: Path
         (["--mixup", "0.8"], "--mixup belongs to --task classify"),
         (["--fsdp"], "--fsdp"),
         (["--attn-only"], "--attn-only"),
+        (["--no-train-mode"], "--no-train-mode"),
         (["--model", "resnet18", "--dense-feature", "stream"], "wants a Vision Mamba"),
         (["--spatial-pool", "alternate", "--pruning", "block"], "without pruning"),
         (["--epochs", "2"], "contradicts --epochs"),

@@ -29,8 +29,8 @@ from fusion.token_state import ClassTokens, TokenState, split_cls
 _logger = logging.getLogger(__name__)
 
 FEATURES = ("hidden", "stream")
-# what a classifier has and a body has not
-_HEAD = ("head.", "norm_f.", "neck.", "norm_neck.")
+# what a classifier, or a masked autoencoder, has and a body has not
+_HEAD = ("head.", "norm_f.", "neck.", "norm_neck.", "decoder", "mask_token")
 _TOKENS = ("cls_token", "cls_token_head", "cls_token_tail")
 
 

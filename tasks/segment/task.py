@@ -124,6 +124,7 @@ class Segment(Task):
             )
         size, iterations, rate = _RECIPES[args.data_set]
         recipe: dict[str, Any] = dict(
+            drop=0.1,
             batch_size=16,
             lr=rate,
             unscale_lr=True,
@@ -165,6 +166,8 @@ class Segment(Task):
             )
         if "dense_feature" in typed and not models_mamba.registry_keywords(args.model):
             raise UsageError(f"--dense-feature wants a Vision Mamba; {args.model} has maps of its own.")
+        if not args.train_mode:
+            raise UsageError("--no-train-mode leaves out the auxiliary head, which only training has; wanted it on.")
         if args.attn_only:
             raise UsageError("--attn-only would leave the new heads as they are; wanted it with --task classify.")
         sets.check(args)
@@ -178,14 +181,13 @@ class Segment(Task):
     def build_model(cls, args: argparse.Namespace, data: Data | None, **overrides: Any) -> nn.Module:
         name = models_mamba.registry_name(args.model)
         keywords = fusion.model_keywords(args, models_mamba.registry_keywords(name)) | overrides
-        if args.drop:
-            keywords["drop_rate"] = args.drop
         try:
             return build_segmenter(
                 name,
                 2 if data is None else data.num_classes,
                 img_size=args.input_size,
                 feature=args.dense_feature,
+                dropout=args.drop,
                 drop_path_rate=args.drop_path,
                 **keywords,
             )
