@@ -55,6 +55,13 @@ def test_overlapping_patches_of_a_padded_image() -> None:
     assert maps[0].shape[-2:] == (7, 11)
 
 
+def test_rotary_positions_of_any_size() -> None:
+    model = backbone("vim_nano_patch4_32", if_rope=True)
+    assert model(images((1, 3, 48, 20), 0))[0].shape[-2:] == (12, 5)
+    same = create_body("vim_nano_patch4_32", (48, 20), if_rope=True, **NANO)
+    assert torch.equal(model.body.rope._angles((12, 5)).cos(), same.rope.freqs_cos)
+
+
 def test_feature_is_the_mixer_output_or_the_stream() -> None:
     hidden, stream = (backbone("vim_nano_patch4_32", feature=feature) for feature in ("hidden", "stream"))
     x = images((1, 3, 32, 32), 1)

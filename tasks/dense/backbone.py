@@ -47,11 +47,15 @@ def create_body(name: str, img_size: int | tuple[int, int], **keywords: Any) -> 
         return _create_timm_body(name, img_size, **keywords)
     if keywords.get("spatial_pool", own.get("spatial_pool")):
         keywords = dict(rms_norm=False, fused_add_norm=False) | keywords
-    body = timm.create_model(
-        name, img_size=to_2tuple(img_size), num_classes=0, if_cls_token=False, use_double_cls_token=False, **keywords
-    )
+    tokens = _class_tokens(name, keywords)
+    if tokens.positions == "own":
+        # MambaReg's registers are a memory of the layers', not only what is read
+        keywords = keywords | dict(cls_reduce=1)
+    else:
+        keywords = keywords | dict(if_cls_token=False, use_double_cls_token=False)
+    body = timm.create_model(name, img_size=to_2tuple(img_size), num_classes=0, **keywords)
     body.norm_f = nn.Identity()
-    body.classifier_tokens = _class_tokens(name, keywords)
+    body.classifier_tokens = tokens
     body.patch_embed.dynamic = True
     return body
 
@@ -93,11 +97,12 @@ def from_classifier(weights: dict[str, Tensor], body: nn.Module) -> dict[str, Te
         weights = weights if adapt is None else adapt(dict(weights), body)
         wanted = body.state_dict()
         return {name: value for name, value in weights.items() if name in wanted}
-    state = {name: value for name, value in weights.items() if not name.startswith(_HEAD) and name not in _TOKENS}
-    if "pos_embed" in state:
-        count = sum(weights[name].shape[1] for name in _TOKENS if name in weights)
-        state["pos_embed"] = _without_token_rows(state["pos_embed"], count, body)
     own = body.state_dict()
+    dropped = [name for name in _TOKENS if name in weights and name not in own]
+    state = {name: value for name, value in weights.items() if not name.startswith(_HEAD) and name not in dropped}
+    if "pos_embed" in state:
+        count = sum(weights[name].shape[1] for name in dropped)
+        state["pos_embed"] = _without_token_rows(state["pos_embed"], count, body)
     missing = [name for name in own if name not in state]
     kept = [name for name in missing if name.endswith(("norm.bias", "layernorm.bias"))]
     kept += [name for name in missing if name.startswith("score_predictors.") or ".block_head." in name]

@@ -194,10 +194,6 @@ class Segment(Task):
         except (ValueError, TypeError, AssertionError) as error:
             raise UsageError(f"--model {args.model}: {error}") from error
 
-    @classmethod
-    def eval_batches(cls, data: Data, args: argparse.Namespace) -> EvalBatches:
-        return EvalBatches(data.test, args, collate=cls.collate)
-
     # --- a run ---
 
     def __init__(
