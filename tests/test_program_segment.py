@@ -112,6 +112,12 @@ def test_resume_is_exact(family: str, shapes: Path, tmp_path: Path, monkeypatch:
     assert logs[0] == logs[1]
     if family == "dyvm":
         assert {"train_token_ratio", "train_block_ratio", "test_kept_tokens_1"} <= logs[0][0].keys()
+        seen = ["--eval", "--resume", whole / "checkpoint.pth", "--visualize", tmp_path / "seen"]
+        result = call_program(*flags, *seen)
+        assert result.code == 0, result.err
+        assert "Kept tokens, stage by stage" in result.out + result.err
+        assert len(list((tmp_path / "seen").glob("image_*_kept.png"))) == 5
+        assert (tmp_path / "seen" / "directions.png").is_file()
 
 
 def test_two_processes_equal_one(shapes: Path, tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 import fusion
 import models_mamba
 from fusion import Meter
+from fusion.visualize_pruning import draw_directions
 from loading import EvalBatches
 from tasks.dense.backbone import FEATURES
 from tasks.dense.measure import SegmentationMeter
 from tasks.dense.necks import resize, synchronise_batch_norm
-from tasks.dense.pictures import denormalise, draw_segmentation, save_prediction
+from tasks.dense.pictures import denormalise, draw_kept_patches, draw_segmentation, save_prediction
 from tasks.segment import data as sets
 from tasks.segment.inference import slide_inference
 from tasks.segment.loss import SegmentationLoss
@@ -28,7 +29,6 @@ from utils.flags import number
 from utils.processes import sum_over_processes
 
 NUM_PICTURES = 8
-_PICTURED = ("pruning", "merging")  # the methods whose work on the patches is drawn
 IGNORED = 255
 # by data set: image side, steps, learning rate
 _RECIPES = {"ADE20K": (512, 160_000, 6e-5), "SHAPES": (64, 1000, 1e-3)}
@@ -250,7 +250,9 @@ class Segment(Task):
         """Images (B, 3, H, W) of any size -> logits (B, classes, H, W), as --test-mode says."""
         if self.args.test_mode == "whole":
             return self.model(images)
-        return slide_inference(self.model, images, self.args.input_size, self.args.slide_stride)
+        return slide_inference(
+            lambda window: self.model(window).float(), images, self.args.input_size, self.args.slide_stride
+        )
 
     def create_evaluator(self) -> _Evaluator:
         writes = self.args.eval and self.args.output_dir
@@ -289,8 +291,8 @@ class Segment(Task):
 
     @torch.no_grad()
     def draw(self, test_set: Iterable[Any], directory: Path, meters: Sequence[Meter] = ()) -> None:
-        """Write image_N.png: a test image, the truth and the prediction side by side, with the classes' colours; and
-        what methods draw."""
+        """Write image_N.png: a test image, the truth and the prediction side by side, with the classes' colours; where
+        patches are pruned, image_N_kept.png; where scan directions are, directions.png."""
         self.eval()
         directory.mkdir(parents=True, exist_ok=True)
         items = [test_set[place] for place in range(min(NUM_PICTURES, len(test_set)))]
@@ -299,7 +301,10 @@ class Segment(Task):
             shown = denormalise(resize(item.image[None], item.labels.shape)[0])
             figure = draw_segmentation(shown, item.labels.numpy(), prediction.numpy(), self.data.extra)
             figure.savefig(directory / f"image_{index}.png", dpi=120)
-        if self.model.backbone.is_mamba and any(self.model.backbone.body.methods.get(name) for name in _PICTURED):
-            side = self.args.input_size
-            crops = [resize(item.image[None], (side, side)) for item in items[:4]]
-            fusion.draw(self.model.backbone.body, torch.cat(crops).to(self.device), directory, meters)
+            if kept := draw_kept_patches(self.model.backbone, item.image[None].to(self.device)):
+                kept.savefig(directory / f"image_{index}_kept.png")
+        directions = next(
+            (meter.directions for meter in meters if getattr(meter, "directions", None) is not None), None
+        )
+        if directions is not None:
+            draw_directions(directions.numpy(), len(test_set)).savefig(directory / "directions.png")
