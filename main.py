@@ -76,6 +76,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     _refuse_others_flags(parser, task, argv)
     args, typed = parser.parse(argv)
     args.data_path = os.path.expanduser(args.data_path)
+    args.with_teacher = task.with_teacher
     task.set_defaults(args, typed)
     backbone.check(args, typed)
     cpu = args.device == "cpu" or (args.device is None and not torch.cuda.is_available())
@@ -125,7 +126,7 @@ def load_weights(args: argparse.Namespace, task: type[Task], model: nn.Module, d
     Returns the teacher of a method that wants one, which --model-path holds unless it is all that --eval is given.
     """
     teacher, may_miss = None, set()
-    learners = [method for method in fusion.methods_of(model) if method.needs_teacher]
+    learners = [method for method in fusion.methods_of(model) if method.needs_teacher and task.with_teacher]
     if learners and args.model_path and not (args.eval and not args.resume and not args.finetune):
         teacher = task.plain_model(args, model, data)
         weights, _ = checkpoints.find_weights(checkpoints.read(args.model_path), args.model_path)

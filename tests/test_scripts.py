@@ -23,7 +23,7 @@ import torch
 
 import fusion
 import main as program
-from tests import micro_models, program_data
+from tests import micro_models, program_data, shapes_data
 from tests.conftest import Result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,13 +32,18 @@ SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts"
 # not experiments: what each is, and which test runs it
 SOURCED = {"scripts/launch.sh", "scripts/fambav/experiment.sh"}
 INSTALLS = {"scripts/setup.sh", "scripts/test.sh"}  # the suite runs inside them
-WHOLE = {"scripts/quickstart.sh", "scripts/compare.sh"}
+WHOLE = {"scripts/quickstart.sh", "scripts/compare.sh", "scripts/seg/quickstart.sh"}
 EXPERIMENTS = [script for script in SCRIPTS if script not in SOURCED | INSTALLS | WHOLE]
 # take minutes, or a GPU: that they start is all that is tried here
 LONG = {f"benchmarks.{name}" for name in ("flops", "pruning", "merging", "resolution", "compare")}
 LONG_SCRIPTS = {"benchmarks/gpu_check.sh"}
-CLASSES = {"CIFAR": 100, "IMNET": 3}
-SMALL = ("--input-size", "32", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "4", "--num_workers", "0")
+CLASSES = {"CIFAR": 100, "IMNET": 3, "ADE20K": 3, "SHAPES": 3}
+TINY = ("--input-size", "32", "--batch-size", "4", "--num_workers", "0")
+SMALL = {
+    "classify": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
+    "segment": (*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0"),
+}
+TOLD = {"classify": "top-1", "segment": "mIoU"}
 
 
 # --- reading the pages ---
@@ -79,6 +84,7 @@ class Files:
             "CIFAR": program_data.write_cifar100(root / "cifar", train=8, test=4),
             "IMNET": program_data.write_image_folder(root / "imnet", train=4, test=2),
         }
+        self.data["ADE20K"] = self.data["SHAPES"] = shapes_data.write_shapes(root / "shapes", 4, 2)
 
     def weights(self, family: str, classes: int) -> Path:
         """Weights of an untrained micro model."""
@@ -129,12 +135,13 @@ def check_and_run(flags: list[str], files: Files, folder: Path, run: Callable[..
     flags = substitute(flags, files, folder)
     program.parse(flags)
     model = value(flags, "--model", "vim_nano_patch4_32")
-    small = [*flags, "--model", f"{family_of(model)}_micro_patch8_32", *SMALL, "--device", "cpu"]
+    task = value(flags, "--task", "classify")
+    small = [*flags, "--model", f"{family_of(model)}_micro_patch8_32", *SMALL[task], "--device", "cpu"]
     if value(flags, "--fusion-strategy", "no") != "no":
         small += ["--fusion-layer", "1", "--fusion-token", "2"]
     result = run(*small)
     assert result.code == 0, result.err
-    assert "top-1" in result.out
+    assert TOLD[task] in result.out
 
 
 # --- scripts ---
