@@ -1,0 +1,1 @@
+"""The tasks that a Vision Mamba can be trained for."""
