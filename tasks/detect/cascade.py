@@ -47,14 +47,16 @@ class CascadeRoIHeads(RoIHeads):
     """Proposals -> boxes, labels 1 to K, scores and masks, or in training the losses of every stage.
 
     Called as torchvision's RoIHeads. Losses are `loss_classifier_k`, `loss_box_reg_k` (L1, over the number of sampled
-    boxes) and `loss_mask_k`.
+    boxes) and `loss_mask_k`. `stride` is that of the backbone's map, the pyramid's third.
     """
 
-    def __init__(self, kind: HeadKind, channels: int, num_classes: int, fc_channels: int = 1024) -> None:
+    def __init__(
+        self, kind: HeadKind, channels: int, num_classes: int, fc_channels: int = 1024, stride: int = 16
+    ) -> None:
         norm = partial(LayerNorm2d, eps=kind.norm_eps)
         convs = [channels] * 4
         super().__init__(
-            AlignedPool(BOX_POOL),
+            AlignedPool(BOX_POOL, stride),
             nn.ModuleList(
                 FastRCNNConvFCHead((channels, BOX_POOL, BOX_POOL), convs, [fc_channels], norm) for _ in range(STAGES)
             ),
@@ -67,7 +69,7 @@ class CascadeRoIHeads(RoIHeads):
             score_thresh=0.05,
             nms_thresh=0.5,
             detections_per_img=100,
-            mask_roi_pool=AlignedPool(MASK_POOL),
+            mask_roi_pool=AlignedPool(MASK_POOL, stride),
             mask_head=nn.ModuleList(MaskRCNNHeads(channels, convs, 1, norm) for _ in range(kind.num_masks)),
             mask_predictor=nn.ModuleList(
                 MaskRCNNPredictor(channels, channels, num_classes) for _ in range(kind.num_masks)

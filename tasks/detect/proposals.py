@@ -11,21 +11,22 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 from tasks.detect.kinds import HeadKind
 
-ANCHOR_SIZES = (32, 64, 128, 256, 512)
+LEVELS = (2, 3, 4, 5, 6)  # of the pyramid; a place of level k is 2^k pixels wide where the backbone's is 16
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height over width
-STRIDES = (4, 8, 16, 32, 64)  # pixels between the places of p2 to p6
+ANCHOR_SIDE = 8  # of an anchor, in places of its level: 32 to 512 pixels
 
 
 class Anchors(AnchorGenerator):
     """Anchors of one size a level and three ratios, as they are: torchvision rounds their corners to whole pixels.
 
-    They are float32 whatever the maps are, since bfloat16 cannot tell neighbouring pixels apart, and stand `STRIDES`
-    apart whatever the image's size: torchvision divides it by the map's, which is too little where a map was rounded
-    up.
+    They are float32 whatever the maps are, since bfloat16 cannot tell neighbouring pixels apart, and as far apart as
+    the `stride` of the backbone's map says: torchvision divides the image's size by the map's, which is too little
+    where a map was rounded up.
     """
 
-    def __init__(self) -> None:
-        super().__init__(tuple((size,) for size in ANCHOR_SIZES), (ANCHOR_RATIOS,) * len(ANCHOR_SIZES))
+    def __init__(self, stride: int = 16) -> None:
+        self.strides = [stride * 2**level // 16 for level in LEVELS]
+        super().__init__(tuple((ANCHOR_SIDE * each,) for each in self.strides), (ANCHOR_RATIOS,) * len(LEVELS))
 
     def generate_anchors(
         self,
@@ -44,7 +45,7 @@ class Anchors(AnchorGenerator):
         """The anchors (N, 4) of each image, level by level, in each a place's ratios side by side."""
         device = feature_maps[0].device
         self.set_cell_anchors(torch.float32, device)
-        strides = [[torch.tensor(stride, device=device)] * 2 for stride in STRIDES]
+        strides = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
         anchors = torch.cat(self.grid_anchors([list(each.shape[-2:]) for each in feature_maps], strides))
         return [anchors] * len(image_list.image_sizes)
 
@@ -62,11 +63,21 @@ class ProposalHead(RPNHead):
 
 
 class ProposalNetwork(RegionProposalNetwork):
-    """torchvision's network, with a box loss that is linear from `beta` on (0: everywhere)."""
+    """torchvision's network, with a box loss that is linear from `kind.rpn_beta` on (0: everywhere).
 
-    def __init__(self, kind: HeadKind, channels: int, pre_nms_top_n_test: int, post_nms_top_n_test: int) -> None:
+    `stride` is that of the backbone's map, the pyramid's third: anchors of a finer one are smaller in proportion.
+    """
+
+    def __init__(
+        self,
+        kind: HeadKind,
+        channels: int,
+        pre_nms_top_n_test: int = 1000,
+        post_nms_top_n_test: int = 1000,
+        stride: int = 16,
+    ) -> None:
         super().__init__(
-            Anchors(),
+            Anchors(stride),
             ProposalHead(channels),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,

@@ -13,12 +13,14 @@ MASK_SIZE = 28
 _MASKS_AT_ONCE = 16
 
 
-def box_levels(boxes: Tensor) -> Tensor:
-    """Boxes (N, 4) in pixels -> the level 2 to 5 that each is pooled from (N,).
+def box_levels(boxes: Tensor, stride: int = 16) -> Tensor:
+    """Boxes (N, 4) in pixels -> the level 2 to 5 that each is pooled from (N,), of a pyramid whose level 4 has
+    `stride`.
 
     Lin et al. 2017 (arXiv:1612.03144), equation 1: floor(4 + log2(side / 224)); a box without area gets 2.
     """
-    return torch.floor(4 + torch.log2(box_area(boxes).sqrt() / 224 + 1e-8)).clamp(2, 5).long()
+    side = box_area(boxes).sqrt()
+    return torch.floor(4 + torch.log2(side / (14 * stride) + 1e-8)).clamp(2, 5).long()
 
 
 class AlignedPool(nn.Module):
@@ -27,9 +29,9 @@ class AlignedPool(nn.Module):
     torchvision's MultiScaleRoIAlign cannot be told so, and reads the scales off the first batch that it sees.
     """
 
-    def __init__(self, output_size: int) -> None:
+    def __init__(self, output_size: int, stride: int = 16) -> None:
         super().__init__()
-        self.output_size = output_size
+        self.output_size, self.stride = output_size, stride
 
     def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: object = None) -> Tensor:
         """Maps (B, C, rows, cols) by name and the boxes (N, 4) of each image -> (all boxes, C, size, size).
@@ -37,13 +39,13 @@ class AlignedPool(nn.Module):
         `image_shapes` is torchvision's third argument, which the strides of a pyramid make needless.
         """
         rows = torch.cat([F.pad(each, (1, 0), value=float(image)) for image, each in enumerate(boxes)])
-        levels = box_levels(rows[:, 1:])
+        levels = box_levels(rows[:, 1:], self.stride)
         size, channels = self.output_size, features[LEVELS[0]].shape[1]
         pooled = features[LEVELS[0]].new_zeros(len(rows), channels, size, size)
         for level, name in enumerate(LEVELS, 2):
             chosen = (levels == level).nonzero().squeeze(1)
             # a level without boxes is pooled too: every process of a run then reaches the same parameters
-            values = roi_align(features[name], rows[chosen], size, 1 / 2**level, 0, aligned=True)
+            values = roi_align(features[name], rows[chosen], size, 16 / self.stride / 2**level, 0, aligned=True)
             pooled = pooled.index_copy(0, chosen, values.to(pooled.dtype))
         return pooled
 
