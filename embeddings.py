@@ -41,11 +41,10 @@ class PatchEmbed(nn.Module):
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """(rows, cols) of the token grid of an image, padded first where that is allowed."""
-        sides = zip((height, width), self.patch_size, self.stride)
         if self.dynamic:
-            rows, cols = (-(-side // patch) for side, patch, _ in sides)
-        else:
-            rows, cols = ((side - patch) // stride + 1 for side, patch, stride in sides)
+            height, width = (side + -side % patch for side, patch in zip((height, width), self.patch_size))
+        sides = zip((height, width), self.patch_size, self.stride)
+        rows, cols = ((side - patch) // stride + 1 for side, patch, stride in sides)
         return rows, cols
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:

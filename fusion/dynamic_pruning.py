@@ -7,7 +7,8 @@ mask keeps the dropped ones out of every convolution and scan, so that training 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusion.config import PruningConfig
-from fusion.token_state import SiteMethod, TokenState, join_cls, mean_over_kept, patch_policy, split_cls
+from fusion.token_state import Rest, SiteMethod, TokenState, join_cls, mean_over_kept, patch_policy, split_cls, whole
 
 # What chooses tokens: (stage, tokens (B, n, C), policy so far (B, n)) -> either a decision (B, n) of 1 (keep) and 0,
 # floating, after which the sequence keeps its length, or the indices (B, k) to keep, long and rising, after which it is
@@ -115,6 +116,46 @@ def take(state: TokenState, order: Tensor, cls_index: tuple[int, ...] | Tensor) 
     )
 
 
+def _recall(state: TokenState, policy: Tensor) -> tuple[TokenState, Tensor]:
+    """All M patches of `state`, live or dropped, as one sequence in raster order behind the class tokens; and the
+    policy (B, M), 1 for the live ones."""
+
+    def line_up(x: Tensor | None, patches: Tensor | None) -> Tensor | None:
+        return None if x is None else join_cls(split_cls(x, state.cls_index)[0], patches, cls_index)
+
+    cls_index = tuple(range(state.num_cls))
+    hidden, residual = (line_up(x, full) for x, full in zip((state.hidden, state.residual), whole(state)))
+    observed = state.observed
+    if state.positions is not None:
+        policy = torch.zeros_like(state.rest.hidden[..., 0], dtype=policy.dtype).scatter(1, state.positions, policy)
+    if observed is not None and state.positions is not None:
+        classes, patches = split_cls(observed, state.cls_index)
+        index = state.positions.unsqueeze(-1).expand_as(patches)
+        patches = patches.new_zeros(*policy.shape, patches.shape[-1]).scatter(1, index, patches)
+        observed = join_cls(classes, patches, cls_index)
+    state = state.replace(
+        hidden=hidden, residual=residual, cls_index=cls_index, token_mask=None, positions=None, observed=observed
+    )
+    return state, policy
+
+
+def _hold_back(state: TokenState, choice: Tensor) -> TokenState:
+    """Part every patch of a whole sequence (`_recall`) into what goes on, its value times the decision, and what rests,
+    its value times one minus the decision: the decision's gradient comes from both."""
+    keep = choice if choice.is_floating_point() else torch.zeros_like(state.rest.hidden[..., 0]).scatter(1, choice, 1.0)
+    keep = keep.unsqueeze(-1)
+    live, rest = [], []
+    for x, none in zip((state.hidden, state.residual), state.rest):
+        if x is None:
+            live.append(None)
+            rest.append(torch.zeros_like(none))
+            continue
+        classes, patches = split_cls(x, state.cls_index)
+        live.append(join_cls(classes, (patches * keep).to(x.dtype), state.cls_index))
+        rest.append((patches * (1 - keep)).to(none.dtype))
+    return state.replace(hidden=live[0], residual=live[1], rest=Rest(*rest))
+
+
 def pruning_output(state: TokenState, tokens: Tensor, logits: Tensor) -> PruningOutput:
     """Gather what the sites left in `state`; tokens (B, K + M, D) are normalised, the K class tokens first."""
     policy, positions = patch_policy(state), state.positions
@@ -155,6 +196,7 @@ class DynamicPruning(SiteMethod):
         config.check_depth(model.depth)
         self.model = model
         self.layers_per_site = model.depth // model.num_sites
+        self.num_patches = model.patch_embed.num_patches
         if config.tokens and model.num_prefix_tokens == 0 and model.final_pool_type != "mean":
             raise ValueError(
                 f"final_pool_type is {model.final_pool_type!r}; wanted 'mean' for token pruning without a class token."
@@ -179,6 +221,8 @@ class DynamicPruning(SiteMethod):
 
     def __call__(self, index: int, state: TokenState, run: Callable[..., TokenState]) -> TokenState:
         layer = index * self.layers_per_site
+        if state.grid is not None:
+            self.num_patches = math.prod(state.grid)
         if self.token_policy is not None and layer in self.config.pruning_loc:
             state = self._drop_tokens(self.config.pruning_loc.index(layer), state)
         mixer_args: dict[str, Any] = {}
@@ -199,17 +243,21 @@ class DynamicPruning(SiteMethod):
     # --- tokens ---
 
     def num_kept(self, stage: int) -> int:
-        """How many tokens inference keeps at `stage`: a share of the original patches, rounded down."""
-        return int(self.config.token_ratio[stage] * self.model.patch_embed.num_patches)
+        """How many tokens inference keeps at `stage`: a share of the images' original patches, rounded down."""
+        return int(self.config.token_ratio[stage] * self.num_patches)
 
     def _drop_tokens(self, stage: int, state: TokenState) -> TokenState:
         policy = patch_policy(state)
+        if state.rest is not None:
+            state, policy = _recall(state, policy)
         if state.observed is not None:
             tokens = state.observed
         else:
             tokens = state.hidden if state.residual is None else state.hidden + state.residual
         choice = self.token_policy(stage, split_cls(tokens, state.cls_index)[1], policy)
         batch = policy.shape[0]
+        if state.rest is not None:
+            state = _hold_back(state, choice)
         if choice.is_floating_point():
             order, kept = kept_first(choice)
             cls_index = [
@@ -221,21 +269,23 @@ class DynamicPruning(SiteMethod):
             mask = join_cls(ones, choice.gather(1, order).unsqueeze(-1), cls_index).squeeze(-1)
             return state.replace(token_mask=mask, decisions=(*state.decisions, choice))
         state = take(state, choice, self.model.class_token_positions(choice.shape[1]))
-        decision = policy.new_zeros(batch, self.model.patch_embed.num_patches).scatter(1, state.positions, 1.0)
+        decision = policy.new_zeros(batch, self.num_patches).scatter(1, state.positions, 1.0)
         return state.replace(decisions=(*state.decisions, decision))
 
     def _learned_tokens(self, stage: int, tokens: Tensor, policy: Tensor) -> Tensor:
         scores = self.model.score_predictors[stage](tokens, policy).float()
         if self.model.training:
             return F.gumbel_softmax(scores, hard=True)[..., 0] * policy
-        return scores[..., 0].topk(self.num_kept(stage)).indices.sort().values
+        # what was dropped before is only among the tokens where maps want its last value
+        return scores[..., 0].masked_fill(policy == 0, -math.inf).topk(self.num_kept(stage)).indices.sort().values
 
     def _static_tokens(self, stage: int, tokens: Tensor, policy: Tensor) -> Tensor:
-        chosen = evenly_spread(tokens.shape[1], self.num_kept(stage))
-        return chosen.to(tokens.device).expand(len(tokens), -1)
+        order, kept = kept_first(policy)
+        chosen = evenly_spread(int(kept[0]), self.num_kept(stage))
+        return order[:, chosen.to(tokens.device)]
 
     def _random_tokens(self, stage: int, tokens: Tensor, policy: Tensor) -> Tensor:
-        return torch.rand_like(policy).topk(self.num_kept(stage)).indices.sort().values
+        return (torch.rand_like(policy) + policy).topk(self.num_kept(stage)).indices.sort().values
 
     # --- scan directions ---
 
@@ -358,6 +408,25 @@ class DecisionMeter:
         return named | ({} if self.directions is None else {"kept_directions": float(self.directions.mean())})
 
 
+def ratio_terms(
+    decisions: Sequence[Tensor],
+    block_policy: Tensor | None,
+    config: PruningConfig,
+    token_weight: float,
+    block_weight: float,
+) -> dict[str, Tensor]:
+    """The two keep targets, weighted: `token_ratio`, the mean over stages and images of (kept share - target)^2, from
+    `decisions`, (B, M) a stage; `block_ratio`, (mean gate - target)^2. What is not pruned has no term."""
+    terms = {}
+    if decisions:
+        shares = torch.stack([decision.mean(1) for decision in decisions])
+        wanted = torch.tensor(config.token_ratio, device=shares.device)
+        terms["token_ratio"] = token_weight * (shares - wanted[:, None]).square().mean()
+    if block_policy is not None:
+        terms["block_ratio"] = block_weight * (block_policy.mean() - config.block_keep_ratio).square()
+    return terms
+
+
 class PruningLoss(nn.Module):
     """Classification, the two keep targets, and the frozen teacher's logits and tokens.
 
@@ -398,14 +467,7 @@ class PruningLoss(nn.Module):
 
     def terms(self, outputs: PruningOutput, teacher_logits: Tensor, teacher_tokens: Tensor) -> dict[str, Tensor]:
         """The weighted terms beside classification; teacher_tokens (B, M, D) in raster order."""
-        terms = {}
-        if outputs.decisions:
-            shares = torch.stack([decision.mean(1) for decision in outputs.decisions])
-            wanted = torch.tensor(self.config.token_ratio, device=shares.device)
-            terms["token_ratio"] = self.token_weight * (shares - wanted[:, None]).square().mean()
-        if outputs.block_policy is not None:
-            share = outputs.block_policy.mean()
-            terms["block_ratio"] = self.block_weight * (share - self.config.block_keep_ratio).square()
+        terms = ratio_terms(outputs.decisions, outputs.block_policy, self.config, self.token_weight, self.block_weight)
         student, teacher = (logits.float().log_softmax(-1) for logits in (outputs.logits, teacher_logits))
         terms["logit_kl"] = self.distill_weight * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
         # merged tokens are no one patch's, and have no counterpart

@@ -9,10 +9,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Rest(NamedTuple):
+    """What pruning holds back of all M original patches in raster order, (B, M, D) each: the last value where a patch
+    was dropped, zero where it is live. A patch's own value is the sum of both."""
+
+    hidden: Tensor
+    residual: Tensor
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,8 @@ class TokenState:
     length (training with pruning). `positions` (B, M) holds the original raster index of every patch token. `groups`
     (B, M0), kept only on request, maps each original patch to the patch token it now lives in. `decisions` and
     `block_policy` collect what pruning chose, stage by stage and layer by layer; `observed` (B, L, C), kept only where
-    pruning looks at it, is what the last mixer's scans were told.
+    pruning looks at it, is what the last mixer's scans were told. `rest`, kept only on request, is what the patches
+    without a live token were left at, so that maps (`whole`) still have a value for them.
     """
 
     hidden: Tensor
@@ -39,6 +48,7 @@ class TokenState:
     decisions: tuple[Tensor, ...] = ()
     block_policy: tuple[Tensor, ...] = ()
     observed: Tensor | None = None
+    rest: Rest | None = None
 
     def replace(self, **changes: Any) -> TokenState:
         """A copy with the named fields changed."""
@@ -93,6 +103,28 @@ def join_cls(classes: Tensor, patches: Tensor, cls_index: tuple[int, ...] | Tens
         last = cls_index[1]
         pieces += [patches[:, first : last - 1], classes[:, 1:], patches[:, last - 1 :]]
     return torch.cat(pieces, 1)
+
+
+def whole(state: TokenState) -> tuple[Tensor, Tensor | None]:
+    """hidden and residual of all M original patches in raster order, (B, M, D) each: a merged patch has its group's
+    token (if `state` keeps `groups`), a dropped one its last value (if it keeps `rest`), else zero."""
+    hidden, residual = (
+        None if x is None else _spread(split_cls(x, state.cls_index)[1], state) for x in (state.hidden, state.residual)
+    )
+    if state.rest is None:
+        return hidden, residual
+    return hidden + state.rest.hidden, None if residual is None else residual + state.rest.residual
+
+
+def _spread(patches: Tensor, state: TokenState) -> Tensor:
+    """Patch tokens (B, m, C) of `state` -> their places among all M patches (B, M, C); zero where none is."""
+    if state.groups is not None:
+        patches = patches.gather(1, state.groups.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+    if state.positions is None:
+        return patches
+    num_patches = patches.shape[1] if state.rest is None else state.rest.hidden.shape[1]
+    index = state.positions.unsqueeze(-1).expand_as(patches)
+    return patches.new_zeros(len(patches), num_patches, patches.shape[-1]).scatter(1, index, patches)
 
 
 def patch_policy(state: TokenState) -> Tensor:

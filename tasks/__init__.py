@@ -1,1 +1,1 @@
-"""The tasks that a Vision Mamba can be trained for."""
+"""What the program can train a backbone for."""
