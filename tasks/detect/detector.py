@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torchvision.models.detection import GeneralizedRCNN
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
@@ -15,6 +15,7 @@ from tasks.dense.backbone import DenseBackbone, create_body
 from tasks.detect.cascade import CascadeRoIHeads
 from tasks.detect.kinds import KINDS
 from tasks.detect.proposals import ProposalNetwork
+from tasks.detect.published import detector_name
 from tasks.detect.pyramid import SimplePyramid
 from tasks.detect.regions import paste_masks
 
@@ -99,6 +100,8 @@ class Detector(GeneralizedRCNN):
     def body(self) -> nn.Module:
         """The backbone's own model."""
         return self.backbone.dense.body
+
+    published_name = staticmethod(detector_name)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
