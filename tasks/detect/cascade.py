@@ -51,7 +51,13 @@ class CascadeRoIHeads(RoIHeads):
     """
 
     def __init__(
-        self, kind: HeadKind, channels: int, num_classes: int, fc_channels: int = 1024, stride: int = 16
+        self,
+        kind: HeadKind,
+        channels: int,
+        num_classes: int,
+        fc_channels: int = 1024,
+        batch_size_per_image: int = 512,
+        stride: int = 16,
     ) -> None:
         norm = partial(LayerNorm2d, eps=kind.norm_eps)
         convs = [channels] * 4
@@ -63,7 +69,7 @@ class CascadeRoIHeads(RoIHeads):
             nn.ModuleList(BoxPredictor(fc_channels, num_classes, kind.by_class) for _ in range(STAGES)),
             fg_iou_thresh=STAGE_IOU[0],
             bg_iou_thresh=STAGE_IOU[0],
-            batch_size_per_image=512,
+            batch_size_per_image=batch_size_per_image,
             positive_fraction=0.25,
             bbox_reg_weights=None,
             score_thresh=0.05,

@@ -119,13 +119,14 @@ def build_detector(
     drop_path_rate: float = 0.1,
     rpn_pre_nms_top_n_test: int = 1000,
     rpn_post_nms_top_n_test: int = 1000,
+    box_batch_size_per_image: int = 512,
     **body: Any,
 ) -> Detector:
     """Cascade Mask R-CNN for `num_classes` classes on the timm model `name`, built with the keywords `body`.
 
     `heads` is "vim" or "fastvim", by default fastvim where the name says so. Images are fitted into and padded to
-    `img_size` pixels. The pyramid stands on the last map of stride 16 or finer; anchors and levels are in proportion to
-    that stride. Raises ValueError for other heads, or a model without such a map.
+    `img_size` pixels. Each stage trains on `box_batch_size_per_image` boxes an image. The pyramid stands on the last map
+    of stride 16 or finer; anchors and levels are in proportion to that stride. Raises ValueError for other heads, or a model without such a map.
     """
     pools = "fastvim" in name or bool(body.get("spatial_pool"))
     heads = heads or ("fastvim" if pools else "vim")
@@ -140,5 +141,7 @@ def build_detector(
     dense = DenseBackbone(model, (index,), feature="hidden" if pools else "stream", outnorm=pools)
     backbone = PyramidBackbone(dense, SimplePyramid(dense.channels[0], out_channels, kind.norm_eps))
     rpn = ProposalNetwork(kind, out_channels, rpn_pre_nms_top_n_test, rpn_post_nms_top_n_test, strides[index])
-    roi_heads = CascadeRoIHeads(kind, out_channels, num_classes, fc_channels, strides[index])
+    roi_heads = CascadeRoIHeads(
+        kind, out_channels, num_classes, fc_channels, box_batch_size_per_image, stride=strides[index]
+    )
     return Detector(backbone, rpn, roi_heads, img_size)
