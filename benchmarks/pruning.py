@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.flops import model_flops
-from fusion.dynamic_pruning import DecisionMeter
+from fusion import Meter
 from models_mamba import VisionMamba
 
 
@@ -65,24 +65,16 @@ def images_per_second(
 
 
 def report(
-    meter: DecisionMeter,
+    meter: Meter,
+    student: VisionMamba,
     teacher: VisionMamba,
     images: Tensor,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     seconds: float = 5.0,
 ) -> list[str]:
-    """What pruning does, in lines for a reader: kept shares from `meter`, whose model is the student; speed of student
-    and teacher on `images` (B, C, H, W); multiply-adds of an image at the input's size."""
-    student = meter.model
-    config, lines, ran = student.methods.pruning, [], None
-    if meter.tokens is not None:
-        kept = ", ".join(f"{share:.3f}" for share in meter.tokens.tolist())
-        lines.append(
-            f"Kept tokens, stage by stage: {kept} (wanted {', '.join(f'{r:.3f}' for r in config.token_ratio)})"
-        )
-    if meter.directions is not None:
-        ran = meter.directions
-        lines.append(f"Scan directions that ran: {float(ran.mean()):.3f} (wanted {config.block_keep_ratio:.3f})")
+    """What a method does, in lines for a reader: what `meter` saw; speed of `student` and of `teacher`, which does
+    without it, on `images` (B, C, H, W); multiply-adds of an image at the input's size."""
+    lines, ran = meter.method.report(meter), getattr(meter, "directions", None)
     own, others = images_per_second([student, teacher], images, seconds, autocast)
     lines.append(f"Images/s at batch {len(images)}: {own:.1f}, unpruned {others:.1f}, ratio {own / others:.2f}")
     size = tuple(images.shape[2:])

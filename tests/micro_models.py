@@ -27,11 +27,14 @@ default_cfgs = generate_default_cfgs(
 
 
 def _entry(family: str) -> Any:
+    own = SIZES | (dict(pruning_loc=(1, 2, 3)) if family == "dyvm" else {})
+
     def build(pretrained: bool = False, **kwargs: Any) -> models_mamba.VisionMamba:
-        keywords = SIZES | (dict(pruning_loc=(1, 2, 3)) if family == "dyvm" else {}) | kwargs
+        keywords = own | kwargs
         keywords = {name: value for name, value in keywords.items() if not name.startswith(("pretrained", "cache"))}
         return timm.create_model(f"{family}_nano_patch4_32", **keywords)
 
+    build.keywords = models_mamba.registry_keywords(f"{family}_nano_patch4_32") | own
     build.__name__ = build.__qualname__ = f"{family}_micro_patch8_32"
     return register_model(build)
 

@@ -6,11 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks.dense.backbone import create_body, from_classifier
+from tasks.dense.data import ade20k_labels
 from tasks.dense.published import convert
-from tasks.segment import FCNHead, SegmentationLoss, UPerNetHead, build_segmenter
+from tasks.segment import (
+    FCNHead,
+    SegmentationLoss,
+    SegmentationMeter,
+    UPerNetHead,
+    build_segmenter,
+    slide_inference,
+)
 from tests.golden_rules import GOLDEN, fill, images, load, relative_error
 
 CASES = [
@@ -83,3 +92,24 @@ def test_start_from_a_classifier() -> None:
     state = from_classifier(published_weights(config), body)
     assert relative_error(state["pos_embed"], arrays["pos_embed"]) < 2e-4
     body.load_state_dict(state, strict=True)
+
+
+def test_sliding_windows() -> None:
+    config, arrays = load("seg_slide")
+    classes, salt = config["num_classes"], config["salt"]
+    weight = images((classes, 3, 5, 5), salt) / 8
+    logits = slide_inference(
+        lambda x: F.conv2d(x, weight, padding=2), images(config["input"], salt + 1), config["crop"], config["stride"]
+    )
+    assert relative_error(logits, arrays["logits"]) < 2e-4
+
+
+def test_mean_iou() -> None:
+    config, arrays = load("seg_miou")
+    meter = SegmentationMeter(config["num_classes"])
+    for index in range(config["images"]):
+        meter.update(arrays[f"pred{index}"], ade20k_labels(arrays[f"annotation{index}"]))
+    torch.testing.assert_close(meter.iou, arrays["iou"], equal_nan=True)
+    torch.testing.assert_close(meter.accuracy, arrays["acc"], equal_nan=True)
+    wanted = dict(zip(("mIoU", "mAcc", "aAcc"), arrays["summary"].tolist()))
+    assert meter.stats() == pytest.approx(wanted, rel=1e-12)

@@ -12,6 +12,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import timm
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 
 import models_mamba
 from embeddings import resize_pos_embed
-from fusion.token_state import Rest, TokenState, split_cls, whole
+from fusion.dynamic_pruning import keep_rest, whole
+from fusion.pruning_settings import PruningSettings
+from fusion.token_state import ClassTokens, TokenState, split_cls
 
 _logger = logging.getLogger(__name__)
 
@@ -47,12 +50,20 @@ def create_body(name: str, img_size: int | tuple[int, int], **keywords: Any) -> 
         name, img_size=to_2tuple(img_size), num_classes=0, if_cls_token=False, use_double_cls_token=False, **keywords
     )
     body.norm_f = nn.Identity()
+    body.classifier_tokens = _class_tokens(name, keywords)
     body.patch_embed.dynamic = True
     return body
 
 
 def _mamba_names() -> tuple[str, ...]:
     return tuple(models_mamba.default_cfgs)
+
+
+def _class_tokens(name: str, keywords: dict[str, Any]) -> ClassTokens:
+    """The class tokens that the classifier `name` has and a body has not."""
+    known = {field.name for field in fields(models_mamba.VimSettings)}
+    given = models_mamba.registry_keywords(name) | keywords
+    return models_mamba.VimSettings(**{key: value for key, value in given.items() if key in known}).class_tokens
 
 
 def _create_timm_body(name: str, img_size: int | tuple[int, int], **keywords: Any) -> nn.Module:
@@ -102,8 +113,7 @@ def _without_token_rows(pos_embed: Tensor, num_cls: int, body: models_mamba.Visi
     """(1, M + K, D) of a classifier with K = `num_cls` class tokens -> (1, M', D) for the body's grid."""
     num_patches = pos_embed.shape[1] - num_cls
     if num_cls:
-        at = (num_patches // 2 if body.use_middle_cls_token else 0,) if num_cls == 1 else (0, num_patches + 1)
-        pos_embed = split_cls(pos_embed, at)[1]
+        pos_embed = split_cls(pos_embed, body.classifier_tokens.among(num_patches))[1]
     grid = body.pos_embed_grid
     if num_patches == grid[0] * grid[1]:
         return pos_embed
@@ -136,6 +146,10 @@ class DenseBackbone(nn.Module):
             raise ValueError(f"out_indices is {list(out_indices)}; wanted rising indices from 0 to {sites - 1}.")
         self.body, self.out_indices, self.feature = body, tuple(out_indices), feature
         self.is_mamba = isinstance(body, models_mamba.VisionMamba)
+        # layers behind the last map learn nothing, nor may what pruning skips
+        self.find_unused_parameters = getattr(body, "find_unused_parameters", False) or self.out_indices[-1] < sites - 1
+        if not self.is_mamba:
+            body.prune_intermediate_layers(list(self.out_indices), prune_norm=True, prune_head=True)
         info = [body.feature_info[index] for index in self.out_indices]
         self.channels = [entry["num_chs"] for entry in info]
         self.reductions = [entry["reduction"] for entry in info]
@@ -161,13 +175,11 @@ class DenseBackbone(nn.Module):
         body, maps = self.body, []
         state = body.embed(x)
         grid, methods = state.grid, body.methods
-        if methods.merging is not None:
-            patches = torch.arange(grid[0] * grid[1], device=x.device)
+        if methods.get("merging") is not None:
+            patches = torch.arange(state.num_patches, device=x.device)
             state = state.replace(groups=patches.expand(len(x), -1))
-        if methods.pruning is not None and methods.pruning.tokens:
-            patches = split_cls(state.hidden, state.cls_index)[1]
-            wide = torch.float32 if body.residual_in_fp32 else patches.dtype
-            state = state.replace(rest=Rest(torch.zeros_like(patches), torch.zeros_like(patches, dtype=wide)))
+        if self.pruning is not None and self.pruning.tokens:
+            state = keep_rest(state, wide=body.residual_in_fp32)
 
         def visit(index: int, state: TokenState) -> None:
             if index not in self.out_indices:
@@ -176,7 +188,12 @@ class DenseBackbone(nn.Module):
             tokens = hidden if self.feature == "hidden" else hidden + residual
             maps.append(tokens.transpose(1, 2).unflatten(2, grid).contiguous())
 
-        state = body.encode(state, visit, self.out_indices[-1] + 1)
+        # meters count what every site decides
+        is_metered = any(method.meters for method in body.site_methods)
+        state = body.encode(state, visit, None if is_metered else self.out_indices[-1] + 1)
+        if is_metered:
+            for method in body.site_methods:
+                method.finish(state)
         return maps, state
 
     def padded_size(self, size: Sequence[int]) -> tuple[int, int]:
@@ -201,9 +218,9 @@ class DenseBackbone(nn.Module):
         return dict(stem=under(inner["stem"]), blocks=[*((under(p), at) for p, at in blocks), (r".*", (99999,))])
 
     @property
-    def pruning(self) -> Any:
+    def pruning(self) -> PruningSettings | None:
         """The settings of a body that prunes, else None."""
-        return self.body.methods.pruning if self.is_mamba else None
+        return self.body.methods.get("pruning") if self.is_mamba else None
 
 
 def num_sites(body: nn.Module) -> int:

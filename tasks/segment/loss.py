@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusion.config import PruningConfig
-from fusion.dynamic_pruning import ratio_terms
+from fusion.pruning_loss import ratio_terms
+from fusion.pruning_settings import PruningSettings
 from tasks.dense.necks import resize
 from tasks.segment.models import SegmenterOutput
 
@@ -21,7 +21,7 @@ class SegmentationLoss(nn.Module):
 
     def __init__(
         self,
-        pruning: PruningConfig | None = None,
+        pruning: PruningSettings | None = None,
         aux_weight: float = 0.4,
         ignore_index: int = 255,
         token_weight: float = 20,

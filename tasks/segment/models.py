@@ -15,6 +15,8 @@ from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
+from fusion.dynamic_pruning import Choices, DynamicPruning
+from models_mamba import VisionMamba
 from tasks.dense.backbone import DenseBackbone, create_body, spread_indices
 from tasks.dense.necks import MultiScale, resize
 
@@ -23,7 +25,7 @@ class SegmenterOutput(NamedTuple):
     """What a segmenter computes in training, for B images.
 
     `logits` (B, classes, rows, cols) at the finest map's size; `aux` the same of the auxiliary head, at the third
-    map's; `decisions` and `block_policy` as in `fusion.dynamic_pruning.PruningOutput`, empty and None where nothing is
+    map's; `decisions` and `block_policy` as in `fusion.pruning_loss.PruningOutput`, empty and None where nothing is
     pruned.
     """
 
@@ -86,6 +88,7 @@ class Segmenter(nn.Module):
         self.backbone, self.neck = backbone, neck
         self.decode_head, self.auxiliary_head = decode_head, auxiliary_head
         self.num_classes = decode_head.conv_seg.out_channels
+        self.find_unused_parameters = backbone.find_unused_parameters
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """Images (B, C, H, W) -> what the heads see, finest first."""
@@ -104,12 +107,12 @@ class Segmenter(nn.Module):
             rows, cols = self.backbone.padded_size(x.shape[-2:])
             return resize(logits, (rows, cols))[..., : x.shape[-2], : x.shape[-1]]
         aux = None if self.auxiliary_head is None else self.auxiliary_head(maps[2])
-        gates = () if state is None else state.block_policy
+        chosen = Choices() if state is None else state.entry(DynamicPruning.name, Choices())
         return SegmenterOutput(
             logits=logits,
             aux=aux,
-            decisions=[] if state is None else list(state.decisions),
-            block_policy=torch.stack(gates).unsqueeze(2) if gates else None,
+            decisions=list(chosen.decisions),
+            block_policy=torch.stack(chosen.gates).unsqueeze(2) if chosen.gates else None,
         )
 
     @torch.jit.ignore
@@ -150,7 +153,7 @@ def build_segmenter(
     """
     trunk = create_body(name, img_size, drop_path_rate=drop_path_rate, **body)
     indices = spread_indices(trunk) if out_indices is None else out_indices
-    pooled = getattr(getattr(trunk, "methods", None), "pooling", None) is not None
+    pooled = isinstance(trunk, VisionMamba) and trunk.methods.get("pooling") is not None
     backbone = DenseBackbone(trunk, indices, feature, outnorm=pooled)
     if len(backbone.channels) != 4:
         raise ValueError(f"out_indices is {list(indices)}; wanted four, for the decoder's four maps.")
