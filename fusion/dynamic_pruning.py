@@ -214,6 +214,7 @@ class DynamicPruning(SiteMethod):
     title = "learned pruning (DyVM)"
     Settings, Training = PruningSettings, PruningTraining
     switch, off = "pruning", "none"
+    teacher_title = "Unpruned"
 
     settings: PruningSettings
 

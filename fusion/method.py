@@ -137,6 +137,7 @@ class SiteMethod:
     Training: ClassVar[type[Settings] | None] = None
     switch: ClassVar[str]
     off: ClassVar[Any] = False
+    teacher_title: ClassVar[str] = "Teacher"  # of a line with the figures of what it learns from
 
     meters: tuple[Meter, ...] = ()  # the active ones
     added: frozenset[str] = frozenset()  # names in the state dict that `attach` brought, written down by the model

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import main as program
-from examples import classify, export_onnx, merge_in_other_vim, new_strategy
+from examples import classify, export_onnx, merge_in_other_vim, new_operator, new_strategy
 from tests import conftest, micro_models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +29,7 @@ def _keep_logging(one_thread: None):
 
 def test_every_example_is_tested() -> None:
     files = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert files == {"classify", "export_onnx", "merge_in_other_vim", "new_strategy"}
+    assert files == {"classify", "export_onnx", "merge_in_other_vim", "new_operator", "new_strategy"}
 
 
 @pytest.fixture
@@ -121,6 +121,11 @@ def test_new_strategy_is_thirty_lines_and_trains(cifar: Path, tmp_path: Path) ->
 def test_new_strategy_is_the_page_s_example() -> None:
     page = (ROOT / "docs" / "add_a_method.md").read_text()
     assert Path(new_strategy.__file__).read_text() in page
+
+
+def test_new_operator_keeps_torch_s_rules_and_is_the_page_s_example() -> None:
+    new_operator.check()
+    assert Path(new_operator.__file__).read_text() in (ROOT / "docs" / "add_an_operator.md").read_text()
 
 
 def test_onnx_export_runs(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import main
-from benchmarks.pruning import force_gates
 from fusion.dynamic_pruning import DecisionMeter
 from fusion.visualize_pruning import visualize_pruning
+from measure.pruning import force_gates
 from models_mamba import PUBLISHED_SPELLINGS
 from tests.conftest import QUICK, Result
 from tests.golden_rules import fill_model, images

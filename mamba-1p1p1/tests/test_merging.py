@@ -3,8 +3,8 @@
 import pytest
 import torch
 from causal_conv1d import backend, native
+from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.merging import has_kernels, match_tokens_fn, merge_tokens_fn
-from mamba_ssm.ops.operators import backends
 
 pytestmark = pytest.mark.skipif(backends.available("cpu") != "cpp", reason="no C++ kernels")
 

@@ -1,0 +1,522 @@
+"""Inputs that may be broken, drawn by hypothesis, and judges of what becomes of them.
+
+Shared by `benchmarks.sweeps` and the tests. A judge returns ACCEPTED, REFUSED (one sentence) or what
+else happened; it never raises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import contextlib
+import io
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from hypothesis import strategies as st
+from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, pooled_selective_scan_fn, selective_scan_fn
+from mamba_ssm.ops.triton.layernorm import rms_norm_fn
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.program import QUICK, call_program
+from benchmarks.small_data import pictures, write_cifar100, write_image_folder
+
+ACCEPTED, REFUSED = "accepted", "refused"
+SECONDS = 60  # what takes longer hangs
+
+
+@contextlib.contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block once `seconds` have passed."""
+
+    def ring(number: int, frame: object) -> None:
+        raise TimeoutError(f"nothing after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def judge_program(*flags: object) -> str:
+    """Run the program: accepted if it ends well, refused if it ends with one sentence on stderr."""
+    try:
+        with alarm(SECONDS):
+            result = call_program(*flags)
+    except BaseException as error:  # SystemExit is no clean end either
+        return f"{type(error).__name__}: {error}"
+    told = [line for line in result.err.splitlines() if line.startswith("main.py: ")]
+    if "Traceback" in result.err:
+        return "Traceback shown: " + result.err[-300:]
+    if result.code == 0 and not told:
+        return ACCEPTED
+    if result.code in (1, 2) and len(told) == 1:
+        return REFUSED
+    return f"exit code {result.code} with {len(told)} sentences: {result.err[-300:]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+NUMBERS = [
+    "0",
+    "1",
+    "2",
+    "0.5",
+    "1e-5",
+    "-1",
+    "1e9",
+    "1e308",
+    "1e-320",
+    "nan",
+    "-inf",
+    "",
+    "x",
+    "0x1",
+    "1_0",
+    " ",
+    "\u0661",
+]
+WORDS = {
+    "--model": ["vim_micro_patch8_32", "fambav_micro_patch8_32", "fastvim_micro_patch8_32", "test_vit", "vim_nan", ""],
+    "--input-size": ["32", "33", "31", "8", "7", "40", "0"],
+    "--batch-size": ["2", "5", "8", "64", "0"],
+    "--data-set": ["DIGITS", "CIFAR", "CIFAR10", "IMNET", "INAT", "timm/folder/x", "timm/", "timm/torch/cifar100", "x"],
+    "--opt": ["adamw", "sgd", "lion", "lamb", "muon", "adahessian", "rmsprop", "lookahead_sgd", "no"],
+    "--sched": ["cosine", "tanh", "step", "multistep", "plateau", "poly", "wsd", "rsqrt", "constant", "none", "x"],
+    "--aa": ["none", "rand-m9-mstd0.5-inc1", "v0", "original", "augmix-m3-w2", "3a", "rand", "rand-x", "x", ""],
+    "--mixup-mode": ["batch", "pair", "elem", "half"],
+    "--remode": ["const", "rand", "pixel", "x"],
+    "--train-interpolation": ["random", "bilinear", "bicubic", "x"],
+    "--distillation-type": ["none", "soft", "hard"],
+    "--teacher-model": ["vim_micro_patch8_32", "x"],
+    "--amp-dtype": ["bfloat16", "float16"],
+    "--fusion-strategy": ["no", "all", "alternate", "interleaved", "lower", "upper"],
+    "--fusion-order": ["published", "raster"],
+    "--fusion-layer": ["-1", "0", "2", "4"],
+    "--fusion-token": ["-1", "0", "3", "99"],
+    "--spatial-pool": ["none", "alternate", "row", "col"],
+    "--pool-method": ["mean", "max"],
+    "--pruning": ["none", "token", "block", "both"],
+    "--pruning-policy": ["learned", "static", "random"],
+    "--predictor-input": ["hidden", "delta", "B"],
+    "--resume": ["auto", "nowhere", "http://x/y.pth", "/", "\0"],
+    "--finetune": ["", "nowhere", "ftp://x/y.pth"],
+    "--device": ["cpu", "meta", "x", "cuda:x", ""],
+    "--inat-category": ["genus", "x"],
+    "--dist_url": ["env://", "nowhere"],
+    "--nonsense": ["", "1"],
+}
+SWITCHES = [
+    *("--bce-loss", "--unscale-lr", "--no-model-ema", "--model-ema-force-cpu", "--no-repeated-aug", "--no-train-mode"),
+    *("--ThreeAugment", "--src", "--resplit", "--cosub", "--attn-only", "--eval", "--dist-eval", "--no-pin-mem"),
+    *("--distributed", "--if_amp", "--no_amp", "--if_continue_inf", "--if_nan2num", "--if_random_token_rank"),
+    *("--if_random_cls_token_position", "--bi-merge", "--no-norm-after-ssm", "--deterministic", "--fsdp", "-x", "y"),
+]
+VALUES = [
+    *("--drop", "--drop-path", "--model-ema-decay", "--opt-eps", "--clip-grad", "--momentum", "--weight-decay", "--lr"),
+    *("--lr-noise-pct", "--lr-noise-std", "--warmup-lr", "--min-lr", "--decay-epochs", "--warmup-epochs", "--dr"),
+    *("--cooldown-epochs", "--patience-epochs", "--color-jitter", "--smoothing", "--reprob", "--recount", "--mixup"),
+    *("--cutmix", "--mixup-prob", "--mixup-switch-prob", "--distillation-alpha", "--distillation-tau", "--seed"),
+    *("--start_epoch", "--eval-crop-ratio", "--world_size", "--pool-scale", "--token-keep-ratio", "--num-classes"),
+    *("--batch-size", "--num_workers", "--local-rank"),
+]
+LISTS = ["--opt-betas", "--lr-noise", "--cutmix-minmax", "--pruning-loc"]
+
+FLAG = st.one_of(
+    st.sampled_from([[name, word] for name, words in WORDS.items() for word in words]),
+    st.sampled_from([[name] for name in SWITCHES]),
+    st.tuples(st.sampled_from(VALUES), st.sampled_from(NUMBERS)).map(list),
+    st.tuples(st.sampled_from(LISTS), st.lists(st.sampled_from(NUMBERS), max_size=3)).map(
+        lambda pair: [pair[0], *pair[1]]
+    ),
+)
+FLAGS = st.lists(FLAG, min_size=1, max_size=6).map(lambda flags: [part for flag in flags for part in flag])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes
+
+
+@st.composite
+def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
+    """`whole`, cut short, with flipped bits, or with a stretch overwritten, taken out or put in; or mere noise."""
+    way = draw(st.sampled_from(["cut", "flip", "zero", "remove", "insert", "noise", "empty"]))
+    place = draw(st.integers(0, len(whole) - 1))
+    length = draw(st.sampled_from([1, 4, 100, 5000]))
+    if way == "cut":
+        return whole[:place]
+    if way == "flip":
+        # headers stand in the first and last bytes, and would seldom be hit otherwise
+        near = st.integers(0, min(len(whole), 400) - 1)
+        places = draw(st.lists(st.one_of(st.just(place), near, near.map(lambda i: len(whole) - 1 - i)), min_size=1))
+        data = bytearray(whole)
+        for each in places:
+            data[each] ^= 1 << draw(st.integers(0, 7))
+        return bytes(data)
+    if way == "zero":
+        return whole[:place] + bytes(len(whole[place : place + length])) + whole[place + length :]
+    if way == "remove":
+        return whole[:place] + whole[place + length :]
+    if way == "insert":
+        return whole[:place] + whole[-length:] + whole[place:]
+    return draw(st.binary(max_size=2000)) if way == "noise" else b""
+
+
+@dataclass
+class File:
+    """Bytes, and the name they are given."""
+
+    name: str
+    data: bytes = field(repr=False)
+
+
+class _Calls:
+    """Pickles to a call of `function`."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+@st.composite
+def _with_code(draw: st.DrawFn, made: Checkpoints) -> File:
+    marker = made.marker
+    command = f"touch {marker}"
+    code = f"open({str(marker)!r}, 'w')"
+    call = draw(
+        st.sampled_from(
+            [
+                _Calls(os.system, command),
+                _Calls(eval, code),
+                _Calls(exec, code),
+                _Calls(subprocess.check_output, ["touch", str(marker)]),
+                _Calls(open, str(marker), "w"),
+                _Calls(getattr, _Calls(__import__, "os"), "system"),
+                _Calls(Path.touch, marker),
+                _Calls(torch.load, str(marker)),
+                _Calls(builtins.compile, code, "x", "exec"),
+            ]
+        )
+    )
+    content = draw(st.sampled_from([call, {"model": call}, {"model": {"a": call}}, {call.call[0]: 1}, [call]]))
+    content = made.run | content if isinstance(content, dict) and draw(st.booleans()) else content
+    protocol = draw(st.integers(0, 5))
+    stream = io.BytesIO()
+    if draw(st.booleans()):
+        torch.save(content, stream, pickle_protocol=protocol)
+    else:
+        pickle.dump(content, stream, protocol=protocol)
+    return File("code.pth", stream.getvalue())
+
+
+@st.composite
+def _odd(draw: st.DrawFn, made: Checkpoints) -> File:
+    junk = [None, -1, 10**12, 2.5, float("nan"), "x", b"x", [], {}, [1], {"x": 1}, torch.ones(2), torch.ones(0), (1, 2)]
+    content = dict(made.run)
+    for _ in range(draw(st.integers(1, 3))):
+        part, key = content, draw(st.sampled_from(list(made.run)))
+        below = part.get(key)
+        if isinstance(below, dict) and below and key not in ("optimizer", "lr_scheduler") and draw(st.booleans()):
+            part[key] = part = below.copy()
+            key = draw(st.sampled_from(list(part)))
+        if draw(st.integers(0, 4)) == 0:
+            part.pop(key, None)
+        else:
+            part[key] = draw(st.sampled_from(junk))
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return File("odd.pth", stream.getvalue())
+
+
+@dataclass(repr=False)
+class Checkpoints:
+    """Checkpoints of a real run and what they may be turned into. `marker` is a file that foreign code would write."""
+
+    flags: list[str]
+    wholes: dict[str, bytes] = field(repr=False)
+    run: dict[str, Any] = field(repr=False)
+    marker: Path
+    folder: Path
+
+    def __repr__(self) -> str:
+        return "Checkpoints"  # hypothesis would print all that they hold
+
+    @classmethod
+    def make(cls, folder: Path) -> Checkpoints:
+        """Train for an epoch under `folder`."""
+        data = write_cifar100(folder / "data", train=8, test=4)
+        flags = [*QUICK, "--data-set", "CIFAR", "--data-path", str(data)]
+        assert judge_program(*flags, "--output_dir", folder / "run") == ACCEPTED
+        run = torch.load(folder / "run" / "checkpoint.pth", weights_only=True)
+        weights = {name: value.clone() for name, value in run["model"].items()}
+        wholes = {"run.pth": (folder / "run" / "checkpoint.pth").read_bytes()}
+        for name, content, options in (
+            ("weights.pth", {"model": weights}, {}),
+            ("old.pth", {"model": weights}, {"_use_new_zipfile_serialization": False}),
+            ("args.pth", {"model": weights, "args": argparse.Namespace(lr=1)}, {}),
+        ):
+            stream = io.BytesIO()
+            torch.save(content, stream, **options)
+            wholes[name] = stream.getvalue()
+        wholes["weights.safetensors"] = safetensors.torch.save(weights)
+        return cls(flags, wholes, run, folder / "marker", folder)
+
+    def damaged(self) -> st.SearchStrategy[File]:
+        """A file that is broken."""
+        return st.sampled_from(list(self.wholes)).flatmap(
+            lambda name: damaged(self.wholes[name]).map(lambda data: File(name, data))
+        )
+
+    def with_code(self) -> st.SearchStrategy[File]:
+        """A pickle that calls something."""
+        return _with_code(self)
+
+    def odd(self) -> st.SearchStrategy[File]:
+        """A whole checkpoint of a run in which entries are missing or are something else."""
+        return _odd(self)
+
+    def judge(self, file: File, use: str) -> str:
+        """Give `file` to the program, as `use` says: one or more flags, of which the last takes a file."""
+        path = self.folder / file.name
+        path.write_bytes(file.data)
+        verdict = judge_program(*self.flags, "--epochs", 2, *use.split(), path)
+        if self.marker.exists():
+            self.marker.unlink()
+            return "foreign code ran"
+        return verdict
+
+
+USES = st.sampled_from(["--resume", "--finetune", "--eval --resume", "--eval --model-path"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+SUFFIXES = (".JPEG", ".jpg", ".png", ".webp", ".bmp", ".tiff", ".ppm", ".pgm")
+
+
+def _encoded() -> dict[str, bytes]:
+    """An image in every format that is likely to be met, and in odd modes."""
+    picture = Image.fromarray(pictures(1, 24)[0])
+    grey16 = Image.fromarray(np.arange(576, dtype=np.uint16).reshape(24, 24) * 100)
+    modes = {
+        "": picture,
+        "_grey": picture.convert("L"),
+        "_palette": picture.quantize(16),
+        "_alpha": picture.convert("RGBA"),
+    }
+    modes |= {
+        "_cmyk": picture.convert("CMYK"),
+        "_16": grey16,
+        "_bits": picture.convert("1"),
+        "_float": picture.convert("F"),
+    }
+    found = {}
+    for form in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF"):
+        for mode, image in modes.items():
+            stream = io.BytesIO()
+            with contextlib.suppress(OSError, ValueError):  # a mode that the format does not have
+                image.save(stream, form)
+                found[form + mode] = stream.getvalue()
+    png = found["PNG"]
+    for side in (0, 12_000, 60_000, 2**31 - 1):
+        found[f"PNG_{side}"] = png[:16] + struct.pack(">II", side, side) + png[24:]
+    return found
+
+
+@dataclass
+class Images:
+    """A data set of which one training image may be anything."""
+
+    flags: list[str]
+    place: Path
+    encoded: dict[str, bytes] = field(repr=False)
+
+    @classmethod
+    def make(cls, folder: Path) -> Images:
+        """Write the data set under `folder`."""
+        root = write_image_folder(folder / "images", classes=2, train=2, test=1, side=32)
+        place = root / "train" / "n00000000"
+        (place / "0.JPEG").unlink()  # the odd one takes its place: all four are read in every epoch
+        flags = [*QUICK, "--data-set", "IMNET", "--data-path", str(root), "--no-repeated-aug", "--batch-size", "2"]
+        return cls([*flags, "--aa", "none", "--no-model-ema"], place, _encoded())
+
+    def files(self) -> st.SearchStrategy[File]:
+        """A file, broken or not, whose name may belong to another format."""
+        data = st.sampled_from(list(self.encoded)).flatmap(
+            lambda name: st.one_of(
+                st.just(self.encoded[name]), damaged(self.encoded[name]), damaged(self.encoded[name])
+            )
+        )
+        return st.builds(File, st.sampled_from(SUFFIXES).map("odd{}".format), data)
+
+    def judge(self, file: File) -> str:
+        """Train on it."""
+        path = self.place / file.name
+        path.write_bytes(file.data)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's, of what it repairs
+                return judge_program(*self.flags)
+        finally:
+            path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators
+
+# letters are sizes: batch, dim, seqlen l, L = a multiple of it, n = dstate, width, rank of dt, E = 2*dim, p = r + 2n,
+# model; "?" marks what may be None; "/" parts layouts that are alike good
+OPERATORS: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
+    "causal_conv1d_fn": (causal_conv1d_fn, {"x": "bdl", "weight": "dw", "bias": "?d"}),
+    "causal_conv1d_update": (causal_conv1d_update, {"x": "bd", "conv_state": "bdw", "weight": "dw", "bias": "?d"}),
+    "rms_norm_fn": (rms_norm_fn, {"x": "bld", "weight": "d", "bias": "?d", "residual": "?bld"}),
+    "selective_scan_fn": (
+        selective_scan_fn,
+        dict(u="bdl", delta="bdl", A="dn", B="bnl/bgnl/dn", C="bnl/bgnl/dn", D="?d", z="?bdl", delta_bias="?d"),
+    ),
+    "pooled_selective_scan_fn": (
+        pooled_selective_scan_fn,
+        dict(u="bdL", u_compressed="bdl", delta="bdl", A="dn", B="bnl", C="bnl/dn", D="?d", z="?bdl", delta_bias="?d"),
+    ),
+    "mamba_inner_fn": (
+        mamba_inner_fn,
+        dict(
+            **dict(xz="bEl", conv1d_weight="d1w", conv1d_bias="?d", x_proj_weight="pd", delta_proj_weight="dr"),
+            **dict(out_proj_weight="md", out_proj_bias="?m", A="dn", B="?bnl", C="?bnl", D="?d", delta_bias="?d"),
+            **dict(B_proj_bias="?n", C_proj_bias="?n"),
+        ),
+    ),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.complex64)
+OPTIONS: dict[str, dict[str, list[Any]]] = {
+    "causal_conv1d_fn": {"activation": [None, "silu", "swish", "relu", 1], "reverse": [False, True]},
+    "causal_conv1d_update": {"activation": [None, "silu", "relu"]},
+    "rms_norm_fn": {"prenorm": [False, True], "residual_in_fp32": [False, True]},
+    "selective_scan_fn": {
+        "delta_softplus": [False, True],
+        "reverse": [False, True],
+        "return_last_state": [False, True],
+    },
+    "pooled_selective_scan_fn": {"delta_softplus": [False, True], "reverse": [False, True]},
+    "mamba_inner_fn": {"delta_softplus": [False, True]},
+}
+
+
+@dataclass
+class Call:
+    """A call of an operator; tensors are (shape, dtype, device, whether they want a gradient, how they lie)."""
+
+    operator: str
+    arguments: dict[str, Any]
+
+    def build(self) -> dict[str, Any]:
+        """The arguments themselves."""
+        return {name: _tensor(*value) if isinstance(value, tuple) else value for name, value in self.arguments.items()}
+
+
+def _tensor(shape: tuple[int, ...], dtype: torch.dtype, device: str, wants_grad: bool, way: str) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randn(shape, generator=generator).to(device, dtype)
+    if way == "transposed" and len(shape) > 1:
+        tensor = tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    elif way == "expanded" and shape and 0 not in shape:
+        tensor = tensor[..., :1].expand(shape)
+    elif way == "nan" and dtype.is_floating_point:
+        tensor = tensor.fill_(float("nan"))
+    elif way == "large" and dtype.is_floating_point:
+        tensor = tensor * 1e4
+    return tensor.requires_grad_() if wants_grad and (dtype.is_floating_point or dtype.is_complex) else tensor
+
+
+@st.composite
+def calls(draw: st.DrawFn, operator: str | None = None) -> Call:
+    """A call that fits, or one in which some arguments do not."""
+    operator = operator or draw(st.sampled_from(list(OPERATORS)))
+    size = st.integers(0, 5)
+    sizes = {letter: draw(size) for letter in "bdlnrm"} | {
+        "w": draw(st.integers(1, 5)),
+        "1": 1,
+        "g": draw(st.integers(1, 2)),
+    }
+    sizes |= {"L": sizes["l"] * draw(st.integers(1, 3)), "E": 2 * sizes["d"], "p": sizes["r"] + 2 * sizes["n"]}
+    signal_dtype = draw(st.sampled_from(DTYPES[:4]))
+    grad = draw(st.booleans())
+    arguments: dict[str, Any] = {}
+    for name, layout in OPERATORS[operator][1].items():
+        if layout.startswith("?") and draw(st.booleans()):
+            arguments[name] = None
+            continue
+        shape = tuple(sizes[letter] for letter in draw(st.sampled_from(layout.lstrip("?").split("/"))))
+        narrow = name in ("A", "D", "delta_bias") and signal_dtype != torch.float64
+        way = draw(st.sampled_from(["plain", "plain", "transposed", "expanded", "nan", "large"]))
+        arguments[name] = (shape, torch.float32 if narrow else signal_dtype, "cpu", grad, way)
+    names = st.sampled_from(list(arguments))
+    for _ in range(draw(st.integers(0, 3))):
+        name = draw(names)
+        arguments[name] = draw(_spoiled(arguments[name]))
+    for name, values in OPTIONS[operator].items():
+        arguments[name] = draw(st.sampled_from(values))
+    return Call(operator, arguments)
+
+
+@st.composite
+def _spoiled(draw: st.DrawFn, value: Any) -> Any:
+    """An argument with another shape, dtype or device, or none at all."""
+    shape, dtype, device, grad, way = (
+        value if isinstance(value, tuple) else ((2,), torch.float32, "cpu", False, "plain")
+    )
+    change = draw(st.sampled_from(["size", "fewer", "more", "dtype", "device", "object"]))
+    if change == "size" and shape:
+        place = draw(st.integers(0, len(shape) - 1))
+        shape = (*shape[:place], draw(st.integers(0, 9)), *shape[place + 1 :])
+    elif change == "fewer":
+        shape = shape[1:]
+    elif change == "more":
+        shape = (*shape, draw(st.integers(0, 3)))
+    elif change == "dtype":
+        dtype = draw(st.sampled_from(DTYPES))
+    elif change == "device":
+        device = "meta"
+    elif change == "object":
+        return draw(st.sampled_from([None, 1, 0.5, "x", [1.0], np.ones(3)]))
+    return shape, dtype, device, grad, way
+
+
+def judge_call(call: Call) -> str:
+    """Call the operator and, if it accepts, go back through it."""
+    stage = "forward"
+    try:
+        with alarm(SECONDS):
+            out = OPERATORS[call.operator][0](**call.build())
+            stage = "backward"
+            outs = out if isinstance(out, tuple) else (out,)
+            wanted = [each.float().sum() for each in outs if each.requires_grad]
+            if wanted:
+                sum(wanted).backward()
+    except (ValueError, TypeError, RuntimeError) as error:
+        if stage == "forward" and str(error).strip() and "\n" not in str(error).strip():
+            return REFUSED
+        return f"{stage} of {call}: {type(error).__name__}: {error}"
+    except Exception as error:
+        return f"{stage} of {call}: {type(error).__name__}: {error}"
+    return ACCEPTED
