@@ -246,9 +246,7 @@ class CascadeRoIHeads(RoIHeads):
             scores = torch.stack(stage_logits).softmax(2).mean(0)
         moved = self.box_coders[-1].decode_single(deltas, torch.cat(boxes)).unflatten(1, (-1, 4))
         counts = [len(each) for each in boxes]
-        found = [
-            self._select(*parts) for parts in zip(moved.split(counts), scores[:, :-1].split(counts), image_shapes)
-        ]
+        found = [self._select(*parts) for parts in zip(moved.split(counts), scores[:, :-1].split(counts), image_shapes)]
         self._add_masks(features, found)
         return found
 

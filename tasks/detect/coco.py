@@ -104,11 +104,9 @@ class CocoFile:
 
     def evaluation_set(self) -> COCO:
         """pycocotools' view of the whole file, boxes without area included; a copy, since evaluation writes into it."""
-        filled = [
-            {"iscrowd": 0, "area": each["bbox"][2] * each["bbox"][3], "ignore": 0} | each for each in self._all
-        ]
+        filled = [{"iscrowd": 0, "area": each["bbox"][2] * each["bbox"][3], "ignore": 0} | each for each in self._all]
         if any(each["id"] == 0 for each in filled):
-            _logger.warning("%s: pycocotools takes a match with annotation 0 for none; ids should be from 1.", self.path)
+            _logger.warning("%s: pycocotools takes a match with annotation 0 for none; wanted ids from 1.", self.path)
         data = dict(info=self.info, images=self.images, categories=self.categories, annotations=filled)
         return index(data)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,11 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
 from datasets import load_image
+from tasks.dense.shapes import find_shapes
 from tasks.detect.coco import CocoFile
 from utils import UsageError
+
+DATA_SETS = ("COCO", "SHAPES")
 
 Target = dict[str, Any]
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
@@ -96,19 +100,24 @@ class CocoDetection(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         entry = self.file.images[index]
         path = self.folder / entry["file_name"]
-        image = v2.functional.pil_to_tensor(load_image(str(path)))
+        image = v2.functional.pil_to_tensor(load_image(str(path), upright=False))  # boxes are of the file's pixels
         size = (entry["height"], entry["width"])
         if tuple(image.shape[1:]) != size:
             raise UsageError(
                 f"{path} is {image.shape[1]} x {image.shape[2]} pixels; {self.file.path} says {size[0]} x {size[1]}."
             )
-        target = self.target(entry["id"])
+        target = self.target(index)
         return (image, target) if self.transform is None else self.transform(image, target)
 
-    def target(self, image_id: int) -> Target:
+    def objects(self, index: int) -> list[dict[str, Any]]:
+        """The annotations of an image that are no crowds."""
+        found = self.file.annotations.get(self.file.images[index]["id"], [])
+        return [each for each in found if not each.get("iscrowd")]
+
+    def target(self, index: int) -> Target:
         """What stands in the file of an image."""
+        image_id, found = self.file.images[index]["id"], self.objects(index)
         height, width = self.file.sizes[image_id]
-        found = [each for each in self.file.annotations[image_id] if not each.get("iscrowd")]
         boxes = torch.tensor([each["bbox"] for each in found], dtype=torch.float32).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         boxes[:, 0::2].clamp_(0, width)
@@ -128,8 +137,19 @@ def collate(batch: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Targ
     return list(images), list(targets)
 
 
-def build_coco(root: str | Path, train: bool, size: int, scale_range: tuple[float, float]) -> CocoDetection:
-    """COCO's training images with large-scale jitter, or its validation images as they are."""
+def check(args: argparse.Namespace) -> None:
+    """Refuse a path that cannot hold the data set, before anything is read."""
+    if args.data_set == "SHAPES":
+        return
+    if not args.data_path:
+        raise UsageError(f"--data-path is missing; wanted the folder of {args.data_set}.")
+    if not Path(args.data_path, "annotations").is_dir():
+        raise UsageError(f"--data-path {args.data_path} has no folder annotations; wanted that of {args.data_set}.")
+
+
+def build(args: argparse.Namespace, train: bool) -> CocoDetection:
+    """The training images that the flags ask for, with large-scale jitter, or the validation images as they are."""
+    root = find_shapes(args.data_path) if args.data_set == "SHAPES" else Path(args.data_path)
     if train:
-        return CocoDetection(root, "train2017", LargeScaleJitter(size, scale_range))
+        return CocoDetection(root, "train2017", LargeScaleJitter(args.input_size, tuple(args.scale_range)))
     return CocoDetection(root, "val2017")

@@ -125,8 +125,9 @@ def build_detector(
     """Cascade Mask R-CNN for `num_classes` classes on the timm model `name`, built with the keywords `body`.
 
     `heads` is "vim" or "fastvim", by default fastvim where the name says so. Images are fitted into and padded to
-    `img_size` pixels. Each stage trains on `box_batch_size_per_image` boxes an image. The pyramid stands on the last map
-    of stride 16 or finer; anchors and levels are in proportion to that stride. Raises ValueError for other heads, or a model without such a map.
+    `img_size` pixels. Each stage trains on `box_batch_size_per_image` boxes an image. The pyramid stands on the last
+    map of stride 16 or finer; anchors and levels are in proportion to that stride. Raises ValueError for other heads,
+    or a model without such a map.
     """
     pools = "fastvim" in name or bool(body.get("spatial_pool"))
     heads = heads or ("fastvim" if pools else "vim")

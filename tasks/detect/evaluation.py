@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from pycocotools import mask as rle
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from tasks.detect.coco import CocoFile, index
+from utils.files import write_atomically
+from utils.processes import gather_objects, is_main_process
 
 Result = dict[str, Any]
 # places of pycocotools' summary
@@ -87,23 +87,22 @@ class CocoEvaluator:
             image_id = int(target["image_id"])
             self.results[image_id] = to_results(found, image_id, self.category_ids)
 
-    def status(self) -> str:
-        """What was found so far."""
-        return f"{sum(map(len, self.results.values()))} detections in {len(self.results)} images"
+    def summary(self) -> dict[str, float]:
+        """How many objects an image this process has found so far: AP is known in the end only."""
+        return {"found": sum(map(len, self.results.values())) / max(len(self.results), 1)}
 
     def compute(self, distributed: bool = False) -> dict[str, float]:
         """The figures of `average_precision`, the same in every process; all must call this together if
         `distributed`."""
-        if not distributed or not dist.is_initialized():
-            return self._compute(self.results)
-        shares: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(self.results, shares)
-        stats = [self._compute({k: v for share in shares for k, v in share.items()}) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(stats)
-        return stats[0]
-
-    def _compute(self, results: dict[int, list[Result]]) -> dict[str, float]:
-        if self.path is not None:
+        shares = gather_objects(self.results) if distributed else [self.results]
+        results = {image_id: found for share in shares for image_id, found in share.items()}
+        stats = [None]
+        if is_main_process() or not distributed:
+            stats = [average_precision(self.truth, results)]
+        if self.path is not None and is_main_process():
             every = [entry for image_id in sorted(results) for entry in results[image_id]]
-            self.path.write_text(json.dumps(every))
-        return average_precision(self.truth, results)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, lambda file: file.write(json.dumps(every).encode()))
+        if distributed:
+            dist.broadcast_object_list(stats)
+        return stats[0]
