@@ -44,7 +44,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
         scale_range=(0.7, 1.4),
         det_channels=24,
         det_fc_channels=96,
-        det_boxes=48,
+        det_boxes=32,
         det_proposals=100,
     ),
 }
