@@ -35,6 +35,8 @@ EMA_ENTRIES = ("model_ema", "state_dict_ema", "ema_state_dict")
 WEIGHT_ENTRIES = ("model", "state_dict", "model_state_dict")
 EMA_PREFIXES = ("model_ema.", "ema_model.", "ema.")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "encoder.")
+# beside these a backbone is a part of the model, and its prefix no wrapper's
+DENSE_HEADS = ("decode_head.", "roi_head.", "roi_heads.", "rpn.", "rpn_head.", "proposal_generator.")
 # Checkpoints carry settings and figures of these packages beside the weights; they are read as inert stand-ins.
 INERT_PACKAGES = (
     *("omegaconf", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "pathlib"),
@@ -82,11 +84,17 @@ def _kind(file: Path, path: str) -> str:
         raise UsageError(f"{path} is a pointer of git-lfs; wanted the file itself, by `git lfs pull`.")
     if head.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
         raise UsageError(f"{path} is a web page; wanted the checkpoint that it links to.")
-    if zipfile.is_zipfile(file):
-        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                raise UsageError(f"{path} is a compressed archive; wanted a checkpoint as torch.save writes it.")
+    if head.startswith(b"PK") and _is_compressed(file):
+        raise UsageError(f"{path} is a compressed archive; wanted a checkpoint as torch.save writes it.")
     return "safetensors" if head[8:9] == b"{" and not head.startswith(b"PK") else ""
+
+
+def _is_compressed(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
+    except Exception:  # a broken archive: torch's reader says how
+        return False
 
 
 def _check_tensors(value: Any, path: str) -> None:
@@ -164,7 +172,9 @@ def find_weights(checkpoint: Any, path: str, *, ema: bool = False) -> tuple[dict
             break
     stripped = ""
     while True:
-        counts = {prefix: sum(name.startswith(prefix) for name in weights) for prefix in WRAPPER_PREFIXES}
+        is_dense = any(name.startswith(DENSE_HEADS) for name in weights)
+        wrappers = [prefix for prefix in WRAPPER_PREFIXES if not (is_dense and prefix == "backbone.")]
+        counts = {prefix: sum(name.startswith(prefix) for name in weights) for prefix in wrappers}
         prefix = max(counts, key=counts.__getitem__)
         if counts[prefix] * 2 <= len(weights):
             break
@@ -178,8 +188,10 @@ def load_strictly(
 ) -> None:
     """Load `weights` into `model`; raises UsageError with the first differences unless every key and shape agrees.
 
-    Keys for which `may_miss` is true keep their initial value if `weights` lack them.
+    Keys for which `may_miss` is true keep their initial value if `weights` lack them. A model with a method `renamed`
+    gives published weights its own names by it.
     """
+    weights = model.renamed(weights) if hasattr(model, "renamed") else weights
     own = model.state_dict()
     shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]
     fitting = {key: divided(value, own.get(key, value)) for key, value in weights.items() if key not in shapes}
@@ -259,7 +271,9 @@ def start(model: nn.Module, path: str, name: str, *, fit: bool, may_miss: set[st
     _logger.info("Weights from %s (%s).", path, origin)
     is_left_out: Callable[[str], bool] = may_miss.__contains__
     if fit:
-        weights, is_dropped = adapt(weights, model, path)
+        # a model around a backbone knows which part of it a classifier fills
+        fitted = model.adapt(weights, path) if hasattr(model, "adapt") else adapt(weights, model, path)
+        weights, is_dropped = fitted
         is_left_out = lambda key: key in may_miss or is_dropped(key)  # noqa: E731
     load_strictly(model, weights, path, name, may_miss=is_left_out)
 

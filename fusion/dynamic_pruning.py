@@ -253,7 +253,7 @@ class DynamicPruning(SiteMethod):
             raise ValueError(f"--model {args.model} contradicts --fsdp, which trains Vision Mambas without pruning.")
         if args.eval:
             return
-        if not args.model_path:
+        if not args.model_path and getattr(args, "with_teacher", True):
             raise ValueError(
                 "Training with pruning wants --model-path: student and teacher start from a trained model."
             )

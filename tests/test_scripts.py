@@ -21,8 +21,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import fusion
 import main as program
-from tests import micro_models, program_data
+from tests import micro_models, program_data, shapes_data
 from tests.conftest import Result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,13 +32,18 @@ SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts"
 # not experiments: what each is, and which test runs it
 SOURCED = {"scripts/launch.sh", "scripts/fambav/experiment.sh"}
 INSTALLS = {"scripts/setup.sh", "scripts/test.sh"}  # the suite runs inside them
-WHOLE = {"scripts/quickstart.sh", "scripts/compare.sh"}
+WHOLE = {"scripts/quickstart.sh", "scripts/compare.sh", "scripts/seg/quickstart.sh"}
 EXPERIMENTS = [script for script in SCRIPTS if script not in SOURCED | INSTALLS | WHOLE]
 # take minutes, or a GPU: that they start is all that is tried here
 LONG = {f"benchmarks.{name}" for name in ("flops", "pruning", "merging", "resolution", "compare")}
 LONG_SCRIPTS = {"benchmarks/gpu_check.sh"}
-CLASSES = {"CIFAR": 100, "IMNET": 3}
-SMALL = ("--input-size", "32", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "4", "--num_workers", "0")
+CLASSES = {"CIFAR": 100, "IMNET": 3, "ADE20K": 3, "SHAPES": 3}
+TINY = ("--input-size", "32", "--batch-size", "4", "--num_workers", "0")
+SMALL = {
+    "classify": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
+    "segment": (*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0"),
+}
+TOLD = {"classify": "top-1", "segment": "mIoU"}
 
 
 # --- reading the pages ---
@@ -78,6 +84,7 @@ class Files:
             "CIFAR": program_data.write_cifar100(root / "cifar", train=8, test=4),
             "IMNET": program_data.write_image_folder(root / "imnet", train=4, test=2),
         }
+        self.data["ADE20K"] = self.data["SHAPES"] = shapes_data.write_shapes(root / "shapes", 4, 2)
 
     def weights(self, family: str, classes: int) -> Path:
         """Weights of an untrained micro model."""
@@ -128,12 +135,13 @@ def check_and_run(flags: list[str], files: Files, folder: Path, run: Callable[..
     flags = substitute(flags, files, folder)
     program.parse(flags)
     model = value(flags, "--model", "vim_nano_patch4_32")
-    small = [*flags, "--model", f"{family_of(model)}_micro_patch8_32", *SMALL, "--device", "cpu"]
+    task = value(flags, "--task", "classify")
+    small = [*flags, "--model", f"{family_of(model)}_micro_patch8_32", *SMALL[task], "--device", "cpu"]
     if value(flags, "--fusion-strategy", "no") != "no":
         small += ["--fusion-layer", "1", "--fusion-token", "2"]
     result = run(*small)
     assert result.code == 0, result.err
-    assert "top-1" in result.out
+    assert TOLD[task] in result.out
 
 
 # --- scripts ---
@@ -297,7 +305,7 @@ def run_module(name: str, arguments: list[str], files: Files, folder: Path, monk
     """Run `python -m name` in this process, small where it would take minutes."""
     small = {
         "benchmarks.throughput": ["--img-size", "32", "--batch-size", "1", "--seconds", "0"],
-        "examples.new_strategy": ["--data-set", "CIFAR", "--data-path", str(files.data["CIFAR"]), *SMALL],
+        "examples.new_method": ["--data-set", "CIFAR", "--data-path", str(files.data["CIFAR"]), *SMALL],
     }
     if name == "benchmarks.plot":  # the folders of runs that are yet to be made
         arguments = [str(logged_run(folder / word)) if word.startswith("output/") else word for word in arguments]
@@ -306,11 +314,14 @@ def run_module(name: str, arguments: list[str], files: Files, folder: Path, monk
     monkeypatch.setattr(sys, "argv", [name, *arguments, *(["--help"] if help_only else small.get(name, []))])
     monkeypatch.chdir(ROOT)
     monkeypatch.delitem(sys.modules, name, raising=False)
-    code = 0
+    code, methods = 0, set(fusion.METHODS)
     try:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         code = end.code or 0
+    finally:  # an example registers its method for the rest of its process
+        for added in set(fusion.METHODS) - methods:
+            fusion.unregister(added)
     assert code == 0
 
 

@@ -29,8 +29,8 @@ from fusion.token_state import ClassTokens, TokenState, split_cls
 _logger = logging.getLogger(__name__)
 
 FEATURES = ("hidden", "stream")
-# what a classifier has and a body has not
-_HEAD = ("head.", "norm_f.", "neck.", "norm_neck.")
+# what a classifier, or a masked autoencoder, has and a body has not
+_HEAD = ("head.", "norm_f.", "neck.", "norm_neck.", "decoder", "mask_token")
 _TOKENS = ("cls_token", "cls_token_head", "cls_token_tail")
 
 
@@ -42,21 +42,22 @@ def create_body(name: str, img_size: int | tuple[int, int], **keywords: Any) -> 
     between the layers, as FastVim's dense weights have it, unless `keywords` say otherwise. Other timm models must have
     `forward_intermediates`; they come as timm builds them.
     """
-    if not name.startswith(_mamba_names()):
+    own = models_mamba.registry_keywords(name)
+    if not own:
         return _create_timm_body(name, img_size, **keywords)
-    if "noclstok" in name or name.startswith("fastvim_") or keywords.get("spatial_pool"):
+    if keywords.get("spatial_pool", own.get("spatial_pool")):
         keywords = dict(rms_norm=False, fused_add_norm=False) | keywords
-    body = timm.create_model(
-        name, img_size=to_2tuple(img_size), num_classes=0, if_cls_token=False, use_double_cls_token=False, **keywords
-    )
+    tokens = _class_tokens(name, keywords)
+    if tokens.positions == "own":
+        # MambaReg's registers are a memory of the layers', not only what is read
+        keywords = keywords | dict(cls_reduce=1)
+    else:
+        keywords = keywords | dict(if_cls_token=False, use_double_cls_token=False)
+    body = timm.create_model(name, img_size=to_2tuple(img_size), num_classes=0, **keywords)
     body.norm_f = nn.Identity()
-    body.classifier_tokens = _class_tokens(name, keywords)
+    body.classifier_tokens = tokens
     body.patch_embed.dynamic = True
     return body
-
-
-def _mamba_names() -> tuple[str, ...]:
-    return tuple(models_mamba.default_cfgs)
 
 
 def _class_tokens(name: str, keywords: dict[str, Any]) -> ClassTokens:
@@ -96,11 +97,12 @@ def from_classifier(weights: dict[str, Tensor], body: nn.Module) -> dict[str, Te
         weights = weights if adapt is None else adapt(dict(weights), body)
         wanted = body.state_dict()
         return {name: value for name, value in weights.items() if name in wanted}
-    state = {name: value for name, value in weights.items() if not name.startswith(_HEAD) and name not in _TOKENS}
-    if "pos_embed" in state:
-        count = sum(weights[name].shape[1] for name in _TOKENS if name in weights)
-        state["pos_embed"] = _without_token_rows(state["pos_embed"], count, body)
     own = body.state_dict()
+    dropped = [name for name in _TOKENS if name in weights and name not in own]
+    state = {name: value for name, value in weights.items() if not name.startswith(_HEAD) and name not in dropped}
+    if "pos_embed" in state:
+        count = sum(weights[name].shape[1] for name in dropped)
+        state["pos_embed"] = _without_token_rows(state["pos_embed"], count, body)
     missing = [name for name in own if name not in state]
     kept = [name for name in missing if name.endswith(("norm.bias", "layernorm.bias"))]
     kept += [name for name in missing if name.startswith("score_predictors.") or ".block_head." in name]

@@ -7,11 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
+
+from fusion.dynamic_pruning import DynamicPruning
+from fusion.visualize import patch_cells
+from fusion.visualize_pruning import draw_kept
+from tasks.dense.backbone import DenseBackbone
 
 IGNORED = 255
 SHOWN = 320  # least height of a picture, in pixels
@@ -59,6 +65,19 @@ def denormalise(image: Tensor) -> np.ndarray:
     """An image as models see it (3, H, W) -> float (H, W, 3) in 0..1."""
     pixels = image.float().cpu().permute(1, 2, 0).numpy()
     return (pixels * np.array(IMAGENET_DEFAULT_STD) + np.array(IMAGENET_DEFAULT_MEAN)).clip(0, 1)
+
+
+@torch.no_grad()
+def draw_kept_patches(backbone: DenseBackbone, image: Tensor) -> Figure | None:
+    """An image (1, 3, H, W), as models see it, and beside it what each stage of token pruning keeps of it; None for a
+    backbone that prunes no tokens."""
+    if backbone.pruning is None or not backbone.pruning.tokens:
+        return None
+    _, state = backbone.forward_with_state(image)
+    decisions = state.entry(DynamicPruning.name).decisions
+    rows, cols = patch_cells(backbone.body, image.shape[-2:])
+    kept = torch.cat(decisions).bool().cpu().unflatten(1, state.grid).numpy()
+    return draw_kept(denormalise(image[0]), kept[:, rows[:, None], cols[None]], backbone.pruning.pruning_loc)
 
 
 def draw_segmentation(

@@ -6,7 +6,8 @@ segmentation-models-pytorch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,13 @@ from torchvision.ops import Conv2dNormActivation
 
 from fusion.dynamic_pruning import Choices, DynamicPruning
 from models_mamba import VisionMamba
-from tasks.dense.backbone import DenseBackbone, create_body, spread_indices
+from tasks.dense.backbone import DenseBackbone, create_body, from_classifier, spread_indices
 from tasks.dense.necks import MultiScale, resize
+from tasks.dense.published import convert
+
+_logger = logging.getLogger(__name__)
+
+PUBLISHED = "decode_head.lateral_convs."  # what published segmenters have and this project's have not
 
 
 class SegmenterOutput(NamedTuple):
@@ -77,6 +83,11 @@ def _init_classifier(conv: nn.Conv2d) -> None:
     nn.init.zeros_(conv.bias)
 
 
+def _is_new(name: str) -> bool:
+    """Whether a classifier has nothing for this parameter of a segmenter."""
+    return not name.startswith("backbone.body.")
+
+
 class Segmenter(nn.Module):
     """Backbone, adapter (None where the maps go to the heads as they are), decoder head and auxiliary head (or None),
     which reads the third map."""
@@ -114,6 +125,23 @@ class Segmenter(nn.Module):
             decisions=list(chosen.decisions),
             block_policy=torch.stack(chosen.gates).unsqueeze(2) if chosen.gates else None,
         )
+
+    def renamed(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Published segmenters' weights under this model's names; others as they are."""
+        return convert(weights, self) if any(name.startswith(PUBLISHED) for name in weights) else weights
+
+    def adapt(self, weights: dict[str, Tensor], path: str) -> tuple[dict[str, Tensor], Callable[[str], bool]]:
+        """Fit the weights of a classifier, which the backbone starts from, or of a segmenter of other classes; returns
+        them under this model's names and a test for the keys that may be missing."""
+        weights, own = self.renamed(weights), self.state_dict()
+        if any(name.startswith("decode_head.") for name in weights):
+            other = [name for name in weights if ".conv_seg." in name and weights[name].shape != own[name].shape]
+            if other:
+                _logger.info("%s: its classes are others; the last layers of both heads start afresh.", path)
+            return {name: value for name, value in weights.items() if name not in other}, other.__contains__
+        body = from_classifier(weights, self.backbone.body)
+        _logger.info("%s: the backbone starts from it, adapter and heads start afresh.", path)
+        return {f"backbone.body.{name}": value for name, value in body.items()}, _is_new
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

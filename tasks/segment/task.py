@@ -13,12 +13,12 @@ from torch import Tensor, nn
 import fusion
 import models_mamba
 from fusion import Meter
+from fusion.visualize_pruning import draw_directions
 from loading import EvalBatches
-from tasks.backbone import own_models
 from tasks.dense.backbone import FEATURES
 from tasks.dense.measure import SegmentationMeter
 from tasks.dense.necks import resize, synchronise_batch_norm
-from tasks.dense.pictures import denormalise, draw_segmentation, save_prediction
+from tasks.dense.pictures import denormalise, draw_kept_patches, draw_segmentation, save_prediction
 from tasks.segment import data as sets
 from tasks.segment.inference import slide_inference
 from tasks.segment.loss import SegmentationLoss
@@ -78,6 +78,7 @@ class Segment(Task):
     data_sets = sets.DATA_SETS
     default_data_set = "SHAPES"
     collate = staticmethod(sets.collate)
+    with_teacher = False
 
     # --- before a run ---
 
@@ -123,6 +124,7 @@ class Segment(Task):
             )
         size, iterations, rate = _RECIPES[args.data_set]
         recipe: dict[str, Any] = dict(
+            drop=0.1,
             batch_size=16,
             lr=rate,
             unscale_lr=True,
@@ -132,6 +134,8 @@ class Segment(Task):
             min_lr=0.0,
             model_ema=False,
             sched_on_updates=True,
+            token_pruning_weight=20.0,
+            block_pruning_weight=20.0,
         )
         if "epochs" not in typed:
             steps = args.iterations or iterations
@@ -160,8 +164,10 @@ class Segment(Task):
                 f"--slide-stride {args.slide_stride} is more than --input-size {args.input_size}; windows that do not "
                 "leave gaps wanted it at most that."
             )
-        if "dense_feature" in typed and models_mamba.registry_name(args.model) not in own_models():
+        if "dense_feature" in typed and not models_mamba.registry_keywords(args.model):
             raise UsageError(f"--dense-feature wants a Vision Mamba; {args.model} has maps of its own.")
+        if not args.train_mode:
+            raise UsageError("--no-train-mode leaves out the auxiliary head, which only training has; wanted it on.")
         if args.attn_only:
             raise UsageError("--attn-only would leave the new heads as they are; wanted it with --task classify.")
         sets.check(args)
@@ -175,23 +181,18 @@ class Segment(Task):
     def build_model(cls, args: argparse.Namespace, data: Data | None, **overrides: Any) -> nn.Module:
         name = models_mamba.registry_name(args.model)
         keywords = fusion.model_keywords(args, models_mamba.registry_keywords(name)) | overrides
-        if args.drop:
-            keywords["drop_rate"] = args.drop
         try:
             return build_segmenter(
                 name,
                 2 if data is None else data.num_classes,
                 img_size=args.input_size,
                 feature=args.dense_feature,
+                dropout=args.drop,
                 drop_path_rate=args.drop_path,
                 **keywords,
             )
         except (ValueError, TypeError, AssertionError) as error:
             raise UsageError(f"--model {args.model}: {error}") from error
-
-    @classmethod
-    def eval_batches(cls, data: Data, args: argparse.Namespace) -> EvalBatches:
-        return EvalBatches(data.test, args, collate=cls.collate)
 
     # --- a run ---
 
@@ -209,7 +210,8 @@ class Segment(Task):
 
     def begin_training(self) -> None:
         # DyVM's segmenters learn from no teacher, only from its two keep targets
-        self.criterion = SegmentationLoss(self.model.backbone.pruning)
+        weights = self.args.token_pruning_weight, self.args.block_pruning_weight
+        self.criterion = SegmentationLoss(self.model.backbone.pruning, token_weight=weights[0], block_weight=weights[1])
 
     def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> Task:
         """Share gradients and the statistics of BatchNorm among the processes."""
@@ -248,7 +250,9 @@ class Segment(Task):
         """Images (B, 3, H, W) of any size -> logits (B, classes, H, W), as --test-mode says."""
         if self.args.test_mode == "whole":
             return self.model(images)
-        return slide_inference(self.model, images, self.args.input_size, self.args.slide_stride)
+        return slide_inference(
+            lambda window: self.model(window).float(), images, self.args.input_size, self.args.slide_stride
+        )
 
     def create_evaluator(self) -> _Evaluator:
         writes = self.args.eval and self.args.output_dir
@@ -287,8 +291,8 @@ class Segment(Task):
 
     @torch.no_grad()
     def draw(self, test_set: Iterable[Any], directory: Path, meters: Sequence[Meter] = ()) -> None:
-        """Write image_N.png: a test image, the truth and the prediction side by side, with the classes' colours; and
-        what methods draw."""
+        """Write image_N.png: a test image, the truth and the prediction side by side, with the classes' colours; where
+        patches are pruned, image_N_kept.png; where scan directions are, directions.png."""
         self.eval()
         directory.mkdir(parents=True, exist_ok=True)
         items = [test_set[place] for place in range(min(NUM_PICTURES, len(test_set)))]
@@ -297,7 +301,10 @@ class Segment(Task):
             shown = denormalise(resize(item.image[None], item.labels.shape)[0])
             figure = draw_segmentation(shown, item.labels.numpy(), prediction.numpy(), self.data.extra)
             figure.savefig(directory / f"image_{index}.png", dpi=120)
-        if self.methods:
-            side = self.args.input_size
-            crops = [resize(item.image[None], (side, side)) for item in items[:4]]
-            fusion.draw(self.model.backbone.body, torch.cat(crops).to(self.device), directory, meters)
+            if kept := draw_kept_patches(self.model.backbone, item.image[None].to(self.device)):
+                kept.savefig(directory / f"image_{index}_kept.png")
+        directions = next(
+            (meter.directions for meter in meters if getattr(meter, "directions", None) is not None), None
+        )
+        if directions is not None:
+            draw_directions(directions.numpy(), len(test_set)).savefig(directory / "directions.png")
