@@ -33,4 +33,10 @@ class _Tasks(Mapping[str, "type[Task]"]):
         return task
 
 
-TASKS = _Tasks({"classify": "tasks.classify.task:Classify", "segment": "tasks.segment.task:Segment"})
+TASKS = _Tasks(
+    {
+        "classify": "tasks.classify.task:Classify",
+        "segment": "tasks.segment.task:Segment",
+        "detect": "tasks.detect.task:Detect",
+    }
+)

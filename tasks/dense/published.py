@@ -27,12 +27,16 @@ SEGMENTER: Rules = (
 
 
 def convert(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The published `weights` of a dense model, renamed for `model` (a `Segmenter`): nothing is computed.
+    """The published `weights` of a dense model, renamed for `model`: nothing is computed.
 
-    The backbone's last norm, which no map passes, is dropped. A convolution with its norm becomes places 0 and 1 of one
-    module; the decoder counts its levels from the coarsest, published ones from the finest. Names that no rule knows
-    stay as they are, so that loading strictly names them.
+    A model with a method `published_name` (a detector) says itself what a name becomes, None for what it does not hold;
+    the rest is for a `Segmenter`. The backbone's last norm, which no map passes, is dropped. A convolution with its
+    norm becomes places 0 and 1 of one module; the decoder counts its levels from the coarsest, published ones from the
+    finest. Names that no rule knows stay as they are, so that loading strictly names them.
     """
+    if hasattr(model, "published_name"):
+        named = {model.published_name(name): value for name, value in weights.items()}
+        return {name: value for name, value in named.items() if name is not None}
     weights = {name: value for name, value in weights.items() if ".norm_f." not in name}
     levels = len(model.decode_head.decoder.fpn_conv_blocks)
     return {_rename(name, SEGMENTER, levels): value for name, value in weights.items()}
