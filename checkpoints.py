@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 
 import utils
 from embeddings import resize_pos_embed
+from fusion.token_state import join_cls
 from utils import Meters, RunError, UsageError
 
 _logger = logging.getLogger(__name__)
@@ -292,12 +293,14 @@ def class_positions(model: nn.Module, num_patches: int) -> tuple[int, ...]:
 
 
 def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict[str, Tensor], Callable[[str], bool]]:
-    """Fit `weights` to `model`'s image size and class count.
+    """Fit `weights` to `model`'s image size and class count, and those of a masked autoencoder to a classifier.
 
     The position embedding is resized, a head for another number of classes is left out, and both are said. Returns the
     weights and a test for the keys that may be missing from them.
     """
     own, weights = model.state_dict(), dict(weights)
+    if "decoder_pred.weight" in weights:
+        return _adapt_masked(weights, model, path)
     dropped = [
         key
         for key in own
@@ -309,7 +312,31 @@ def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict
         _logger.info("%s: its head for %d classes is left out; the new one starts afresh.", path, classes)
         weights = {key: value for key, value in weights.items() if key.partition(".")[0] not in heads}
         dropped = [key for key in own if key.partition(".")[0] in heads]
-    name = "pos_embed"
+    _fit_positions(weights, model, path)
+    return weights, lambda key: key in dropped
+
+
+def _adapt_masked(
+    weights: dict[str, Tensor], model: nn.Module, path: str
+) -> tuple[dict[str, Tensor], Callable[[str], bool]]:
+    """`adapt` for the weights of a masked autoencoder (models_mae.py)."""
+    own = model.state_dict()
+    if "decoder_pred.weight" in own:
+        # fixed positions follow from the grid
+        return weights | {key: own[key] for key in ("pos_embed", "decoder_pos_embed")}, lambda key: False
+    weights = {key: value for key, value in weights.items() if not key.startswith(("decoder_", "mask_token"))}
+    if "cls_token" in weights and "pos_embed" in weights:
+        # its class token's row comes first, wherever the token stands
+        classes, patches = weights["pos_embed"].tensor_split([1], 1)
+        weights["pos_embed"] = join_cls(classes, patches, class_positions(model, patches.shape[1]))
+    _fit_positions(weights, model, path)
+    _logger.info("%s: the encoder of a masked autoencoder; the head starts afresh.", path)
+    return weights, lambda key: key.startswith("head.")
+
+
+def _fit_positions(weights: dict[str, Tensor], model: nn.Module, path: str) -> None:
+    """Resize the position embedding in `weights` to the token grid of `model`."""
+    own, name = model.state_dict(), "pos_embed"
     if name in own and name in weights and own[name].shape[1] != weights[name].shape[1]:
         new_grid = tuple(getattr(model, "pos_embed_grid", None) or model.patch_embed.grid_size)
         count = len(class_positions(model, new_grid[0] * new_grid[1]))
@@ -319,7 +346,6 @@ def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict
         if side * side == patches:
             weights[name] = resize_pos_embed(weights[name], (side, side), new_grid, partial(class_positions, model))
             _logger.info("%s: position embedding resized from %dx%d to %dx%d.", path, side, side, *new_grid)
-    return weights, lambda key: key in dropped
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -69,6 +69,20 @@ def add_norm(
     return norm(residual.to(norm.weight.dtype)), residual
 
 
+def init_linears(module: nn.Module, depth: int) -> None:
+    """Vim's initialisation of the linear layers in `module`: zero biases but for dt_proj's, and out_proj
+    Kaiming-uniform over sqrt(depth), one residual branch a layer."""
+    for name, linear in module.named_modules():
+        if not isinstance(linear, nn.Linear):
+            continue
+        if name.endswith("out_proj"):
+            nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+            with torch.no_grad():
+                linear.weight /= math.sqrt(depth)
+        if linear.bias is not None and not getattr(linear.bias, "_no_reinit", False):
+            nn.init.zeros_(linear.bias)
+
+
 class VisionMamba(nn.Module):
     """Vision Mamba: patch embedding, class token, `depth` Mamba layers, norm, linear head.
 
@@ -77,8 +91,9 @@ class VisionMamba(nn.Module):
     mean), else it comes first; `if_cls_token=False` averages all tokens (`final_pool_type="mean"`). `if_bidirectional`
     takes layers in pairs, the second on the reversed sequence; `pair_residual` says whether the two residuals, equal
     but for drop-path, are summed (published: it doubles the residual at every site) or averaged.
-    `flip_img_sequences_ratio` is the chance that training reverses the sequence. The keywords of the methods are those
-    of `fusion.config.MethodConfig.from_keywords`.
+    `flip_img_sequences_ratio` is the chance that training reverses the sequence. `use_norm_after_ssm` puts a LayerNorm
+    behind the scans or leaves it out; None does as the method wants: FastVim has it, Vim has not. The keywords of the
+    methods are those of `fusion.config.MethodConfig.from_keywords`.
     """
 
     def __init__(
@@ -129,6 +144,9 @@ class VisionMamba(nn.Module):
             raise ValueError(f"pair_residual is {pair_residual!r}; wanted 'sum' or 'mean'.")
         self.methods = MethodConfig.from_keywords(**method_keywords)
         pooling = self.methods.pooling
+        has_norm = method_keywords.get("use_norm_after_ssm")
+        if has_norm is None:
+            has_norm = pooling is not None and pooling.use_norm_after_ssm
         stride = patch_size if stride is None else stride
         plain_grid = to_2tuple(stride) == to_2tuple(patch_size) and not if_cls_token and flip_img_sequences_ratio <= 0
         if pooling is not None and not plain_grid:
@@ -179,7 +197,7 @@ class VisionMamba(nn.Module):
             bimamba_type="v1" if if_bimamba else bimamba_type,
             if_divide_out=if_divide_out if if_devide_out is None else if_devide_out,
             init_layer_scale=init_layer_scale,
-            use_norm_after_ssm=pooling is not None and pooling.use_norm_after_ssm,
+            use_norm_after_ssm=has_norm,
             **(ssm_cfg or {}),
         )
         # layer 0 never drops, since it starts the residual; layer 1 takes the first rate, the final add the last
@@ -212,17 +230,9 @@ class VisionMamba(nn.Module):
         tokens = [getattr(self, name) for name in self.cls_token_names]
         for parameter in [*tokens, *([] if self.pos_embed is None else [self.pos_embed])]:
             trunc_normal_(parameter, std=0.02)
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            if module is self.head:
-                trunc_normal_(module.weight, std=0.02)
-            elif name.endswith("out_proj"):
-                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-                with torch.no_grad():
-                    module.weight /= math.sqrt(self.depth)
-            if module.bias is not None and not getattr(module.bias, "_no_reinit", False):
-                nn.init.zeros_(module.bias)
+        if isinstance(self.head, nn.Linear):
+            trunc_normal_(self.head.weight, std=0.02)
+        init_linears(self, self.depth)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -494,14 +504,16 @@ _VIM = dict(
 )
 _FAMBAV = _VIM | dict(if_bidirectional=True, use_middle_cls_token=False)
 _FASTVIM = _VIM | dict(if_cls_token=False, use_middle_cls_token=False, spatial_pool=True)
+_VIM_NORM = _VIM | dict(use_norm_after_ssm=True)  # FastVim's authors' Vim, which a masked autoencoder trains
 _DYVM = dict(pruning="both")
 _VIDEOMAMBA = _VIM | dict(use_middle_cls_token=False, if_divide_out=False)
 
 _TINY, _SMALL, _BASE = (dict(embed_dim=dim, depth=24) for dim in (192, 384, 768))
 _NANO = dict(img_size=32, patch_size=4, embed_dim=64, depth=8, num_classes=10, drop_path_rate=0.0)
 _STRIDE8 = dict(stride=8)
+_LARGE = dict(embed_dim=1024, depth=48)
 
-_REGISTRY: dict[str, dict[str, Any]] = {
+REGISTRY: dict[str, dict[str, Any]] = {
     "vim_nano_patch4_32": _VIM | _NANO,
     "fambav_nano_patch4_32": _FAMBAV | _NANO,
     "fastvim_nano_patch4_32": _FASTVIM | _NANO,
@@ -517,7 +529,7 @@ _REGISTRY: dict[str, dict[str, Any]] = {
     "fastvim_tiny_patch16_224": _FASTVIM | _TINY,
     "fastvim_small_patch16_224": _FASTVIM | _SMALL,
     "fastvim_base_patch16_224": _FASTVIM | _BASE,
-    "fastvim_large_patch16_224": _FASTVIM | dict(embed_dim=1024, depth=48),
+    "fastvim_large_patch16_224": _FASTVIM | _LARGE,
     "fastvim_huge_patch14_224": _FASTVIM | dict(embed_dim=1280, depth=64, patch_size=14),
     "dyvm_tiny_patch16_224": _VIM | _TINY | _DYVM,
     "dyvm_small_patch16_224": _VIM | _SMALL | _DYVM,
@@ -530,6 +542,11 @@ _REGISTRY: dict[str, dict[str, Any]] = {
     "dyvm_videomamba_small_patch16_224": _VIDEOMAMBA | _SMALL | _DYVM,
     "dyvm_videomamba_middle_patch16_224": _VIDEOMAMBA | dict(embed_dim=576, depth=32) | _DYVM,
     "dyvm_videomamba_base_patch16_224": _VIDEOMAMBA | _BASE | _DYVM,
+}
+
+REGISTRY |= {
+    f"vim_{size}_patch16_224_final_pool_mean_abs_pos_embed_with_midclstok_div2": _VIM_NORM | settings
+    for size, settings in (("tiny", _TINY), ("small", _SMALL), ("base", _BASE), ("large", _LARGE))
 }
 
 _LONG = "bimambav2_final_pool_mean_abs_pos_embed_with"
@@ -546,7 +563,7 @@ _ALIASES = {
 
 
 def _pretrained_cfg(name: str) -> dict[str, Any]:
-    settings = _REGISTRY[_ALIASES.get(name, name)]
+    settings = REGISTRY[_ALIASES.get(name, name)]
     size = settings.get("img_size", 224)
     return dict(
         url="",
@@ -563,11 +580,11 @@ def _pretrained_cfg(name: str) -> dict[str, Any]:
     )
 
 
-default_cfgs = generate_default_cfgs({name: _pretrained_cfg(name) for name in (*_REGISTRY, *_ALIASES)})
+default_cfgs = generate_default_cfgs({name: _pretrained_cfg(name) for name in (*REGISTRY, *_ALIASES)})
 
 
 def _entry(name: str) -> Callable[..., VisionMamba]:
-    settings = _REGISTRY[_ALIASES.get(name, name)]
+    settings = REGISTRY[_ALIASES.get(name, name)]
 
     def build(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
         # on a Vim name, spatial pooling builds the FastVim of that size
@@ -586,4 +603,4 @@ def _entry(name: str) -> Callable[..., VisionMamba]:
     return register_model(build)
 
 
-globals().update({name: _entry(name) for name in (*_REGISTRY, *_ALIASES)})
+globals().update({name: _entry(name) for name in (*REGISTRY, *_ALIASES)})

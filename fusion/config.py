@@ -68,13 +68,17 @@ class MergingConfig:
 
 @dataclass(frozen=True)
 class PoolingConfig:
-    """Alternating spatial pooling (FastVim): what the scan sees of the token grid."""
+    """Alternating spatial pooling (FastVim): what the scan sees of the token grid.
+
+    `published_rows` matters where tokens are hidden; see `fusion.spatial_pooling.VisiblePooling`.
+    """
 
     scanpath_type: str = "rowwise"
     rotate_every_block: bool = True
     collapse_method: str = "mean"
     use_norm_after_ssm: bool = True
     scaling_factor: float = 1.0
+    published_rows: bool = False
 
     def __post_init__(self) -> None:
         _one_of("scanpath_type", self.scanpath_type, SCAN_PATHS)
@@ -173,8 +177,9 @@ class MethodConfig:
         scanpath_type: str = "rowwise",
         rotate_every_block: bool = True,
         collapse_method: str = "mean",
-        use_norm_after_ssm: bool = True,
+        use_norm_after_ssm: bool | None = None,
         scaling_factor: float = 1.0,
+        published_rows: bool = False,
         pruning: str = "none",
         pruning_loc: Sequence[int] = (6, 12, 18),
         token_ratio: Sequence[float] = (0.7, 0.7**2, 0.7**3),
@@ -186,7 +191,12 @@ class MethodConfig:
         fusion_strategy = "alternate" if fusion_strategy == "interleaved" else fusion_strategy
         merging = MergingConfig(fusion_strategy, fusion_layer, fusion_token, fusion_order)
         pooling = PoolingConfig(
-            scanpath_type, rotate_every_block, collapse_method, use_norm_after_ssm, float(scaling_factor)
+            scanpath_type,
+            rotate_every_block,
+            collapse_method,
+            use_norm_after_ssm is not False,
+            float(scaling_factor),
+            published_rows,
         )
         _one_of("pruning", pruning, PRUNING_KINDS)
         return cls(

@@ -36,6 +36,7 @@ class GridPooling:
     pooled: int = -1
     method: str = "mean"
     scale: float = 1.0
+    backward: ClassVar[None] = None
 
     @property
     def lines(self) -> Lines | None:
@@ -86,13 +87,22 @@ class VisiblePooling:
     `positions` (B, V), long, is the raster index of each visible token on the grid `grid` (rows, cols). A token belongs
     to the row of its position (`transposed`: to its column), a group is the sum over its visible tokens divided by the
     full length of the row, times `scale`; a row without visible tokens is zero.
+
+    `published_rows` does as FastVim's release, which reverses the tokens for the backward direction but not the numbers
+    of their rows: there token i of V counts to the row that mirrors the row of token V - 1 - i.
     """
 
     positions: Tensor
     grid: tuple[int, int]
     transposed: bool = False
     scale: float = 1.0
+    published_rows: bool = False
     lines: ClassVar[None] = None
+
+    @property
+    def backward(self) -> VisiblePooling | None:
+        """The map of the backward direction, where it is another."""
+        return _MirroredPooling(self.positions, self.grid, self.transposed, self.scale) if self.published_rows else None
 
     @property
     def _walk(self) -> Tensor:
@@ -125,6 +135,11 @@ class VisiblePooling:
         return (self._walk.sort(1).values // self._line).unsqueeze(-1).expand_as(x)
 
 
+class _MirroredPooling(VisiblePooling):
+    def _groups(self, x: Tensor) -> Tensor:
+        return math.prod(self.grid) // self._line - 1 - super()._groups(x).flip(1)
+
+
 def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
@@ -144,6 +159,13 @@ class SpatialPooling(SiteMethod):
             raise ValueError("The tokens no longer fill their grid: wanted spatial pooling without reordered tokens.")
         config = self.config
         across = (config.scanpath_type == "colwise") != (config.rotate_every_block and index % 2 == 1)
+        if state.positions is not None:
+            return run(
+                state,
+                pooling=VisiblePooling(
+                    state.positions, state.grid, across, config.scaling_factor, config.published_rows
+                ),
+            )
         pooling = GridPooling(
             state.grid, (1, 0) if across else None, method=config.collapse_method, scale=config.scaling_factor
         )

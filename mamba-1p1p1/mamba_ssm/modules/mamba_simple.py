@@ -27,10 +27,12 @@ class TokenPooling(Protocol):
     """A map from tokens to scan groups and back, handed to the mixer; every tensor is channel-last.
 
     `lines` says so where the groups are the means over the lines of a full grid, for which there are kernels; the
-    methods do for any map what the kernels do for those.
+    methods do for any map what the kernels do for those. `backward` is the map of the backward direction, where it is
+    another one.
     """
 
     lines: Lines | None
+    backward: TokenPooling | None
 
     def order(self, x: Tensor) -> Tensor:
         """(B, L, C) tokens in the order the convolution and the groups run in."""
@@ -334,13 +336,19 @@ class Mamba(nn.Module):
             return self._pooled_lines(hidden_states, pooling.lines)
         # every projection is position-wise, so the narrowest tensors are the ones to reorder
         x, z = self.in_proj(pooling.order(hidden_states)).chunk(2, dim=-1)
-        directions, skip, groups = self.directions, None, []
-        for direction in directions:
+        directions, y, groups = self.directions, None, []
+        maps = pooling, pooling.backward or pooling
+        for direction, own in zip(directions, maps):
             u = self._convolve(direction, x, token_mask)
             D = direction.D.to(u.dtype)
-            skip = u * D if skip is None else torch.addcmul(skip, u, D)
-            groups.append(pooling.reduce(u))
-        y = pooling.expand_add(skip, self._scan_groups(directions, groups)) * self._share
+            y = u * D if y is None else torch.addcmul(y, u, D)
+            groups.append(own.reduce(u))
+        if pooling.backward is None:
+            y = pooling.expand_add(y, self._scan_groups(directions, groups))
+        else:
+            for direction, own, group in zip(directions, maps, groups):
+                y = own.expand_add(y, self._scan(direction, group, None, None))
+        y = y * self._share
         return pooling.restore(self._project(y if self.layernorm is None else self.layernorm(y), z))
 
     def _pooled_lines(self, hidden_states: Tensor, lines: Lines) -> Tensor:
