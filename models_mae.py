@@ -218,8 +218,8 @@ def _check_keywords(
 
 def visible_count(num_patches: int, mask_ratio: float) -> int:
     """How many of `num_patches` patches stay visible: `int(L * (1 - ratio))`, in Python's floats."""
-    count = int(num_patches * (1 - mask_ratio))
-    if not 0 <= mask_ratio < 1 or not count:
+    count = int(num_patches * (1 - mask_ratio)) if 0 <= mask_ratio < 1 else 0
+    if not count:
         raise ValueError(
             f"mask_ratio is {mask_ratio:g}; wanted one in [0, 1) that leaves some of {num_patches} patches visible."
         )
