@@ -17,7 +17,7 @@ from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.triton.layernorm import RMSNorm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
 from torch import Tensor, nn
 
 from fusion.token_state import TokenState, join_cls
@@ -176,12 +176,30 @@ class MaskedAutoencoder(VisionMamba):
         x = patches.unflatten(2, (*self.patch_embed.patch_size, self.in_chans)).unflatten(1, self.patch_embed.grid_size)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
+    def patch_losses(self, images: Tensor, pred: Tensor) -> Tensor:
+        """Mean square error of pred (B, L, patch * patch * C) in every patch, (B, L) float32."""
+        target = self.patchify(images).float()
+        return ((pred.float() - (normalise_patches(target) if self.norm_pix_loss else target)) ** 2).mean(-1)
+
     def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Mean square error of pred (B, L, patch * patch * C) over the patches whose mask (B, L) is 1, in float32."""
-        target, pred, mask = self.patchify(images).float(), pred.float(), mask.float()
+        """Mean of `patch_losses` over the patches whose mask (B, L) is 1."""
+        mask = mask.float()
+        return (self.patch_losses(images, pred) * mask).sum() / mask.sum()
+
+    def mean_prediction(self, images: Tensor) -> Tensor:
+        """The prediction (B, L, patch * patch * C) that knows each patch's mean and no more: what training must beat."""
+        target = self.patchify(images).float()
+        mean = torch.zeros_like(target[..., :1]) if self.norm_pix_loss else target.mean(-1, keepdim=True)
+        return mean.expand_as(target)
+
+    def rebuild(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """Images (B, C, H, W) with pred in the place of the patches whose mask is 1, a normalised one with the mean and
+        deviation of the patch it stands for."""
+        target, pred = self.patchify(images).float(), pred.float()
         if self.norm_pix_loss:
-            target = normalise_patches(target)
-        return (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum()
+            mean, deviation = patch_moments(target)
+            pred = pred * deviation + mean
+        return self.unpatchify(torch.where(mask.bool().unsqueeze(-1), pred, target))
 
     def forward(
         self, images: Tensor, mask_ratio: float = DEFAULT_RATIO, noise: Tensor | None = None
@@ -235,9 +253,15 @@ def mask_by_noise(noise: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return shuffled[:, :count], mask, shuffled.argsort(1)
 
 
+def patch_moments(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (variance over n - 1, and 1e-6) of patches (B, L, n), (B, L, 1) each."""
+    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
 def normalise_patches(patches: Tensor) -> Tensor:
-    """Patches (B, L, n) less their mean, over their deviation (variance over n - 1)."""
-    return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    """Patches (B, L, n) less their mean, over their deviation."""
+    mean, deviation = patch_moments(patches)
+    return (patches - mean) / deviation
 
 
 def sine_positions(grid: tuple[int, int], dim: int, num_cls: int = 0) -> Tensor:
@@ -272,26 +296,31 @@ def linear_probe(model: nn.Module) -> nn.Module:
 
 # --- registry ---
 
-_VIM_BASE = REGISTRY["vim_base_patch16_224_final_pool_mean_abs_pos_embed_with_midclstok_div2"]
-_SIZES = {"base": "patch16_224", "large": "patch16_224", "huge": "patch14_224"}
+_PUBLISHED = {"base": "patch16_224", "large": "patch16_224", "huge": "patch14_224"}
+_SIZES = {"tiny": "patch16_224", "small": "patch16_224"} | _PUBLISHED
+_WITH_NORM = REGISTRY["vim_base_patch16_224_final_pool_mean_abs_pos_embed_with_midclstok_div2"]
 
-_REGISTRY: dict[str, dict[str, Any]] = {
-    f"mae_fastvim_{size}_{patch}": REGISTRY[f"fastvim_{size}_{patch}"] for size, patch in _SIZES.items()
-}
-_REGISTRY |= {
-    f"mae_vim_{size}_patch16_224": _VIM_BASE
-    | {key: REGISTRY[f"fastvim_{size}_{patch}"][key] for key in ("embed_dim", "depth")}
-    for size, patch in _SIZES.items()
-}
-_REGISTRY |= {
-    f"mae_{family}_nano_patch4_32": REGISTRY[f"{family}_nano_patch4_32"]
-    | dict(num_classes=0, decoder_embed_dim=64, use_norm_after_ssm=True)
-    for family in ("fastvim", "vim")
+_REGISTRY: dict[str, dict[str, Any]] = {}
+for _size, _patch in _SIZES.items():
+    _fastvim = REGISTRY[f"fastvim_{_size}_{_patch}"]
+    _REGISTRY[f"mae_fastvim_{_size}_{_patch}"] = _fastvim
+    _REGISTRY[f"mae_vim_{_size}_patch16_224"] = _WITH_NORM | {key: _fastvim[key] for key in ("embed_dim", "depth")}
+for _family in ("fastvim", "vim"):
+    _REGISTRY[f"mae_{_family}_nano_patch4_32"] = REGISTRY[f"{_family}_nano_patch4_32"] | dict(
+        num_classes=0, decoder_embed_dim=64, use_norm_after_ssm=True
+    )
+
+_ALIASES = {f"mae_FastVim_{size}_dec512d2b": f"mae_fastvim_{size}_{patch}" for size, patch in _PUBLISHED.items()} | {
+    f"mae_vim_{size}_dec512d2b": f"mae_vim_{size}_patch16_224" for size in _PUBLISHED
 }
 
-_ALIASES = {f"mae_FastVim_{size}_dec512d2b": f"mae_fastvim_{size}_{patch}" for size, patch in _SIZES.items()} | {
-    f"mae_vim_{size}_dec512d2b": f"mae_vim_{size}_patch16_224" for size in _SIZES
-}
+
+def masked_name(name: str) -> str | None:
+    """The masked autoencoder whose encoder is the Vim or FastVim `name`, or that is so called itself; None if there is
+    none."""
+    short = name.replace("_final_pool_mean_abs_pos_embed_with_midclstok_div2", "")
+    masked = short if short.startswith("mae_") else f"mae_{short}"
+    return masked if is_model(masked) else None
 
 
 def _pretrained_cfg(name: str) -> dict[str, Any]:
