@@ -1,60 +1,56 @@
-"""Data sets and how they reach the model in batches."""
+"""Image classification sets, as DeiT's `build_dataset` knows them: folders, CIFAR, iNaturalist, timm's, digits."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.machinery
 import importlib.util
-import itertools
 import json
 import logging
-import math
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-import utils
-from augment import build_transform, mixes
-from samplers import SeededDataset, SeededSampler
-from utils import UsageError, nearest, number
+from utils import UsageError, first_line, nearest
+from utils.flags import add_switch, number
+from utils.processes import once_per_node
 
 _logger = logging.getLogger(__name__)
 
-DATA_SETS = ("CIFAR", "CIFAR10", "IMNET", "INAT", "INAT19", "DIGITS")
+Image.MAX_IMAGE_PIXELS = None  # `load_image` counts them itself, and names the flag
+MAX_PIXELS = 2 * 89_478_485  # what Pillow refuses by default
+MOST_ASPECT = 100
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
+WHITES = (1.0, 255.0, 4095.0, 65535.0)
+DATA_SETS = ("CIFAR", "CIFAR10", "IMNET", "IMNET_100", "INAT", "INAT19", "DIGITS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-REPEATS = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of data sets and loaders."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--data-path", default="", metavar="DIR", help="where the data set lies")
-    group.add_argument(
-        "--data-set", default="DIGITS", metavar="NAME", help=f"{', '.join(DATA_SETS)} or timm/NAME (default: DIGITS)"
-    )
+    """Add the flags of image classification sets."""
+    group = parser.add_argument_group("image sets")
     group.add_argument("--inat-category", default="name", choices=INAT_CATEGORIES, help="what INAT's classes are")
     group.add_argument("--train-split", default="train", help="training split of a timm/ data set (default: train)")
     group.add_argument("--val-split", default="validation", help="its evaluation split (default: validation)")
     group.add_argument(
         "--num-classes", type=number(int, 1), default=None, help="classes of a timm/ set that does not say"
     )
-    utils.add_switch(
-        group, ["--repeated-aug"], ["--no-repeated-aug"], default=True, help="repeat each image 3 times in a row"
+    group.add_argument(
+        "--max-pixels", type=number(int, 1), default=MAX_PIXELS, metavar="N", help="of an image (default: %(default)s)"
     )
-    group.add_argument("--eval-crop-ratio", type=number(float, 0, 1, above=True), default=0.875, help="default: 0.875")
-    group.add_argument("--dist-eval", action="store_true", help="share the evaluation set among the processes")
-    group.add_argument("--num_workers", "--num-workers", type=number(int, 0), default=10, help="default: 10")
-    utils.add_switch(group, ["--pin-mem"], ["--no-pin-mem"], default=True, help="page-locked batches for faster copies")
+    add_switch(group, ["--exif"], ["--no-exif"], default=True, help="turn photographs as their EXIF orientation says")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -82,19 +78,42 @@ def check(args: argparse.Namespace) -> None:
 # Images
 
 
-def load_image(path: str) -> Image.Image:
-    """The image in file `path` as RGB; 16-bit greys are scaled down. Raises UsageError, naming the file, if
-    unreadable."""
+def load_image(path: str, *, upright: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image in file `path` as RGB.
+
+    `upright` turns it as its EXIF orientation says. Greys of more than 8 bits, and floats, keep their range: full white
+    is the least of 1 (floats), 255, 4,095 and 65,535 that is not below their highest value. Raises UsageError, naming
+    the file, if it is unreadable, of a format that is none of `FORMATS`, has more than `max_pixels` or a side over
+    `MOST_ASPECT` times the other, or holds values that are not finite.
+    """
     try:
-        with Image.open(path) as image:
+        # an allow-list, since some of Pillow's readers start other programs
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ValueError(f"it has {width} x {height} pixels; --max-pixels {width * height} allows it")
+            if max(width, height) > MOST_ASPECT * min(width, height):
+                raise ValueError(f"it is {width} x {height}; wanted sides of at most {MOST_ASPECT} to 1")
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith(("I", "F")):
-                values = np.asarray(image, dtype=np.float32)
-                highest = 65535.0 if image.mode.startswith("I;16") else max(float(values.max()), 255.0)
-                return Image.fromarray((values.clip(0) * (255 / highest)).astype(np.uint8)).convert("RGB")
+                return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
             return image.convert("RGB")
     except Exception as error:  # Pillow's readers raise whatever a broken file makes them trip over
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"Image {path} cannot be read: {reason}.") from error
+        raise UsageError(f"Image {path} cannot be read: {first_line(error)}.") from error
+
+
+def image_loader(args: argparse.Namespace) -> Callable[[str], Image.Image]:
+    """`load_image` as the flags want it."""
+    return partial(load_image, upright=args.exif, max_pixels=args.max_pixels)
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values that are not finite")
+    highest = float(values.max())
+    white = next((white for white in WHITES[values.dtype.kind != "f" :] if highest <= white), highest)
+    return np.rint(values.astype(np.float32).clip(0) * (255 / white)).astype(np.uint8)
 
 
 class ImageArrays(Dataset):
@@ -119,17 +138,53 @@ class ImageArrays(Dataset):
         return self.transform(image), self.targets[index]
 
 
-class _KnownClasses(ImageFolder):
-    """An ImageFolder whose classes are those of another, so that a class number means the same in both."""
+def class_names(folder: Path) -> list[str]:
+    """The folders in `folder` that are not hidden, sorted; UsageError if there is none."""
+    if not folder.is_dir():
+        raise UsageError(f"--data-path {folder.parent} wants train and val, with a folder of images per class.")
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UsageError(f"{folder} has no folder of images; wanted one per class.")
+    return names
 
-    def __init__(self, root: str, class_to_idx: dict[str, int], **kwargs: Any) -> None:
-        self._known = class_to_idx
-        super().__init__(root, **kwargs)
+
+class ClassFolders(ImageFolder):
+    """A folder of images per class; hidden folders and files are none, and what is no image is left out, with a count.
+
+    `class_to_idx` gives the class numbers, so that a number means the same in training and evaluation; with `cut`,
+    classes that are not among them are left out. Raises UsageError for a set without classes or images.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        transform: Callable[..., Any],
+        loader: Callable[[str], Image.Image],
+        class_to_idx: dict[str, int],
+        cut: bool = False,
+    ) -> None:
+        self._known, self._cut = class_to_idx, cut
+        self._others = 0
+        try:
+            super().__init__(str(root), transform, loader=loader, is_valid_file=self._is_image)
+        except FileNotFoundError as error:
+            raise UsageError(f"{root} is no folder of classes: {first_line(error)}.") from error
+        if self._others:
+            _logger.warning("%s: %d files that are no images are left out.", root, self._others)
+
+    def _is_image(self, path: str) -> bool:
+        name = os.path.basename(path)
+        if name.startswith("."):
+            return False
+        is_image = name.lower().endswith(IMG_EXTENSIONS)
+        self._others += not is_image
+        return is_image
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        names, _ = super().find_classes(directory)
+        names = class_names(Path(directory))
         unknown = sorted(set(names) - set(self._known))
-        if unknown:
+        names = [name for name in names if name in self._known]
+        if unknown and not self._cut:
             raise UsageError(f"{directory} has a class {unknown[0]!r} that the training set does not have.")
         return names, {name: self._known[name] for name in names}
 
@@ -141,8 +196,16 @@ class INatDataset(Dataset):
     where its `file_name` says, or there without the level of its super-category.
     """
 
-    def __init__(self, root: Path, is_train: bool, year: int, category: str, transform: Callable[..., Any]) -> None:
-        self.transform = transform
+    def __init__(
+        self,
+        root: Path,
+        is_train: bool,
+        year: int,
+        category: str,
+        transform: Callable[..., Any],
+        loader: Callable[[str], Image.Image] = load_image,
+    ) -> None:
+        self.transform, self.loader = transform, loader
         train = _read_json(root / f"train{year}.json")
         data = train if is_train else _read_json(root / f"val{year}.json")
         catalogue = root / "categories.json"
@@ -174,7 +237,7 @@ class INatDataset(Dataset):
         if not path.exists():
             parts = Path(name).parts
             path = self.root.joinpath(*parts[:1], *parts[2:])
-        return self.transform(load_image(str(path))), target
+        return self.transform(self.loader(str(path))), target
 
 
 def _read_json(path: Path) -> Any:
@@ -184,15 +247,62 @@ def _read_json(path: Path) -> Any:
         raise UsageError(f"{path} cannot be read: {error}.") from None
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles what CIFAR's files hold, numpy arrays and plain values, and nothing that could run code."""
+class _PickledDtype:
+    """Stands for numpy's dtype in a CIFAR file: bytes or whole numbers, and nothing that holds pointers."""
 
-    allowed = ("_reconstruct", "ndarray", "dtype", "encode", "_frombuffer")
+    codes: ClassVar[dict[str, str]] = {"u1": "u1", "|u1": "u1", "i8": "<i8", "<i8": "<i8"}
+
+    def __init__(self, code: Any, *args: Any) -> None:
+        code = code.decode() if isinstance(code, bytes) else code
+        if code not in self.codes:
+            raise pickle.UnpicklingError(f"it holds an array of {code!r}")
+        self.code = self.codes[code]
+
+    def __setstate__(self, state: Any) -> None:
+        if state[1] not in ("<", "|", b"<", b"|"):
+            raise pickle.UnpicklingError("it holds an array of another byte order")
+
+
+class _PickledArray:
+    """Stands for numpy's array in a CIFAR file, and is made of the bytes that are there."""
+
+    values: np.ndarray
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, is_fortran, raw = state
+        raw = raw.encode("latin-1") if isinstance(raw, str) else raw
+        self.values = np.frombuffer(raw, dtype.code).reshape(shape, order="F" if is_fortran else "C")
+
+
+def _from_buffer(raw: Any, dtype: _PickledDtype, shape: tuple[int, ...], order: str) -> _PickledArray:
+    array = _PickledArray()
+    array.__setstate__((1, shape, dtype, order == "F", bytes(raw)))
+    return array
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it wants the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles what CIFAR's files hold, numpy arrays and plain values; no name in them is looked up or run."""
+
+    known: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy", "ndarray"): _PickledArray,
+        ("numpy", "dtype"): _PickledDtype,
+        ("numpy.core.multiarray", "_reconstruct"): lambda *ignored: _PickledArray(),
+        ("numpy._core.multiarray", "_reconstruct"): lambda *ignored: _PickledArray(),
+        ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+        ("numpy._core.numeric", "_frombuffer"): _from_buffer,
+        ("_codecs", "encode"): _encode,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in self.allowed and module.partition(".")[0] in ("numpy", "_codecs"):
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        raise pickle.UnpicklingError(f"it wants {module}.{name}")
+        if (module, name) not in self.known:
+            raise pickle.UnpicklingError(f"it wants {module}.{name}")
+        return self.known[module, name]
 
 
 def _cifar_arrays(folder: Path, files: Sequence[str], label: bytes) -> tuple[np.ndarray, list[int]]:
@@ -201,8 +311,11 @@ def _cifar_arrays(folder: Path, files: Sequence[str], label: bytes) -> tuple[np.
         try:
             with open(folder / name, "rb") as file:
                 entry = _ArrayUnpickler(file, encoding="bytes").load()
-            images.append(np.asarray(entry[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-            targets += [int(target) for target in entry[label]]
+            data = entry[b"data"].values.astype(np.uint8, casting="safe")
+            images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+            labels = entry[label]
+            labels = labels.values.tolist() if isinstance(labels, _PickledArray) else labels
+            targets += [int(target) for target in labels]
         except Exception as error:  # a broken pickle can raise nearly anything
             raise UsageError(f"{folder / name} is no CIFAR file: {error}.") from error
     return np.ascontiguousarray(np.concatenate(images)), targets
@@ -223,7 +336,7 @@ def _build_cifar(is_train: bool, args: argparse.Namespace, transform: Callable[.
             except Exception as error:  # network, disk and archive errors alike
                 raise UsageError(f"{folder} does not exist and {source.url} cannot be downloaded: {error}.") from error
 
-        utils.once_per_node(download)
+        once_per_node(download)
     return ImageArrays(*_cifar_arrays(folder, files, label), transform), classes
 
 
@@ -239,19 +352,12 @@ def _build_digits(is_train: bool, args: argparse.Namespace, transform: Callable[
 
 
 def _build_folder(is_train: bool, args: argparse.Namespace, transform: Callable[..., Any]) -> tuple[Dataset, int]:
-    root = Path(args.data_path)
-    try:
-        if is_train or not (root / "train").is_dir():
-            part = root / ("train" if is_train else "val")
-            folder = ImageFolder(str(part), transform, loader=load_image)
-            return folder, len(folder.classes)
-        names = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
-        classes = {name: number for number, name in enumerate(names)}
-        return _KnownClasses(str(root / "val"), classes, transform=transform, loader=load_image), len(classes)
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"--data-path {root} wants train and val, with a folder of images per class: {error}."
-        ) from error
+    root, part = Path(args.data_path), "train" if is_train else "val"
+    source = root / "train" if (root / "train").is_dir() or is_train else root / "val"
+    most = 100 if args.data_set == "IMNET_100" else None
+    names = class_names(source)[:most]
+    classes = {name: number for number, name in enumerate(names)}
+    return ClassFolders(root / part, transform, image_loader(args), classes, cut=most is not None), len(classes)
 
 
 def _import_huggingface() -> None:
@@ -294,22 +400,29 @@ def _build_timm(is_train: bool, args: argparse.Namespace, transform: Callable[..
     return dataset, args.num_classes or len(known)
 
 
-def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, int]:
+def build_dataset(
+    is_train: bool, args: argparse.Namespace, transform: Callable[[Image.Image], Any]
+) -> tuple[Dataset, int]:
     """The training or evaluation set that the flags ask for, and its number of classes.
 
-    Items are (normalised image (3, size, size), class number). Raises UsageError for data that are not there, broken,
-    or labelled outside the classes.
+    Items are (what `transform` makes of the image, class number). Raises UsageError for data that are not there,
+    broken, or labelled outside the classes.
     """
     name = args.data_set
-    transform = build_transform(is_train, args, flip=name != "DIGITS")
     if name.startswith("timm/"):
         dataset, classes = _build_timm(is_train, args, transform)
     elif name in ("INAT", "INAT19"):
         year = 2018 if name == "INAT" else 2019
-        dataset = INatDataset(Path(args.data_path), is_train, year, args.inat_category, transform)
+        dataset = INatDataset(Path(args.data_path), is_train, year, args.inat_category, transform, image_loader(args))
         classes = len(dataset.class_to_idx)
     else:
-        build = {"CIFAR": _build_cifar, "CIFAR10": _build_cifar, "DIGITS": _build_digits, "IMNET": _build_folder}[name]
+        build = {
+            "CIFAR": _build_cifar,
+            "CIFAR10": _build_cifar,
+            "DIGITS": _build_digits,
+            "IMNET": _build_folder,
+            "IMNET_100": _build_folder,
+        }[name]
         dataset, classes = build(is_train, args, transform)
     targets = getattr(dataset, "targets", None)
     if targets is not None:
@@ -322,107 +435,3 @@ def check_labels(targets: Tensor, num_classes: int, what: str) -> None:
     wrong = targets[(targets < 0) | (targets >= num_classes)]
     if len(wrong):
         raise UsageError(f"The {what} set has label {int(wrong[0])}; wanted 0 to {num_classes - 1}.")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-
-
-def _workers(args: argparse.Namespace) -> int:
-    """Loader processes for each process: as many as asked for, at most its share of the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if args.num_workers > share:
-        _logger.info(
-            "%d loader workers a process instead of %d: that is its share of the cores.", share, args.num_workers
-        )
-    return min(args.num_workers, share)
-
-
-class TrainBatches:
-    """The training set in batches of (images (B, 3, size, size), class numbers (B,)), the same after any interruption.
-
-    `batch_size` is the flag's, less where a process has fewer images than that; the last, partial batch of an epoch is
-    left out. `steps` is the number of batches in an epoch, None where the data set does not know.
-    """
-
-    def __init__(self, dataset: Dataset, args: argparse.Namespace) -> None:
-        self.seed, self.batch_size = args.seed, args.batch_size
-        self.dataset, self.generator = dataset, torch.Generator()
-        self.sampler: SeededSampler | None = None
-        workers = _workers(args)
-        options: dict[str, Any] = {}
-        if isinstance(dataset, IterableDataset):
-            # timm's readers share their samples among processes, and count those of one
-            workers = max(workers, 1)  # in this process a stream would remember its last epoch
-            if hasattr(dataset, "set_loader_cfg"):
-                dataset.set_loader_cfg(num_workers=workers)
-            self.steps = len(dataset) // self.batch_size or None  # type: ignore[arg-type]
-        else:
-            repeats = REPEATS if args.repeated_aug else 1
-            self.sampler = SeededSampler(dataset, args.seed, utils.rank(), utils.world_size(), repeats)
-            count = len(self.sampler)
-            if count < self.batch_size:
-                self.batch_size = count - count % 2 if mixes(args) else count
-                _logger.warning("Batches of %d: each process has only %d images.", self.batch_size, count)
-            if self.batch_size == 0:
-                raise UsageError(
-                    f"The training set gives each process {count} images; mixup wants 2, or --mixup 0 --cutmix 0."
-                )
-            self.steps = count // self.batch_size
-            dataset, options = SeededDataset(dataset), {"sampler": self.sampler, "persistent_workers": workers > 0}
-        self.loader = DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=workers,
-            pin_memory=args.pin_mem and torch.cuda.is_available(),
-            drop_last=True,
-            worker_init_fn=utils.ignore_stop_signals,
-            generator=self.generator,
-            **options,
-        )
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of `epoch` from number `start` on."""
-        self.generator.manual_seed(int(np.random.SeedSequence([self.seed, epoch, utils.rank()]).generate_state(1)[0]))
-        if self.sampler is not None:
-            self.sampler.set_epoch(epoch, start * self.batch_size)
-            return iter(self.loader)
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-        return itertools.islice(iter(self.loader), start, None)
-
-
-class EvalBatches:
-    """The evaluation set in order, in batches half as large again as in training.
-
-    With `--dist-eval` a process gets every world_size-th image, and no image comes twice: `steps` is the longest
-    share, so that all processes can go through the same number of steps.
-    """
-
-    def __init__(self, dataset: Dataset, args: argparse.Namespace) -> None:
-        batch_size = int(1.5 * args.batch_size)
-        shares = utils.world_size() if args.dist_eval else 1
-        streams = isinstance(dataset, IterableDataset)
-        self.steps: int | None = None
-        options: dict[str, Any] = {}
-        if not streams:
-            size = len(dataset)  # type: ignore[arg-type]
-            self.steps = math.ceil(math.ceil(size / shares) / batch_size)
-            options = {"sampler": range(utils.rank() % shares, size, shares)}
-        # timm's readers share streams themselves, as evenly as their shards allow
-        self.shared = (shares if not streams else utils.world_size()) > 1
-        workers = max(_workers(args), int(streams))
-        self.loader = DataLoader(
-            dataset,
-            batch_size=batch_size,
-            num_workers=workers,
-            pin_memory=args.pin_mem and torch.cuda.is_available(),
-            worker_init_fn=utils.ignore_stop_signals,
-            generator=torch.Generator(),
-            persistent_workers=workers > 0 and not streams,
-            **options,
-        )
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self.loader)

@@ -96,10 +96,10 @@ class RotaryEmbedding2d(nn.Module):
         cos, sin = self.freqs_cos, self.freqs_sin
         if state.positions is not None:
             cos, sin = cos[state.positions], sin[state.positions]
-        classes, patches = split_cls(x, state.cls_index)
+        classes, patches = split_cls(x, state.cls)
         even, odd = patches.unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack([-odd, even], -1).flatten(-2)
-        return join_cls(classes, (patches * cos + turned * sin).to(x.dtype), state.cls_index)
+        return join_cls(classes, (patches * cos + turned * sin).to(x.dtype), state.cls)
 
 
 def resize_pos_embed(

@@ -1,4 +1,4 @@
-"""Training for one epoch, and evaluation."""
+"""The one loop: an epoch of training and an evaluation of any task, its optimiser, schedule and precision."""
 
 from __future__ import annotations
 
@@ -7,45 +7,66 @@ import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer, get_optimizer_info, list_optimizers
-from timm.scheduler import create_scheduler
+from timm.optim import create_optimizer, create_optimizer_v2, get_optimizer_info, list_optimizers, optimizer_kwargs
+from timm.optim._param_groups import param_groups_layer_decay
+from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
-import utils
-from checkpoints import Run
-from datasets import EvalBatches, TrainBatches, check_labels
-from fusion.dynamic_pruning import DecisionMeter
-from utils import PeerError, Progress, RunError, StopRequest, UsageError, nearest, number
+from fusion import Meter
+from loading import EvalBatches, TrainBatches
+from run import Run
+from tasks.task import Task
+from utils import PeerError, RunError, UsageError, first_line, nearest
+from utils.flags import add_switch, number
+from utils.memory import reset_peak_memory
+from utils.processes import any_process, rank, sum_over_processes, world_size
+from utils.signals import StopRequest
+from utils.telling import Board, Progress
 
 _logger = logging.getLogger(__name__)
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "wsd", "rsqrt", "constant", "none")
+MOST_BATCHES_KEPT = 3  # of a diverging run, for inspection
+MOST_SKIPPED = 50  # steps without a finite loss in a row, after which a run has diverged
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of optimiser, schedule, averaging and numbers."""
+    """Add the flags of the loop, optimiser, schedule, averaging and numbers."""
     positive, natural = number(float, 0, above=True), number(float, 0)
-    group = parser.add_argument_group("optimiser")
-    group.add_argument("--opt", default="adamw", metavar="NAME", help="timm optimiser (default: adamw)")
-    group.add_argument("--opt-eps", type=positive, default=1e-8, help="default: 1e-8")
-    group.add_argument("--opt-betas", type=number(float, 0, 1, below=True), nargs="+", default=None, metavar="BETA")
-    group.add_argument("--clip-grad", type=positive, default=None, metavar="NORM", help="default: none")
-    group.add_argument("--momentum", type=natural, default=0.9, help="default: 0.9")
-    group.add_argument("--weight-decay", type=natural, default=0.05, help="default: 0.05")
-    group.add_argument("--attn-only", action="store_true", help="train only mixers, head and position embedding")
-    utils.add_switch(
+    group = parser.add_argument_group("loop")
+    group.add_argument("--epochs", type=number(int, 1), default=300, help="default: 300")
+    group.add_argument(
+        "--iterations", type=number(int, 1), default=None, metavar="N", help="train for N steps instead of epochs"
+    )
+    group.add_argument(
+        "--eval-interval",
+        type=number(int, 1),
+        default=None,
+        metavar="N",
+        help="steps between two evaluations, of --iterations (default: all of them)",
+    )
+    group.add_argument(
+        "--accum-iter",
+        "--accum_iter",
+        type=number(int, 1),
+        default=1,
+        metavar="N",
+        help="batches whose gradients make one step (default: 1)",
+    )
+    group.add_argument("--eval", action="store_true", help="evaluate only")
+    add_switch(
         group,
         ["--train-mode"],
         ["--no-train-mode"],
@@ -53,10 +74,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train in training mode, with drop-path and so on",
     )
 
+    group = parser.add_argument_group("optimiser")
+    group.add_argument("--opt", default="adamw", metavar="NAME", help="timm optimiser (default: adamw)")
+    group.add_argument("--opt-eps", type=positive, default=1e-8, help="default: 1e-8")
+    group.add_argument("--opt-betas", type=number(float, 0, 1, below=True), nargs="+", default=None, metavar="BETA")
+    group.add_argument("--clip-grad", type=positive, default=None, metavar="NORM", help="default: none")
+    group.add_argument("--momentum", type=natural, default=0.9, help="default: 0.9")
+    group.add_argument("--weight-decay", type=natural, default=0.05, help="default: 0.05")
+    group.add_argument(
+        "--weight-decay-end", type=natural, default=None, help="what weight decay becomes, along half a cosine"
+    )
+    group.add_argument(
+        "--layer-decay",
+        type=number(float, 0, 1, above=True),
+        default=None,
+        metavar="RATE",
+        help="learn less the nearer to the image: factor on the learning rate from layer to layer",
+    )
+    group.add_argument("--attn-only", action="store_true", help="train only mixers, head and position embedding")
+
     group = parser.add_argument_group("learning rate")
     group.add_argument("--sched", default="cosine", choices=SCHEDULES, help="default: cosine")
     group.add_argument("--lr", type=natural, default=5e-4, help="learning rate at a total batch of 512 (default: 5e-4)")
     group.add_argument("--unscale-lr", action="store_true", help="take --lr as it is for any batch")
+    group.add_argument(
+        "--blr",
+        "--base_rate",
+        type=natural,
+        default=None,
+        metavar="LR",
+        help="--lr at a total batch of 256",
+    )
     group.add_argument("--lr-noise", type=number(float, 0, 1), nargs="+", default=None, metavar="SHARE")
     group.add_argument("--lr-noise-pct", type=positive, default=0.67, help="default: 0.67")
     group.add_argument("--lr-noise-std", type=natural, default=1.0, help="default: 1.0")
@@ -65,49 +113,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--decay-epochs", type=positive, default=30.0, help="of 'step' (default: 30)")
     group.add_argument("--warmup-epochs", type=number(int, 0), default=5, help="default: 5")
     group.add_argument(
+        "--warmup-iters", type=number(int, 0), default=None, metavar="N", help="steps of warm-up, by --sched-on-updates"
+    )
+    group.add_argument(
+        "--sched-on-updates", action="store_true", help="change the learning rate at every step, not every epoch"
+    )
+    group.add_argument(
         "--cooldown-epochs", type=number(int, 0), default=10, help="accepted for published commands; changes nothing"
     )
     group.add_argument("--patience-epochs", type=number(int, 0), default=10, help="of 'plateau' (default: 10)")
-    group.add_argument("--decay-rate", "--dr", type=positive, default=0.1, help="default: 0.1")
+    group.add_argument(
+        "--decay-rate", "--dr", type=positive, default=0.1, help="of 'step', and the power of 'poly' (default: 0.1)"
+    )
 
     group = parser.add_argument_group("weight averaging")
-    utils.add_switch(
-        group, ["--model-ema"], ["--no-model-ema"], default=True, help="keep a moving average of the weights"
-    )
+    add_switch(group, ["--model-ema"], ["--no-model-ema"], default=True, help="keep a moving average of the weights")
     group.add_argument("--model-ema-decay", type=number(float, 0, 1), default=0.99996, help="default: 0.99996")
     group.add_argument("--model-ema-force-cpu", action="store_true", help="keep the average in the CPU's memory")
 
     group = parser.add_argument_group("numbers")
-    utils.add_switch(
+    add_switch(
         group, ["--if_amp"], ["--no_amp"], default=True, help="automatic mixed precision; on a CPU only if asked for"
     )
     group.add_argument(
         "--amp-dtype", default=None, choices=("bfloat16", "float16"), help="default: bfloat16 if it is native"
     )
-    utils.add_switch(
+    group.add_argument(
+        "--amp", default=None, choices=("bfloat16", "float16"), metavar="TYPE", help="--if_amp with --amp-dtype TYPE"
+    )
+    add_switch(
         group, ["--if_continue_inf"], ["--no_continue_inf"], default=False, help="skip steps with a non-finite loss"
     )
-    utils.add_switch(
-        group, ["--if_nan2num"], ["--no_nan2num"], default=False, help="replace non-finite outputs by numbers"
-    )
-    utils.add_switch(
-        group,
-        ["--if_random_cls_token_position"],
-        ["--no_random_cls_token_position"],
-        default=False,
-        help="put the class token anywhere in training",
-    )
-    utils.add_switch(
-        group,
-        ["--if_random_token_rank"],
-        ["--no_random_token_rank"],
-        default=False,
-        help="shuffle the tokens in training",
-    )
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse optimiser flags that contradict each other or name nothing."""
+def check(args: argparse.Namespace, typed: set[str]) -> None:
+    """Refuse loop, optimiser and schedule flags that contradict each other or name nothing; settle those that stand
+    for others."""
     name = args.opt.lower().removeprefix("lookahead_")
     if name not in list_optimizers():
         raise UsageError(f"--opt {args.opt!r} is no timm optimiser{nearest(name, list_optimizers())}.")
@@ -119,8 +160,31 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.lr_noise is not None and len(args.lr_noise) > 2:
         raise UsageError(f"--lr-noise has {len(args.lr_noise)} numbers; wanted where it begins and, maybe, ends.")
-    if not args.train_mode and (args.if_random_cls_token_position or args.if_random_token_rank):
-        raise UsageError("--no-train-mode contradicts random token positions, which belong to training.")
+    if args.blr is not None and typed & {"lr", "unscale_lr"}:
+        raise UsageError("--blr contradicts --lr and --unscale-lr: wanted one learning rate.")
+    if args.amp is not None:
+        if args.amp_dtype not in (None, args.amp) or ("if_amp" in typed and not args.if_amp):
+            raise UsageError(f"--amp {args.amp} contradicts --amp-dtype or --no_amp; wanted one of them.")
+        args.if_amp, args.amp_dtype = True, args.amp
+    if args.sched_on_updates and args.sched == "plateau":
+        raise UsageError("--sched-on-updates contradicts --sched plateau, which waits for evaluations.")
+    if args.warmup_iters is not None and not args.sched_on_updates:
+        raise UsageError("--warmup-iters wants --sched-on-updates.")
+    args.steps_per_epoch = None
+    if args.iterations is None:
+        if args.eval_interval is not None:
+            raise UsageError("--eval-interval wants --iterations.")
+        return
+    if "epochs" in typed:
+        raise UsageError("--iterations contradicts --epochs: wanted one of them.")
+    interval = args.iterations if args.eval_interval is None else args.eval_interval
+    if args.iterations % interval:
+        raise UsageError(f"--eval-interval {interval} does not divide --iterations {args.iterations}.")
+    args.epochs, args.steps_per_epoch = args.iterations // interval, interval * args.accum_iter
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building
 
 
 def build_precision(
@@ -147,114 +211,191 @@ def shard(model: nn.Module, device: torch.device) -> None:
     # the marks on single parameters do not outlive the division
     undecayed = model.no_weight_decay()
     model.no_weight_decay = lambda: undecayed
-    mesh = init_device_mesh(device.type, (utils.world_size(),))
+    mesh = init_device_mesh(device.type, (world_size(),))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
-def build_optimizer(args: argparse.Namespace, model: nn.Module, total_batch: int) -> tuple[Optimizer, Scheduler | None]:
-    """timm's optimiser and schedule for `model`, the learning rate linear in `total_batch` / 512 unless
-    --unscale-lr."""
+def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """The factor on the learning rate of every parameter of `model`, by name, so that layers near the image learn less.
+
+    A Vision Mamba of `depth` layers has n = depth + 1 steps: positions, class tokens and patch embedding stand at 0,
+    `layers.i` at i + 1, all else at n, and two layers share a rate, decay^ceil((n - step) / 2), as FastVim's
+    fine-tuning has it. Other models follow timm's grouping.
+    """
+    if hasattr(model, "layers") and hasattr(model, "depth"):
+        last = model.depth + 1
+        places = {}
+        for name, _ in model.named_parameters():
+            first, _, rest = name.partition(".")
+            if first == "layers":
+                places[name] = int(rest.partition(".")[0]) + 1
+            elif first.startswith(("pos_embed", "cls_token", "patch_embed")):
+                places[name] = 0
+            else:
+                places[name] = last
+        return {name: decay ** math.ceil((last - place) / 2) for name, place in places.items()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = param_groups_layer_decay(model, layer_decay=decay)
+    return {names[id(parameter)]: group["lr_scale"] for group in groups for parameter in group["params"]}
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float, scales: dict[str, float]) -> list[dict[str, Any]]:
+    """The parameters of `model` that are trained, by their share of the learning rate and whether they decay."""
+    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and name not in spared and not name.endswith(".bias")
+            groups.setdefault((scales.get(name, 1.0), weight_decay if decays else 0.0), []).append(parameter)
+    return [
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in groups.items()
+    ]
+
+
+def learning_rate(args: argparse.Namespace, total_batch: int) -> float:
+    """The learning rate of the flags, linear in `total_batch` / 512, or / 256 for --blr, unless --unscale-lr."""
+    if args.blr is not None:
+        return args.blr * total_batch / 256
+    return args.lr if args.unscale_lr else args.lr * total_batch / 512
+
+
+def build_optimizer(
+    args: argparse.Namespace, task: Task, total_batch: int, updates_per_epoch: int | None = None
+) -> tuple[Optimizer, Scheduler | None]:
+    """timm's optimiser and schedule for the model of `task`; `total_batch` images make one step."""
     settings = argparse.Namespace(**vars(args))
-    settings.lr = args.lr if args.unscale_lr else args.lr * total_batch / 512
+    settings.lr = learning_rate(args, total_batch)
+    if args.sched_on_updates and not updates_per_epoch:
+        raise UsageError("--sched-on-updates wants a data set that says how many images it has.")
     try:
-        optimizer = create_optimizer(settings, model)
+        if args.layer_decay is None:
+            optimizer = create_optimizer(settings, task.model)
+        else:
+            scales = task.layer_scales(args.layer_decay) or layer_scales(task.model, args.layer_decay)
+            groups = _parameter_groups(task.model, args.weight_decay, scales)
+            # timm's own layer decay is of its models' grouping alone
+            keywords = {name: value for name, value in optimizer_kwargs(settings).items() if name != "layer_decay"}
+            optimizer = create_optimizer_v2(groups, **keywords)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # timm's farewell to 'plateau', whose state is saved here
-            scheduler, _ = create_scheduler(settings, optimizer)
+            keywords = scheduler_kwargs(settings, decreasing_metric=not task.metric.higher_is_better)
+            if args.warmup_iters is not None:
+                keywords["warmup_epochs"] = args.warmup_iters / updates_per_epoch
+            scheduler, _ = create_scheduler_v2(optimizer, **keywords, updates_per_epoch=updates_per_epoch or 0)
     except (TypeError, ValueError, AssertionError, IndexError) as error:
-        raise UsageError(f"--opt {args.opt} with --sched {args.sched} cannot be built: {error}.") from error
+        raise UsageError(f"--opt {args.opt} with --sched {args.sched} cannot be built: {first_line(error)}.") from error
+    if scheduler is None:
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
     return optimizer, scheduler
 
 
-def _fetch(batches: Iterator[tuple[Tensor, Tensor]], stop: StopRequest) -> tuple[Any, bool]:
-    """The next batch (None at the end) and whether any process wants to stop; one that fails to load ends all of
+def set_weight_decay(optimizer: Optimizer, start: float, end: float, share: float) -> None:
+    """Let the groups that decay do so at what lies between `start` and `end` once a `share` of the run is done."""
+    now = end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+    for group in optimizer.param_groups:
+        if group["weight_decay"] > 0:
+            group["weight_decay"] = now
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def _fetch(batches: Iterator[Any], stop: bool) -> tuple[Any, bool]:
+    """The next batch (None at the end) and whether any process wants to `stop`; one that fails to load ends all of
     them."""
     batch, failure = None, None
     try:
         batch = next(batches, None)
     except UsageError as error:
         failure = error
-    stops, fails = utils.any_process(bool(stop), failure is not None)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        failure = RunError(f"A loader worker died ({first_line(error)}); wanted more memory, or fewer --num_workers.")
+    stops, fails = any_process(stop, failure is not None)
     if failure is not None:
         failure.is_own = True
         raise failure
     if fails:
         raise PeerError
-    if stops and not stop:
-        stop.name = "a signal to another process"
     return batch, stops
 
 
 def train_one_epoch(
-    run: Run, batches: TrainBatches, args: argparse.Namespace, stop: StopRequest, board: utils.Board
+    run: Run, batches: TrainBatches, args: argparse.Namespace, stop: StopRequest, board: Board
 ) -> dict[str, float] | None:
     """Train from `run.step` to the end of `run.epoch`; returns the epoch's means, or None if a signal stopped it
     before that.
 
-    Either way `run` stands at a step boundary. Raises RunError, with the step named and the batch saved, for a
-    non-finite loss, unless `--if_continue_inf` skips such steps.
+    Either way `run` stands where an optimiser's step ended. Raises RunError, with the step named and the batch saved,
+    for a non-finite loss, unless `--if_continue_inf` skips such steps.
     """
-    run.model.train(args.train_mode)
-    run.trained.train(args.train_mode)
-    classes = args.nb_classes
-    options = {name: True for name in ("if_random_cls_token_position", "if_random_token_rank") if getattr(args, name)}
+    task = run.task
+    task.train(args.train_mode)
+    task.begin_epoch(run.epoch)
     progress = Progress(f"Epoch {run.epoch}", batches.steps, run.device, start=run.step)
     source = batches.epoch(run.epoch, run.step)
     before = run.seconds
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)
+    reset_peak_memory(run.device)
+    skipped, is_whole = 0, True
     while batches.steps is None or run.step < batches.steps:
-        batch, stops = _fetch(source, stop)
+        place = run.step % args.accum_iter  # in the group of batches that make one step
+        batch, stops = _fetch(source, bool(stop) and place == 0)
         if stops:
+            stop.name = stop.name or "a signal to another process"
             progress.close()
             return None
         if batch is None:
             break
-        images, targets = batch[0], batch[1]
-        check_labels(targets, classes, "training")
-        samples = images.to(run.device, non_blocking=True)
-        labels = targets.to(run.device, non_blocking=True)
-        if run.mixup is not None:
-            samples, labels = run.mixup(samples, labels)
-        if args.cosub:
-            samples = torch.cat([samples, samples])
+        inputs, targets, count = task.prepare(batch, training=True)
         with run.autocast():
-            outputs = run.trained(samples, **options)
-            if args.if_nan2num:
-                outputs = _nan_to_num(outputs)
-            loss = run.criterion(samples, outputs, labels)
+            result = task(inputs, targets)
+        loss = result["loss"]
         value = loss.item()
         run.step += 1
-        if utils.any_process(not math.isfinite(value))[0]:
-            _skip_or_stop(run, args, value, samples, labels)
+        group = args.accum_iter
+        if batches.steps is not None:
+            group = min(group, batches.steps - (run.step - 1 - place))
+        is_last = place + 1 == group
+        if place == 0:
+            run.optimizer.zero_grad()
+            is_whole = True
+        if any_process(not math.isfinite(value))[0]:
+            skipped, is_whole = skipped + 1, False
+            _skip_or_stop(run, args, value, skipped, inputs, targets)
         else:
-            _update(run, args, loss)
-            parts = {name: float(part) for name, part in getattr(run.criterion, "parts", {}).items()}
-            run.meters.update(len(images), loss=value, **parts)
-            run.meters.update(lr=run.optimizer.param_groups[0]["lr"])
+            skipped = 0
+            with contextlib.nullcontext() if is_last else task.no_sync():
+                run.scaler.scale(loss / group if group > 1 else loss).backward()
+            parts = {name: float(part) for name, part in result.items() if name not in ("loss", "output")}
+            run.meters.update(count, loss=value, **parts)
+            run.meters.update(lr=_rate(run.optimizer))
+        if is_last and is_whole:
+            _update(run, args, batches.steps)
         run.seconds = before + progress.elapsed()
-        progress.step(run.step, len(images) * utils.world_size(), str(run.meters))
-        if run.updates % utils.Board.every == 1:
-            board.add({"train/step_loss": value, "train/step_lr": run.optimizer.param_groups[0]["lr"]}, run.updates)
+        progress.step(run.step, count * world_size(), str(run.meters))
+        if is_last and run.updates % Board.every == 1:
+            board.add({"train/step_loss": value, "train/step_lr": _rate(run.optimizer)}, run.updates)
     progress.close()
     return run.meters.averages()
 
 
-def _nan_to_num(outputs: Any) -> Any:
-    if isinstance(outputs, Tensor):
-        return torch.nan_to_num(outputs)
-    if hasattr(outputs, "_replace"):  # a named tuple, such as PruningOutput: the logits are what the loss sees
-        return outputs._replace(logits=torch.nan_to_num(outputs.logits))
-    return tuple(torch.nan_to_num(output) for output in outputs)
+def _rate(optimizer: Optimizer) -> float:
+    """The learning rate of what learns fastest."""
+    return max(group["lr"] for group in optimizer.param_groups)
 
 
-def _update(run: Run, args: argparse.Namespace, loss: Tensor) -> None:
-    """One step of the optimiser down the gradient of `loss`."""
+def _update(run: Run, args: argparse.Namespace, steps: int | None) -> None:
+    """One step of the optimiser down the gradients that have gathered."""
     scaler = run.scaler
-    run.optimizer.zero_grad()
-    scaler.scale(loss).backward()
+    if args.weight_decay_end is not None and steps:
+        done = run.epoch + run.step / steps
+        set_weight_decay(run.optimizer, args.weight_decay, args.weight_decay_end, done / args.epochs)
     if args.clip_grad is not None:
         scaler.unscale_(run.optimizer)
         parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
@@ -262,17 +403,19 @@ def _update(run: Run, args: argparse.Namespace, loss: Tensor) -> None:
     scaler.step(run.optimizer)
     scaler.update()
     run.updates += 1
-    if run.ema is not None:
-        run.ema.update(run.model)
+    if args.sched_on_updates and run.scheduler is not None:
+        run.scheduler.step_update(run.updates)
+    run.task.update_ema()
 
 
-def _skip_or_stop(run: Run, args: argparse.Namespace, value: float, samples: Tensor, labels: Tensor) -> None:
+def _skip_or_stop(run: Run, args: argparse.Namespace, value: float, skipped: int, inputs: Any, targets: Any) -> None:
     """Keep the batch of a non-finite loss for inspection; then go on without it, or end the run."""
     place = f"epoch {run.epoch} step {run.step - 1}"
     kept = ""
-    if args.output_dir and not math.isfinite(value):
-        file = Path(args.output_dir, f"nonfinite_epoch{run.epoch}_step{run.step - 1}_rank{utils.rank()}.pt")
-        batch = {"samples": samples.cpu(), "targets": labels.cpu(), "loss": value}
+    folder = Path(args.output_dir) if args.output_dir else None
+    if folder and not math.isfinite(value) and len([*folder.glob("nonfinite_*.pt")]) < MOST_BATCHES_KEPT * world_size():
+        file = folder / f"nonfinite_epoch{run.epoch}_step{run.step - 1}_rank{rank()}.pt"
+        batch = {"samples": _on_cpu(inputs), "targets": _on_cpu(targets), "loss": value}
         with contextlib.suppress(OSError, RuntimeError):
             torch.save(batch, file)
             kept = f"; its batch is in {file}"
@@ -281,59 +424,68 @@ def _skip_or_stop(run: Run, args: argparse.Namespace, value: float, samples: Ten
         if math.isfinite(value):
             raise PeerError
         raise RunError(f"{told}{kept}; the run stops (--if_continue_inf skips such steps).")
+    if skipped >= MOST_SKIPPED:
+        raise RunError(f"{told}, the {skipped}th step in a row without a finite one; the run has diverged, and stops.")
     _logger.warning("%s%s; the step is skipped.", told, kept)
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {name: _on_cpu(part) for name, part in value.items()}
+    return [_on_cpu(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 @torch.no_grad()
 def evaluate(
+    task: Task,
     batches: EvalBatches,
-    model: nn.Module,
-    device: torch.device,
     autocast: Callable[[], contextlib.AbstractContextManager],
-    num_classes: int,
     stop: StopRequest | None = None,
-    meter: DecisionMeter | None = None,
+    meters: Sequence[Meter] = (),
 ) -> dict[str, float] | None:
-    """Loss, acc1 and acc5 (percent) of `model` over all of `batches`, exact for any number of processes, and the shares
-    that a `meter` around it finds kept.
+    """The figures of the task's evaluator over all of `batches`, exact for any number of processes, and those of the
+    `meters` of its methods.
 
     Returns None if a signal stopped it. Every process must call this together.
     """
-    model.eval()
-    stop = stop if stop is not None else StopRequest()
-    sums = [0.0, 0.0, 0.0, 0.0]  # loss, top 1, top 5, images
-    progress = Progress("Test", batches.steps, device)
+    task.eval()
+    evaluator = task.create_evaluator()
+    progress = Progress("Test", batches.steps, task.device)
     source = iter(batches)
     step = 0
-    # a stream does not know its steps, and its processes may not have equally many: no talk among them then
-    while batches.steps is None or step < batches.steps:
-        batch, stops = _fetch(source, stop) if batches.steps is not None else (next(source, None), False)
-        step += 1
-        if stops:
-            progress.close()
-            return None
-        if batch is None:
-            if batches.steps is None:
-                break
-            if isinstance(model, FSDPModule):  # others still need this process's share of the parameters
-                model(torch.zeros(1, 3, *model.patch_embed.img_size, device=device))
-            continue
-        check_labels(batch[1], num_classes, "evaluation")
-        images, targets = (part.to(device, non_blocking=True) for part in batch[:2])
-        with autocast():
-            outputs = (meter or model)(images)
-        outputs = (outputs if isinstance(outputs, Tensor) else outputs[0]).float()
-        sums[0] += F.cross_entropy(outputs, targets, reduction="sum").item()
-        top1, top5 = utils.accuracy(outputs, targets)
-        sums = [sums[0], sums[1] + top1, sums[2] + top5, sums[3] + len(images)]
-        shares = utils.world_size() if batches.shared else 1
-        progress.step(step, len(images) * shares, f"acc1: {100 * sums[1] / sums[3]:.2f}  loss: {sums[0] / sums[3]:.4f}")
+    with contextlib.ExitStack() as entered:
+        for meter in meters:
+            entered.enter_context(meter)
+        # a stream does not know its steps, and its processes may not have equally many: no talk among them then
+        while batches.steps is None or step < batches.steps:
+            wanted = bool(stop) if stop is not None else False
+            batch, stops = _fetch(source, wanted) if batches.steps is not None else (next(source, None), False)
+            step += 1
+            if stops:
+                if stop is not None:
+                    stop.name = stop.name or "a signal to another process"
+                progress.close()
+                return None
+            if batch is None:
+                if batches.steps is None:
+                    break
+                if isinstance(task.model, FSDPModule):  # others still need this process's share of the parameters
+                    task.predict(task.filler())
+                continue
+            inputs, targets, count = task.prepare(batch, training=False)
+            with autocast():
+                output = task.predict(inputs)
+            evaluator.update(output, targets)
+            shares = world_size() if batches.shared else 1
+            told = "  ".join(f"{name}: {value:.4f}" for name, value in evaluator.summary().items())
+            progress.step(step, count * shares, told)
     progress.close()
     if batches.shared:
-        sums = utils.sum_over_processes(sums)
-        if meter is not None:
-            meter.sums = torch.tensor(utils.sum_over_processes(meter.sums.tolist()), dtype=torch.float64)
-    if sums[3] == 0:
-        raise UsageError("The evaluation set holds no image.")
-    stats = {"loss": sums[0] / sums[3], "acc1": 100 * sums[1] / sums[3], "acc5": 100 * sums[2] / sums[3]}
-    return stats if meter is None else stats | meter.shares()
+        for meter in meters:
+            meter.sums = torch.tensor(sum_over_processes(meter.sums.tolist()), dtype=torch.float64)
+    stats = dict(evaluator.compute(distributed=batches.shared and world_size() > 1))
+    for meter in meters:
+        stats |= meter.shares()
+    return stats

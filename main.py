@@ -1,361 +1,289 @@
-"""Train or evaluate a Vision Mamba, plain or with any of the three efficiency methods.
+"""Train or evaluate a Vision Mamba at any of the project's tasks, plain or with its efficiency methods.
 
     python main.py --model vim_nano_patch4_32 --input-size 32
     torchrun --nproc-per-node 8 main.py --model vim_tiny_patch16_224 --data-set IMNET --data-path ...
 
-Flags and defaults are DeiT's and Vim's; `--help` lists them. A mistake of the user's ends with one sentence and exit
-code 2.
+Flags and defaults are DeiT's and Vim's; `--help` lists those of `--task`. A mistake of the user's ends with one
+sentence and exit code 2.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import logging
+import os
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.distributed as dist
-from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-import augment
 import checkpoints
-import datasets
 import engine
-import losses
-import models_mamba
-import utils
-from checkpoints import Run
-from fusion import config as methods
-from fusion.dynamic_pruning import DecisionMeter, PruningLoss, scale_gate_noise
-from fusion.token_merging import report_merging
-from utils import PeerError, RunError, StopRequest, UsageError, number
+import fusion
+import loading
+import run as runs
+from loading import EvalBatches, TrainBatches
+from run import Run
+from tasks import TASKS, backbone
+from tasks.task import Data, Task
+from utils import PeerError, RunError, UsageError, nearest, processes
+from utils.flags import Parser
+from utils.memory import peak_memory_mib
+from utils.processes import init_processes, is_main_process, rank, world_size
+from utils.randomness import seed_everything, use_deterministic_algorithms
+from utils.signals import StopRequest
+from utils.telling import Board, setup_logging
 
 _logger = logging.getLogger("main")
 
 
-def get_args_parser() -> utils.Parser:
-    """The parser of all flags."""
-    parser = utils.Parser(prog="main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("model and run")
-    group.add_argument("--model", default="vim_nano_patch4_32", metavar="NAME", help="a name of timm's registry")
+def get_args_parser(task: type[Task] | None = None) -> Parser:
+    """The parser of all flags of `task`."""
+    task = TASKS["classify"] if task is None else task
+    parser = Parser(prog="main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("task and data")
+    group.add_argument("--task", default=task.name, choices=[*TASKS], help="default: classify")
+    group.add_argument("--data-path", default="", metavar="DIR", help="where the data set lies")
     group.add_argument(
-        "--input-size",
-        type=number(int, 1),
-        default=224,
-        help="image side (default: the model's own, 224 for published names)",
+        "--data-set",
+        default=task.default_data_set,
+        metavar="NAME",
+        help=f"{', '.join(task.data_sets)} (default: %(default)s)",
     )
-    group.add_argument("--drop", type=number(float, 0, 1, below=True), default=0.0, metavar="RATE", help="default: 0")
-    group.add_argument(
-        "--drop-path", type=number(float, 0, 1, below=True), default=0.1, metavar="RATE", help="default: 0.1"
-    )
-    group.add_argument("--batch-size", type=number(int, 1), default=64, help="images a process and step (default: 64)")
-    group.add_argument("--epochs", type=number(int, 1), default=300, help="default: 300")
-    group.add_argument("--start_epoch", "--start-epoch", type=number(int, 0), default=0, help="default: 0")
-    group.add_argument("--eval", action="store_true", help="evaluate only")
-    for owner in (engine, losses, augment, datasets, checkpoints, utils, methods):
+    for owner in (backbone, task, fusion, engine, loading, runs, processes):
         owner.add_arguments(parser)
     return parser
 
 
+def choose_task(argv: list[str] | None = None) -> type[Task]:
+    """The task that the flags name."""
+    parser = Parser(prog="main.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--task", default="classify")
+    name = parser.parse_known_args(argv)[0].task
+    if name not in TASKS:
+        raise UsageError(f"--task {name!r} is unknown; wanted {', '.join(TASKS)}{nearest(name, TASKS)}.")
+    return TASKS[name]
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the flags and refuse, before any work, those that contradict each other or name what is not there."""
-    args, typed = get_args_parser().parse(argv)
-    try:
-        methods.check(args)
-        name, _ = methods.model_keywords(args)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    if not timm.is_model(name):
-        own = timm.list_models(module="models_mamba")
-        raise UsageError(
-            f"--model {name!r} is unknown{utils.nearest(name, own) or utils.nearest(name, timm.list_models())}."
-        )
-    if "input_size" not in typed:
-        args.input_size = timm.get_pretrained_cfg(name).input_size[-1]
+    task = choose_task(argv)
+    parser = get_args_parser(task)
+    _refuse_others_flags(parser, task, argv)
+    args, typed = parser.parse(argv)
+    args.data_path = os.path.expanduser(args.data_path)
+    task.set_defaults(args, typed)
+    backbone.check(args, typed)
     cpu = args.device == "cpu" or (args.device is None and not torch.cuda.is_available())
-    if cpu and not typed & {"if_amp", "amp_dtype"}:
+    if cpu and not typed & {"if_amp", "amp_dtype", "amp"}:
         args.if_amp = False
-    for owner in (engine, losses, augment, datasets, checkpoints):
-        owner.check(args)
+    engine.check(args, typed)
+    task.check(args, typed)
+    runs.check(args)
     with torch.device("meta"):
-        check_model(build_model(args, num_classes=1), args)
+        model = task.build_model(args, None)
+        _check_model(task, model, args, typed)
     return args
 
 
-def check_model(model: nn.Module, args: argparse.Namespace) -> None:
-    """Refuse flags that do not fit `model`, which may be on the meta device."""
+def _refuse_others_flags(parser: Parser, task: type[Task], argv: list[str] | None) -> None:
+    """Name the task that a flag belongs to, if it is not this one's."""
+    for flag in parser.parse_known_args(argv)[1]:
+        name = flag.partition("=")[0]
+        for other in TASKS if name.startswith("--") else ():
+            if other != task.name and name in get_args_parser(TASKS[other])._option_string_actions:
+                raise UsageError(f"{name} belongs to --task {other}; this run is --task {task.name}.")
+
+
+def _check_model(task: type[Task], model: nn.Module, args: argparse.Namespace, typed: set[str]) -> None:
+    """Refuse flags that do not fit `model`, which is on the meta device, or one of its methods."""
     if args.fsdp:
         for flag, wrong in (
             ("--eval", args.eval),
             ("--visualize", args.visualize),
             ("--amp-dtype float16", args.amp_dtype == "float16"),
             ("--model-ema-force-cpu", args.model_ema_force_cpu),
-            (f"--model {args.model}", not isinstance(model, models_mamba.VisionMamba) or is_pruned(model)),
+            ("--accum-iter", args.accum_iter > 1),
         ):
             if wrong:
-                raise UsageError(f"{flag} contradicts --fsdp, which trains Vision Mambas without pruning.")
-    if not isinstance(model, models_mamba.VisionMamba):
-        try:
-            model.eval()(torch.empty(2, 3, args.input_size, args.input_size))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            raise UsageError(f"--input-size {args.input_size} does not fit {args.model}: {error}") from error
-        for name in ("if_random_cls_token_position", "if_random_token_rank", "visualize"):
-            if getattr(args, name):
-                raise UsageError(f"--{name} wants a Vision Mamba; {args.model} does not know it.")
-    elif model.methods.pruning is not None and not args.eval:
-        if not args.model_path:
-            raise UsageError(
-                "Training with pruning wants --model-path: student and teacher start from a trained model."
-            )
-        for flag, wrong in (
-            ("--cosub", args.cosub),
-            ("--distillation-type", args.distillation_type != "none"),
-            ("--no-train-mode", not args.train_mode),
-        ):
-            if wrong:
-                raise UsageError(f"{flag} contradicts pruning, which has its own loss, teacher and training mode.")
-
-
-def build_model(args: argparse.Namespace, num_classes: int, **overrides: Any) -> nn.Module:
-    """The model that the flags ask for, from timm's registry; `overrides` are keywords that come before the flags."""
-    name, keywords = methods.model_keywords(args)
-    keywords |= overrides
-    own = name in timm.list_models(module="models_mamba")
-    if own or timm.get_pretrained_cfg(name).fixed_input_size:
-        keywords["img_size"] = args.input_size
-    rates = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
-    if not own:
-        # not every model knows these two, and timm leaves out what is None
-        rates = {key: rate or None for key, rate in rates.items()}
-    keywords |= rates
+                raise UsageError(f"{flag} contradicts --fsdp, which divides plain training.")
+    task.check_model(model, args)
     try:
-        return timm.create_model(name, num_classes=num_classes, **keywords)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"--model {name}: {error}") from error
+        for method in fusion.methods_of(model):
+            method.check(args, typed)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
-def load_weights(args: argparse.Namespace, model: nn.Module) -> nn.Module | None:
+def load_weights(args: argparse.Namespace, task: type[Task], model: nn.Module, data: Data) -> nn.Module | None:
     """Start `model` from --finetune, fitted to its image size and class count, or from --model-path, as it is.
 
-    Returns the teacher of a pruned model, which --model-path holds unless it is all that --eval is given.
+    Returns the teacher of a method that wants one, which --model-path holds unless it is all that --eval is given.
     """
     teacher, may_miss = None, set()
-    if is_pruned(model) and args.model_path and not (args.eval and not args.resume and not args.finetune):
-        teacher = build_model(args, args.nb_classes, pruning="none")
+    learners = [method for method in fusion.methods_of(model) if method.needs_teacher]
+    if learners and args.model_path and not (args.eval and not args.resume and not args.finetune):
+        teacher = task.plain_model(args, model, data)
         weights, _ = checkpoints.find_weights(checkpoints.read(args.model_path), args.model_path)
-        checkpoints.load_strictly(teacher, weights, args.model_path, f"the model that {args.model} prunes")
-        may_miss = set() if args.eval else model.state_dict().keys() - teacher.state_dict().keys()
+        checkpoints.load_strictly(teacher, weights, args.model_path, f"the model that {args.model} starts from")
+        may_miss = set() if args.eval else set().union(*(method.added_parameters() for method in learners))
     path = args.finetune or ("" if args.eval and args.resume else args.model_path)
     if path:
-        weights, origin = checkpoints.find_weights(checkpoints.read(path), path)
-        _logger.info("Weights from %s (%s).", path, origin)
-        if args.finetune:
-            weights, is_dropped = checkpoints.adapt(weights, model, path)
-            may_miss |= set(filter(is_dropped, model.state_dict()))
-        checkpoints.load_strictly(model, weights, path, args.model, may_miss=may_miss.__contains__)
+        checkpoints.start(model, path, args.model, fit=bool(args.finetune), may_miss=may_miss)
     return teacher
 
 
-def is_pruned(model: nn.Module) -> bool:
-    """Whether `model` prunes tokens or scan directions."""
-    return getattr(model, "methods", methods.MethodConfig()).pruning is not None
-
-
-def build_run(
-    args: argparse.Namespace, model: nn.Module, teacher: nn.Module | None, device: torch.device, batch_size: int
-) -> Run:
-    """Optimiser, schedule, averages and loss around `model`, and its wrapper for several processes."""
+def build_run(args: argparse.Namespace, task: Task, batches: TrainBatches) -> Run:
+    """Optimiser, schedule and averages around `task`, and its wrapper for several processes."""
+    device = task.device
     if args.attn_only:
-        engine.freeze_all_but_mixers(model)
-    ema = None
+        engine.freeze_all_but_mixers(task.model)
     if args.model_ema:
-        ema = ModelEmaV3(model, args.model_ema_decay, device=torch.device("cpu") if args.model_ema_force_cpu else None)
+        task.setup_ema(args.model_ema_decay, device=torch.device("cpu") if args.model_ema_force_cpu else None)
     if args.fsdp:
-        engine.shard(model, device)
-        if ema is not None:
-            engine.shard(ema.module, device)
-    optimizer, scheduler = engine.build_optimizer(args, model, batch_size * utils.world_size())
-    trained = model
+        engine.shard(task.model, device)
+        if task.has_ema():
+            engine.shard(task.get_trainable_module(ema=True).module, device)
+    total_batch = batches.batch_size * world_size() * args.accum_iter
+    updates = None if batches.steps is None else -(-batches.steps // args.accum_iter)
+    optimizer, scheduler = engine.build_optimizer(args, task, total_batch, updates)
     if args.distributed and not args.fsdp:
-        trained = DistributedDataParallel(
-            model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            find_unused_parameters=getattr(model, "find_unused_parameters", False),
+        task.prepare_distributed(
+            [device.index] if device.type == "cuda" else None,
+            find_unused_parameters=getattr(task.model, "find_unused_parameters", False),
         )
     autocast, scaler = engine.build_precision(args, device)
-    criterion = losses.build_criterion(args, args.nb_classes)
-    if teacher is not None:
-        weights = args.token_pruning_weight, args.block_pruning_weight
-        criterion = PruningLoss(criterion, teacher, model.methods.pruning, *weights)
-    criterion = criterion.to(device)
-    mixup = augment.build_mixup(args, args.nb_classes)
-    return Run(model, trained, criterion, optimizer, scheduler, autocast, scaler, ema, mixup, device)
+    task.begin_training()
+    return Run(task, optimizer, scheduler, autocast, scaler, device)
 
 
-def evaluate_only(
-    args: argparse.Namespace,
-    model: nn.Module,
-    teacher: nn.Module | None,
-    device: torch.device,
-    batches: datasets.EvalBatches,
-) -> None:
-    """Report the accuracy of the weights that the flags name, and of their moving average if it was saved; of a pruned
-    model, whose unpruned `teacher` may be given, what it keeps and saves as well."""
-    autocast, _ = engine.build_precision(args, device)
+def evaluate_only(args: argparse.Namespace, task: Task, batches: EvalBatches) -> None:
+    """Report the figures of the weights that the flags name, and of their moving average if it was saved; of a teacher
+    before them, and what methods did on the way."""
+    autocast, _ = engine.build_precision(args, task.device)
     versions: list[tuple[str, dict[str, Any] | None]] = [("", None)]
+    path = ""
     if args.resume:
-        path, checkpoint = checkpoints.find(args)
+        path, checkpoint = runs.find(args)
         versions = [("", checkpoints.find_weights(checkpoint, path)[0])]
-        if args.model_ema and isinstance(checkpoint, dict) and checkpoint.get("model_ema"):
-            versions.append((", moving average", checkpoints.find_weights(checkpoint, path, ema=True)[0]))
-    if teacher is not None:
-        stats = engine.evaluate(batches, teacher.to(device), device, autocast, args.nb_classes)
-        _logger.info("Unpruned (%s): top-1 %.2f %%", args.model_path, stats["acc1"])
+        if isinstance(checkpoint, dict):
+            task.load_task_state(checkpoint.get("task_state"))
+            if args.model_ema and checkpoint.get("model_ema"):
+                versions.append((", moving average", checkpoints.find_weights(checkpoint, path, ema=True)[0]))
+    if task.teacher is not None:
+        plain = type(task)(args, task.teacher.to(task.device), task.data, task.device)
+        stats = engine.evaluate(plain, batches, autocast)
+        title = next(method.teacher_title for method in task.methods if method.needs_teacher)
+        _logger.info("%s (%s): %s", title, args.model_path, task.tell(stats))
     for title, weights in versions:
         if weights is not None:
-            checkpoints.load_strictly(model, weights, path, args.model)
-        meter = DecisionMeter(model) if is_pruned(model) else None
-        stats = engine.evaluate(batches, model, device, autocast, args.nb_classes, meter=meter)
-        _logger.info(
-            "Accuracy on the %d test images%s: top-1 %.2f %%, top-5 %.2f %%, loss %.4f",
-            *(len(batches.loader.dataset), title, stats["acc1"], stats["acc5"], stats["loss"]),
-        )
-        if meter is not None and utils.is_main_process():
-            report_pruning(args, meter, teacher, device, batches, autocast)
+            checkpoints.load_strictly(task.model, weights, path, args.model)
+        meters = task.meters()
+        stats = engine.evaluate(task, batches, autocast, meters=meters)
+        _logger.info("%s on the %d test images%s: %s", task.title, len(batches.dataset), title, task.tell(stats))
+        if is_main_process():
+            for line in task.report(batches, meters, autocast):
+                _logger.info("%s", line)
         if not title:
-            visualize(args, model, batches.loader.dataset, device, meter)
+            draw(args, task, batches, meters)
 
 
-def report_pruning(
-    args: argparse.Namespace,
-    meter: DecisionMeter,
-    teacher: nn.Module | None,
-    device: torch.device,
-    batches: datasets.EvalBatches,
-    autocast: Callable[[], contextlib.AbstractContextManager],
-) -> None:
-    """Say what `meter` saw kept, and how fast and large its model and the unpruned one are."""
-    from benchmarks import pruning
-
-    # speed does not depend on the weights
-    unpruned = build_model(args, args.nb_classes, pruning="none") if teacher is None else teacher
-    images = next(iter(batches))[0].to(device)
-    for line in pruning.report(meter, unpruned.to(device), images, autocast):
-        _logger.info("%s", line)
-
-
-def train(
-    args: argparse.Namespace,
-    run: Run,
-    batches: datasets.TrainBatches,
-    tests: datasets.EvalBatches,
-    stop: StopRequest,
-) -> None:
+def train(args: argparse.Namespace, run: Run, batches: TrainBatches, tests: EvalBatches, stop: StopRequest) -> None:
     """Train to the last epoch; after each, test, save and log."""
+    task, metric = run.task, run.task.metric
     output = Path(args.output_dir) if args.output_dir else None
-    board = utils.Board(output if utils.is_main_process() else None, run.updates)
+    is_main = is_main_process()
+    board = Board(output if is_main else None, run.updates, vars(args) if args.mlflow and is_main else None)
     parameters = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
-    while run.epoch < args.epochs:
-        if is_pruned(run.model):
-            scale_gate_noise(run.model, run.epoch, args.epochs, args.gate_noise_end)
-        trained = engine.train_one_epoch(run, batches, args, stop, board)
-        tested = None
-        if trained is not None:
-            memory = utils.peak_memory_mib(run.device)
-            meter = DecisionMeter(run.model) if is_pruned(run.model) else None
-            tested = engine.evaluate(tests, run.model, run.device, run.autocast, args.nb_classes, stop, meter)
-        if tested is None:
-            break
-        if run.scheduler is not None:
-            run.scheduler.step(run.epoch + 1, tested["acc1"])
-        is_best = tested["acc1"] > run.best_accuracy
-        run.best_accuracy = max(run.best_accuracy, tested["acc1"])
-        log = {f"train_{name}": value for name, value in trained.items()}
-        log |= {f"test_{name}": value for name, value in tested.items()}
-        log |= {"epoch": run.epoch, "n_parameters": parameters, "seconds": run.seconds, "peak_memory_mib": memory}
-        if batches.steps is not None:
-            log["n_images"] = batches.steps * batches.batch_size * utils.world_size()
-        run.end_epoch()
-        if output:
-            checkpoints.save_run(run, args, output, log, is_best)
-        board.add({name.replace("_", "/", 1): value for name, value in log.items()}, run.updates)
-        _logger.info(
-            "Epoch %d: test top-1 %.2f %% (best %.2f %%), loss %.4f, %.1f s",
-            *(log["epoch"], tested["acc1"], run.best_accuracy, tested["loss"], log["seconds"]),
-        )
-    board.close()
+    is_saved = True
+    try:
+        while run.epoch < args.epochs:
+            trained = engine.train_one_epoch(run, batches, args, stop, board)
+            tested = None
+            if trained is not None:
+                memory = peak_memory_mib(run.device)
+                tested = engine.evaluate(task, tests, run.autocast, stop, task.meters())
+            if tested is None:
+                break
+            value = tested[metric.name]
+            if run.scheduler is not None:
+                run.scheduler.step(run.epoch + 1, value)
+            is_best = metric.is_better(value, run.best)
+            run.best = value if is_best else run.best
+            log = {f"train_{name}": number for name, number in trained.items()}
+            log |= {f"test_{name}": number for name, number in tested.items()}
+            log |= {"epoch": run.epoch, "n_parameters": parameters, "seconds": run.seconds, "peak_memory_mib": memory}
+            if batches.steps is not None:
+                log["n_images"] = batches.steps * batches.batch_size * world_size()
+            run.end_epoch()
+            if output:
+                is_saved = runs.save_run(run, args, output, log, is_best)
+            board.add({name.replace("_", "/", 1): number for name, number in log.items()}, run.updates)
+            _logger.info(
+                "Epoch %d: test %s %s (best %s), loss %.4f, %.1f s",
+                *(log["epoch"], metric.label or metric.name, metric.told(value), metric.told(run.best)),
+                *(tested.get("loss", trained["loss"]), log["seconds"]),
+            )
+    finally:
+        board.close()
     if run.epoch < args.epochs:
         kept = "nothing is saved"
-        if output and checkpoints.save_run(run, args, output):
+        if output and runs.save_run(run, args, output):
             kept = f"saved in {output}; --resume auto goes on from there"
         _logger.warning("Stopped by %s at epoch %d step %d: %s.", stop.name, run.epoch, run.step, kept)
+    elif not is_saved:
+        raise RunError(f"The last checkpoint could not be written to {output}; the run's weights are lost.")
 
 
-def visualize(
-    args: argparse.Namespace,
-    model: nn.Module,
-    test_set: Iterable[Any],
-    device: torch.device,
-    meter: DecisionMeter | None = None,
-) -> None:
-    """Save pictures of what `model` does to the first test images, if --visualize asks for them; what `meter` saw a
-    pruned one decide is among them."""
-    if not args.visualize or not utils.is_main_process():
+def draw(args: argparse.Namespace, task: Task, batches: EvalBatches, meters: list[Any]) -> None:
+    """Save pictures of what the task's model does to the first test images, if --visualize asks for them."""
+    if not args.visualize or not is_main_process():
         return
-    from fusion.visualize import NUM_IMAGES, visualize_merging
-
-    images = torch.stack([item[0] for item in itertools.islice(iter(test_set), NUM_IMAGES)]).to(device)
     try:
-        visualize_merging(model, images, args.visualize)
-        if is_pruned(model):
-            from fusion.visualize_pruning import visualize_pruning
-
-            visualize_pruning(model, images, args.visualize, meter)
+        task.draw(batches.dataset, Path(args.visualize), meters)
     except OSError as error:
         _logger.warning("%s cannot hold the pictures (%s); there are none.", args.visualize, error)
 
 
 def work(args: argparse.Namespace, stop: StopRequest) -> None:
     """Everything after the flags are read: processes, data, model, weights, then training or evaluation."""
-    device = utils.init_processes(args)
+    device = init_processes(args)
     if args.deterministic:
-        utils.use_deterministic_algorithms()
-    utils.seed_everything(args.seed)
-    test_set, args.nb_classes = datasets.build_dataset(False, args)
-    tests = datasets.EvalBatches(test_set, args)
-    if not args.eval:
-        train_set, args.nb_classes = datasets.build_dataset(True, args)
-        batches = datasets.TrainBatches(train_set, args)
-    model = build_model(args, args.nb_classes)
-    teacher = load_weights(args, model)
-    model = model.to(device)
-    report_merging(model)
-    if args.eval:
-        return evaluate_only(args, model, teacher, device, tests)
-    run = build_run(args, model, teacher, device, batches.batch_size)
-    utils.seed_everything(args.seed + utils.rank())
+        use_deterministic_algorithms()
+    seed_everything(args.seed)
+    task_class = TASKS[args.task]
+    data = task_class.build_data(args, train=not args.eval)
+    args.nb_classes = data.num_classes
+    tests = task_class.eval_batches(data, args)
+    batches = None if args.eval else task_class.train_batches(data, args)
+    model = task_class.build_model(args, data)
+    teacher = load_weights(args, task_class, model, data)
+    fusion.describe(model)
+    task = task_class(args, model.to(device), data, device, teacher)
+    if batches is None:
+        return evaluate_only(args, task, tests)
+    run = build_run(args, task, batches)
+    seed_everything(args.seed + rank())
     run.epoch = args.start_epoch
     if run.epoch and run.scheduler is not None:
         run.scheduler.step(run.epoch)
-    if args.resume:
-        checkpoints.resume(run, args)
-    if args.output_dir and utils.is_main_process():
-        checkpoints.prepare_output(args)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    _logger.info(
-        "%s: %.3f M parameters, %d process(es) on %s.", args.model, parameters / 1e6, utils.world_size(), device
-    )
-    train(args, run, batches, tests, stop)
+    with contextlib.ExitStack() as held:
+        writes = args.output_dir and is_main_process()
+        if writes:
+            held.enter_context(runs.claim_output(args))
+        if args.resume:
+            runs.resume(run, args)
+        if writes:
+            runs.prepare_output(args)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        _logger.info("%s: %.3f M parameters, %d process(es) on %s.", args.model, parameters / 1e6, world_size(), device)
+        train(args, run, batches, tests, stop)
     if not stop:
-        visualize(args, model, test_set, device)
+        draw(args, task, tests, [])
 
 
 def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> int:
@@ -363,14 +291,14 @@ def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> int:
 
     After a run that a signal ended early, which is no failure, `stop` is true.
     """
-    utils.setup_logging()
+    setup_logging()
     try:
         with stop if stop is not None else StopRequest() as stop:
             work(parse(argv), stop)
         if dist.is_initialized():
             dist.destroy_process_group()
     except UsageError as error:
-        utils.tell_mistake(error)
+        processes.tell_mistake(error)
         return 2
     except (RunError, PeerError) as error:
         if str(error):
@@ -380,9 +308,9 @@ def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> int:
         print("main.py: interrupted.", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        if not utils.is_lost_peer(error):
+        if not processes.is_lost_peer(error):
             raise
-        print(f"main.py: process {utils.rank()} lost another process and ends.", file=sys.stderr)
+        print(f"main.py: process {rank()} lost another process and ends.", file=sys.stderr)
         return 1
     return 0
 

@@ -20,8 +20,8 @@ from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
 from torch import Tensor, nn
 
-from fusion.token_state import TokenState, join_cls
-from models_mamba import REGISTRY, Block, VisionMamba, add_norm, init_linears
+from models_mamba import Block, VisionMamba, add_norm, init_linears
+from models_registry import ALIASES, REGISTRY
 
 DEFAULT_RATIO = 0.75
 
@@ -111,19 +111,9 @@ class MaskedAutoencoder(VisionMamba):
 
     # --- encoder ---
 
-    def embed(self, x: Tensor, keep: Tensor | None = None) -> TokenState:
-        """Images (B, C, H, W) -> the visible tokens before the first site, of the patches `keep` (B, V) or of all, and
-        in Vim the class token in their middle."""
-        num_cls = self.num_prefix_tokens
-        patches, grid = self.patch_embed(x)
-        patches = patches + self.pos_embed[:, num_cls:]
-        if keep is not None:
-            patches = patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
-        cls_index = self.class_token_positions(patches.shape[1])
-        if num_cls:
-            classes = self.cls_token + self.pos_embed[:, :num_cls]
-            patches = join_cls(classes.expand(len(patches), -1, -1), patches, cls_index)
-        return TokenState(self.pos_drop(patches), cls_index=cls_index, grid=grid, positions=keep)
+    def position_rows(self, grid: tuple[int, int], index: Any) -> tuple[Tensor, Tensor]:
+        """The positions of the class token (1, K, D), whose row comes first wherever it stands, and of the patches."""
+        return self.pos_embed.tensor_split([self.num_prefix_tokens], 1)
 
     def forward_encoder(
         self, images: Tensor, mask_ratio: float = DEFAULT_RATIO, noise: Tensor | None = None
@@ -139,7 +129,7 @@ class MaskedAutoencoder(VisionMamba):
         if noise is None:
             noise = torch.rand(images.shape[0], num_patches, device=images.device)
         keep, mask, ids_restore = mask_by_noise(noise, visible_count(num_patches, mask_ratio))
-        state = self.encode(self.embed(images, keep=keep if keep.shape[1] < num_patches else None))
+        state = self.encode(self.embed(images, keep=keep))
         return self.finish(state), mask, ids_restore
 
     # --- decoder ---
@@ -318,7 +308,7 @@ _ALIASES = {f"mae_FastVim_{size}_dec512d2b": f"mae_fastvim_{size}_{patch}" for s
 def masked_name(name: str) -> str | None:
     """The masked autoencoder whose encoder is the Vim or FastVim `name`, or that is so called itself; None if there is
     none."""
-    short = name.replace("_final_pool_mean_abs_pos_embed_with_midclstok_div2", "")
+    short = ALIASES.get(name, name).replace("_final_pool_mean_abs_pos_embed_with_midclstok_div2", "")
     masked = short if short.startswith("mae_") else f"mae_{short}"
     return masked if is_model(masked) else None
 
@@ -350,6 +340,7 @@ def _entry(name: str) -> Callable[..., MaskedAutoencoder]:
         return build_model_with_cfg(MaskedAutoencoder, name, pretrained, **(settings | kwargs))
 
     build.__name__ = build.__qualname__ = name
+    build.keywords = settings
     build.__doc__ = f"`MaskedAutoencoder` with {settings}; keywords override."
     return register_model(build)
 

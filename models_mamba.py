@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -24,10 +25,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from embeddings import PatchEmbed, RotaryEmbedding2d, resize_pos_embed
-from fusion import build_site_methods
-from fusion.config import METHOD_KEYWORDS, MethodConfig
+from fusion import Methods, build_site_methods, method_keywords
 from fusion.dynamic_pruning import PruningOutput, pruning_output
-from fusion.token_state import TokenState, join_cls, mean_over_kept, patch_policy, split_cls
+from fusion.token_state import (
+    ClassIndex,
+    ClassTokens,
+    TokenState,
+    join_cls,
+    mean_over_kept,
+    patch_policy,
+    split_cls,
+)
+from models_registry import ALIASES, FASTVIM, PUBLISHED_SPELLINGS, REGISTRY, registry_keywords, registry_name
+
+__all__ = ["PUBLISHED_SPELLINGS", "Block", "VimSettings", "VisionMamba", "registry_keywords", "registry_name"]
 
 
 class Block(nn.Module):
@@ -83,142 +94,170 @@ def init_linears(module: nn.Module, depth: int) -> None:
             nn.init.zeros_(linear.bias)
 
 
-class VisionMamba(nn.Module):
-    """Vision Mamba: patch embedding, class token, `depth` Mamba layers, norm, linear head.
+@dataclass(frozen=True)
+class VimSettings:
+    """The keywords of `VisionMamba` that are no method's: those of the published constructor, and a few more.
 
-    Keywords are those of the published constructor; `stride` defaults to `patch_size`. Class token:
-    `use_middle_cls_token` puts it at index M // 2 of M patches, `use_double_cls_token` one at each end (read as their
-    mean), else it comes first; `if_cls_token=False` averages all tokens (`final_pool_type="mean"`). `if_bidirectional`
-    takes layers in pairs, the second on the reversed sequence; `pair_residual` says whether the two residuals, equal
-    but for drop-path, are summed (published: it doubles the residual at every site) or averaged.
-    `flip_img_sequences_ratio` is the chance that training reverses the sequence. `use_norm_after_ssm` puts a LayerNorm
-    behind the scans or leaves it out; None does as the method wants: FastVim has it, Vim has not. The keywords of the
-    methods are those of `fusion.config.MethodConfig.from_keywords`.
+    `stride` defaults to `patch_size`. Class token: `use_middle_cls_token` puts it at index M // 2 of M patches,
+    `use_double_cls_token` one at each end (read as their mean), else it comes first; `if_cls_token=False` averages all
+    tokens (`final_pool_type="mean"`). `if_bidirectional` takes layers in pairs, the second on the reversed sequence;
+    `pair_residual` says whether the two residuals, equal but for drop-path, are summed (published: it doubles the
+    residual at every site) or averaged. `flip_img_sequences_ratio` is the chance that training reverses the sequence.
+    `use_norm_after_ssm` puts a LayerNorm between scan and gate; None does so with spatial pooling only.
     """
 
-    def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        stride: int | None = None,
-        depth: int = 24,
-        embed_dim: int = 192,
-        d_state: int = 16,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        ssm_cfg: dict[str, Any] | None = None,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.1,
-        norm_epsilon: float = 1e-5,
-        rms_norm: bool = False,
-        fused_add_norm: bool = False,
-        residual_in_fp32: bool = False,
-        ft_seq_len: int | None = None,
-        pt_hw_seq_len: int = 14,
-        if_bidirectional: bool = False,
-        pair_residual: str = "sum",
-        final_pool_type: str = "none",
-        if_abs_pos_embed: bool = False,
-        if_rope: bool = False,
-        if_rope_residual: bool = False,
-        flip_img_sequences_ratio: float = -1.0,
-        if_bimamba: bool = False,
-        bimamba_type: str = "none",
-        if_cls_token: bool = False,
-        if_divide_out: bool = False,
-        init_layer_scale: float | None = None,
-        use_double_cls_token: bool = False,
-        use_middle_cls_token: bool = False,
-        if_devide_out: bool | None = None,
-        **method_keywords: Any,
-    ) -> None:
+    img_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    stride: int | None = None
+    depth: int = 24
+    embed_dim: int = 192
+    d_state: int = 16
+    in_chans: int = 3
+    num_classes: int = 1000
+    ssm_cfg: dict[str, Any] | None = None
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.1
+    norm_epsilon: float = 1e-5
+    rms_norm: bool = False
+    fused_add_norm: bool = False
+    residual_in_fp32: bool = False
+    ft_seq_len: int | None = None
+    pt_hw_seq_len: int = 14
+    if_bidirectional: bool = False
+    pair_residual: str = "sum"
+    final_pool_type: str = "none"
+    if_abs_pos_embed: bool = False
+    if_rope: bool = False
+    if_rope_residual: bool = False
+    flip_img_sequences_ratio: float = -1.0
+    if_bimamba: bool = False
+    bimamba_type: str = "none"
+    if_cls_token: bool = False
+    if_divide_out: bool = False
+    init_layer_scale: float | None = None
+    use_double_cls_token: bool = False
+    use_middle_cls_token: bool = False
+    use_norm_after_ssm: bool | None = None
+    if_devide_out: bool | None = None  # the published spelling
+
+    def __post_init__(self) -> None:
+        if self.final_pool_type not in ("none", "mean"):
+            raise ValueError(f"final_pool_type is {self.final_pool_type!r}; wanted 'none' or 'mean'.")
+        if self.if_bidirectional and self.depth % 2:
+            raise ValueError(
+                f"depth is {self.depth}; wanted an even number, since if_bidirectional takes layers in pairs."
+            )
+        if self.pair_residual not in ("sum", "mean"):
+            raise ValueError(f"pair_residual is {self.pair_residual!r}; wanted 'sum' or 'mean'.")
+
+    @property
+    def class_tokens(self) -> ClassTokens:
+        """How many class tokens there are, and their places."""
+        if not self.if_cls_token:
+            return ClassTokens()
+        if self.use_double_cls_token:
+            return ClassTokens(2, "ends")
+        return ClassTokens(1, "middle" if self.use_middle_cls_token else "front")
+
+
+class VisionMamba(nn.Module):
+    """Vision Mamba: patch embedding, class tokens, `depth` Mamba layers, norm, linear head.
+
+    Keywords are the fields of `VimSettings`, and those of the methods (`fusion.method_keywords`). `methods` holds every
+    method's settings, and `site_methods` those that are on, outermost first.
+    """
+
+    def __init__(self, **keywords: Any) -> None:
         super().__init__()
-        unknown = sorted(set(method_keywords) - set(METHOD_KEYWORDS))
+        own = {each.name for each in fields(VimSettings)}
+        unknown = sorted(set(keywords) - own - {*method_keywords()})
         if unknown:
             raise TypeError(f"VisionMamba does not know {', '.join(unknown)}; wanted its own or a method's keywords.")
-        if final_pool_type not in ("none", "mean"):
-            raise ValueError(f"final_pool_type is {final_pool_type!r}; wanted 'none' or 'mean'.")
-        if if_bidirectional and depth % 2:
-            raise ValueError(f"depth is {depth}; wanted an even number, since if_bidirectional takes layers in pairs.")
-        if pair_residual not in ("sum", "mean"):
-            raise ValueError(f"pair_residual is {pair_residual!r}; wanted 'sum' or 'mean'.")
-        self.methods = MethodConfig.from_keywords(**method_keywords)
-        pooling = self.methods.pooling
-        has_norm = method_keywords.get("use_norm_after_ssm")
-        if has_norm is None:
-            has_norm = pooling is not None and pooling.use_norm_after_ssm
-        stride = patch_size if stride is None else stride
-        plain_grid = to_2tuple(stride) == to_2tuple(patch_size) and not if_cls_token and flip_img_sequences_ratio <= 0
-        if pooling is not None and not plain_grid:
-            raise ValueError(
-                "Spatial pooling needs a plain grid: wanted stride equal to patch_size, no class token, no flipped "
-                "sequences."
-            )
-        if if_rope and self.methods.merging is not None:
-            raise ValueError(
-                "A merged token has no one position to turn by: wanted the rotary embedding without token merging."
-            )
+        settings = VimSettings(**{name: value for name, value in keywords.items() if name in own})
+        self.methods = Methods.from_keywords(**{name: value for name, value in keywords.items() if name not in own})
 
-        self.num_classes, self.drop_rate = num_classes, drop_rate
-        self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
-        self.depth, self.norm_epsilon = depth, norm_epsilon
-        self.fused_add_norm, self.residual_in_fp32 = fused_add_norm, residual_in_fp32
-        self.if_bidirectional, self.pair_residual = if_bidirectional, pair_residual
-        self.final_pool_type, self.flip_img_sequences_ratio = final_pool_type, flip_img_sequences_ratio
-        self.use_middle_cls_token, self.use_double_cls_token = use_middle_cls_token, use_double_cls_token
-        self.num_prefix_tokens = (2 if use_double_cls_token else 1) if if_cls_token else 0
-        self.grad_checkpointing = False
+        self.num_classes, self.drop_rate = settings.num_classes, settings.drop_rate
+        self.embed_dim = self.num_features = self.head_hidden_size = settings.embed_dim
+        self.depth, self.norm_epsilon = settings.depth, settings.norm_epsilon
+        self.fused_add_norm, self.residual_in_fp32 = settings.fused_add_norm, settings.residual_in_fp32
+        self.if_bidirectional, self.pair_residual = settings.if_bidirectional, settings.pair_residual
+        self.final_pool_type = settings.final_pool_type
+        self.flip_img_sequences_ratio = settings.flip_img_sequences_ratio
+        self.class_tokens = settings.class_tokens
+        self.num_prefix_tokens = self.class_tokens.count
+        self.grad_checkpointing = self.find_unused_parameters = False
 
-        any_size = pooling is not None and not if_rope
-        self.patch_embed = PatchEmbed(img_size, patch_size, stride, in_chans, embed_dim, dynamic=any_size)
-        token_names = ("cls_token_head", "cls_token_tail") if use_double_cls_token else ("cls_token",)
-        self.cls_token_names = token_names if if_cls_token else ()
-        for name in self.cls_token_names:
-            self.register_parameter(name, nn.Parameter(torch.zeros(1, 1, embed_dim)))
-        self.pos_embed = None
-        if if_abs_pos_embed:
-            num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
-            self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, embed_dim))
-        self.pos_drop = nn.Dropout(drop_rate)
-        self.rope, self.if_rope_residual = None, if_rope_residual
-        if if_rope:
-            grid = self.patch_embed.grid_size if ft_seq_len is None else to_2tuple(ft_seq_len)
-            if grid != self.patch_embed.grid_size:
-                raise ValueError(
-                    f"ft_seq_len is {ft_seq_len}; wanted the side of the token grid {self.patch_embed.grid_size}."
-                )
-            self.rope = RotaryEmbedding2d(embed_dim, grid, pt_hw_seq_len)
-
-        norm_layer = partial(RMSNorm if rms_norm else nn.LayerNorm, embed_dim, eps=norm_epsilon)
-        new_mixer = partial(
-            Mamba,
-            embed_dim,
-            d_state=d_state,
-            bimamba_type="v1" if if_bimamba else bimamba_type,
-            if_divide_out=if_divide_out if if_devide_out is None else if_devide_out,
-            init_layer_scale=init_layer_scale,
-            use_norm_after_ssm=has_norm,
-            **(ssm_cfg or {}),
-        )
-        # layer 0 never drops, since it starts the residual; layer 1 takes the first rate, the final add the last
-        rates = [0.0, *(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))]
-        self.layers = nn.ModuleList(
-            Block(new_mixer(layer_idx=i), norm_layer(), rates[i], fused_add_norm, residual_in_fp32)
-            for i in range(depth)
-        )
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
-        self.norm_f = norm_layer()
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
-        self.num_sites = depth // 2 if if_bidirectional else depth
-        self.feature_info = [
-            dict(num_chs=embed_dim, reduction=to_2tuple(stride)[0], module=f"layers.{i}") for i in range(depth)
-        ]
-        # which parameters a step reaches depends on what it prunes
-        self.find_unused_parameters = self.methods.pruning is not None
+        self._build_embedding(settings)
+        self._build_layers(settings)
         self.init_weights()
         self.site_methods = build_site_methods(self.methods)
         for method in self.site_methods:
+            before = self.state_dict().keys()
             method.attach(self)
+            method.added = frozenset(self.state_dict().keys() - before)
+
+    def _build_embedding(self, settings: VimSettings) -> None:
+        """Patches, class tokens, positions."""
+        pooling, dim = self.methods.get("pooling"), settings.embed_dim
+        self._colwise = pooling is not None and pooling.scanpath_type == "colwise"
+        self.patch_embed = PatchEmbed(
+            settings.img_size,
+            settings.patch_size,
+            settings.patch_size if settings.stride is None else settings.stride,
+            settings.in_chans,
+            dim,
+            dynamic=pooling is not None and not settings.if_rope,
+        )
+        names = ("cls_token_head", "cls_token_tail") if settings.use_double_cls_token else ("cls_token",)
+        self.cls_token_names = names if self.class_tokens.count else ()
+        for name in self.cls_token_names:
+            self.register_parameter(name, nn.Parameter(torch.zeros(1, 1, dim)))
+        self.pos_embed = None
+        if settings.if_abs_pos_embed:
+            num_tokens = self.patch_embed.num_patches + self.class_tokens.count
+            self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, dim))
+        self.pos_drop = nn.Dropout(settings.drop_rate)
+        self.rope, self.if_rope_residual = None, settings.if_rope_residual
+        if settings.if_rope:
+            grid = self.patch_embed.grid_size if settings.ft_seq_len is None else to_2tuple(settings.ft_seq_len)
+            if grid != self.patch_embed.grid_size:
+                raise ValueError(
+                    f"ft_seq_len is {settings.ft_seq_len}; wanted the side of the token grid "
+                    f"{self.patch_embed.grid_size}."
+                )
+            self.rope = RotaryEmbedding2d(dim, grid, settings.pt_hw_seq_len)
+
+    def _build_layers(self, settings: VimSettings) -> None:
+        """Layers, last norm, head."""
+        dim, depth, norm_after_ssm = settings.embed_dim, settings.depth, settings.use_norm_after_ssm
+        if norm_after_ssm is None:
+            norm_after_ssm = self.methods.get("pooling") is not None
+        norm_layer = partial(RMSNorm if settings.rms_norm else nn.LayerNorm, dim, eps=settings.norm_epsilon)
+        new_mixer = partial(
+            Mamba,
+            dim,
+            d_state=settings.d_state,
+            bimamba_type="v1" if settings.if_bimamba else settings.bimamba_type,
+            if_divide_out=settings.if_divide_out if settings.if_devide_out is None else settings.if_devide_out,
+            init_layer_scale=settings.init_layer_scale,
+            use_norm_after_ssm=norm_after_ssm,
+            **(settings.ssm_cfg or {}),
+        )
+        # layer 0 never drops, since it starts the residual; layer 1 takes the first rate, the final add the last
+        rates = [0.0, *(settings.drop_path_rate * i / max(depth - 1, 1) for i in range(depth))]
+        self.layers = nn.ModuleList(
+            Block(new_mixer(layer_idx=i), norm_layer(), rates[i], self.fused_add_norm, self.residual_in_fp32)
+            for i in range(depth)
+        )
+        self.drop_path = DropPath(settings.drop_path_rate) if settings.drop_path_rate > 0 else nn.Identity()
+        self.norm_f = norm_layer()
+        self.head = nn.Linear(dim, settings.num_classes) if settings.num_classes > 0 else nn.Identity()
+        layers_per_site = 2 if self.if_bidirectional else 1
+        self.num_sites = depth // layers_per_site
+        self.feature_info = [
+            dict(num_chs=dim, reduction=self.patch_embed.stride[0], module=f"layers.{last}")
+            for last in range(layers_per_site - 1, depth, layers_per_site)
+        ]
 
     # --- weights ---
 
@@ -230,15 +269,17 @@ class VisionMamba(nn.Module):
         tokens = [getattr(self, name) for name in self.cls_token_names]
         for parameter in [*tokens, *([] if self.pos_embed is None else [self.pos_embed])]:
             trunc_normal_(parameter, std=0.02)
+        init_linears(self, self.depth)
         if isinstance(self.head, nn.Linear):
             trunc_normal_(self.head.weight, std=0.02)
-        init_linears(self, self.depth)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone: A, D of every direction, positions, class tokens."""
-        marked = {name for name, parameter in self.named_parameters() if getattr(parameter, "_no_weight_decay", False)}
-        return marked | {"pos_embed", *self.cls_token_names}
+        scan = {
+            name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("A_log", "A_b_log", "D", "D_b")
+        }
+        return scan | {"pos_embed", *self.cls_token_names}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -271,27 +312,44 @@ class VisionMamba(nn.Module):
 
     def class_token_positions(self, num_patches: int) -> tuple[int, ...]:
         """Where the class tokens stand among `num_patches` patch tokens."""
-        if not self.cls_token_names:
-            return ()
-        if self.use_double_cls_token:
-            return 0, num_patches + 1
-        return (num_patches // 2 if self.use_middle_cls_token else 0,)
+        return self.class_tokens.places(num_patches)
 
     # --- forward ---
 
-    def embed(self, x: Tensor, random_cls_position: bool = False, random_token_rank: bool = False) -> TokenState:
-        """Images (B, C, H, W) -> the token sequence before the first site."""
+    def embed(
+        self,
+        x: Tensor,
+        random_cls_position: bool = False,
+        random_token_rank: bool = False,
+        keep: Tensor | None = None,
+    ) -> TokenState:
+        """Images (B, C, H, W) -> the token sequence before the first site.
+
+        `keep` (B, V), long, rising in every row: the raster indices of the patch tokens that are left, as masked
+        autoencoding needs; positions are those of the full grid, and class tokens stand among the V by their rule.
+        """
         patches, grid = self.patch_embed(x)
-        num_patches = patches.shape[1]
-        cls_index = self.class_token_positions(num_patches)
-        if random_cls_position and len(cls_index) == 1:
-            cls_index = (int(torch.randint(num_patches + 1, ())),)
-        if cls_index:
+        batch, num_patches, _ = patches.shape
+        if keep is not None and (keep.ndim != 2 or len(keep) != batch or keep.dtype != torch.long):
+            raise ValueError(f"keep is {tuple(keep.shape)} of {keep.dtype}; wanted ({batch}, V) of torch.int64.")
+        left = num_patches if keep is None else keep.shape[1]
+        cls = self.class_tokens.among(left)
+        if random_cls_position and cls.count == 1:
+            cls = cls.moved((int(torch.randint(left + 1, ())),))
+        # a class token that stands elsewhere has the row of that place
+        cls_rows, patch_rows = self.position_rows(
+            grid, cls.index if keep is None else self.class_tokens.places(num_patches)
+        )
+        if patch_rows is not None:
+            patches = patches + patch_rows
+        if left < num_patches:
+            patches = patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
+        if cls.count:
             classes = torch.cat([getattr(self, name) for name in self.cls_token_names], 1)
-            patches = join_cls(classes.expand(patches.shape[0], -1, -1), patches, cls_index)
-        if self.pos_embed is not None:
-            patches = patches + self.pos_embed_for(grid)
-        state = TokenState(self.pos_drop(patches), cls_index=cls_index, grid=grid)
+            classes = classes if cls_rows is None else classes + cls_rows
+            patches = join_cls(classes.expand(batch, -1, -1), patches, cls)
+        positions = keep if left < num_patches else None
+        state = TokenState(self.pos_drop(patches), cls=cls, grid=grid, positions=positions)
         if random_token_rank:
             state = _reorder(state, torch.randperm(state.num_tokens))
         if (
@@ -302,16 +360,19 @@ class VisionMamba(nn.Module):
             state = _reorder(state, torch.arange(state.num_tokens - 1, -1, -1))
         return state
 
+    def position_rows(self, grid: tuple[int, int], index: ClassIndex) -> tuple[Tensor | None, Tensor | None]:
+        """The position embeddings of the class tokens (1, K, D), which stand at `index` of the full sequence, and of
+        the patch tokens of `grid` (1, M, D); None where there are none."""
+        if self.pos_embed is None:
+            return None, None
+        return split_cls(self.pos_embed_for(grid), index)
+
     @property
     def pos_embed_grid(self) -> tuple[int, int]:
         """(rows, cols) of the position embedding: the token grid, or for colwise pooling the transposed one, since
         FastVim's release transposes the grid before adding positions."""
         rows, cols = self.patch_embed.grid_size
         return (cols, rows) if self._colwise else (rows, cols)
-
-    @property
-    def _colwise(self) -> bool:
-        return self.methods.pooling is not None and self.methods.pooling.scanpath_type == "colwise"
 
     def pos_embed_for(self, grid: tuple[int, int]) -> Tensor:
         """The position embedding (1, L, D) of a token grid in raster order, resized bicubically where the grid is not
@@ -368,10 +429,12 @@ class VisionMamba(nn.Module):
     def finish(self, state: TokenState) -> Tensor:
         """The last add and norm: normalised tokens (B, L, D), class tokens first, patch tokens behind in their
         order."""
+        for method in self.site_methods:
+            method.finish(state)
         hidden = self.drop_path(state.hidden)
         hidden, _ = add_norm(self.norm_f, hidden, state.residual, self.fused_add_norm, self.residual_in_fp32)
-        if isinstance(state.cls_index, Tensor) or state.cls_index not in ((), (0,)):
-            hidden = torch.cat(split_cls(hidden, state.cls_index), 1)
+        if isinstance(state.cls.index, Tensor) or state.cls.index != tuple(range(state.num_cls)):
+            hidden = torch.cat(split_cls(hidden, state.cls), 1)
         return hidden
 
     def forward_features(
@@ -395,20 +458,23 @@ class VisionMamba(nn.Module):
         return_features: bool = False,
         if_random_cls_token_position: bool = False,
         if_random_token_rank: bool = False,
-    ) -> Tensor | PruningOutput:
+    ) -> Any:
         """Images (B, C, H, W) -> logits (B, num_classes), or with `return_features` the features (B, D) under the
-        head; a pruned model in training mode returns its decisions too."""
+        head. In training mode a method may return something of its own instead (`SiteMethod.output`)."""
         state, tokens, features = self._features(x, if_random_cls_token_position, if_random_token_rank)
         if return_features:
             return features
-        logits = self.head(features)
-        return pruning_output(state, tokens, logits) if self.training and self.methods.pruning else logits
+        output = self.head(features)
+        if self.training:
+            for method in self.site_methods:
+                output = method.output(output, state, tokens)
+        return output
 
     def forward_with_decisions(
         self, x: Tensor, if_random_cls_token_position: bool = False, if_random_token_rank: bool = False
     ) -> PruningOutput:
         """Images (B, C, H, W) -> logits, final tokens, and what pruning decided on the way, in either mode."""
-        if self.methods.pruning is None:
+        if self.methods.get("pruning") is None:
             raise ValueError("This model prunes nothing; wanted one built with pruning 'token', 'block' or 'both'.")
         state, tokens, features = self._features(x, if_random_cls_token_position, if_random_token_rank)
         return pruning_output(state, tokens, self.head(features))
@@ -445,10 +511,10 @@ class VisionMamba(nn.Module):
         def visit(index: int, state: TokenState) -> None:
             if index not in take:
                 return
-            if state.grid is None:
+            if not state.fills_grid:
                 raise ValueError("Token maps need the full grid: wanted a model without token merging or pruning.")
             tokens = state.hidden + state.residual
-            classes, patches = split_cls(self.norm_f(tokens) if norm else tokens, state.cls_index)
+            classes, patches = split_cls(self.norm_f(tokens) if norm else tokens, state.cls)
             if output_fmt == "NCHW":
                 patches = patches.transpose(1, 2).unflatten(2, state.grid).contiguous()
             maps.append((patches, classes) if return_prefix_tokens else patches)
@@ -459,19 +525,15 @@ class VisionMamba(nn.Module):
 
 def _reorder(state: TokenState, order: Tensor) -> TokenState:
     """The same tokens in another order (L,), for the whole batch; the patches' positions are written down."""
-    old_cls = torch.tensor(state.cls_index, dtype=torch.long)
-    new_cls = tuple(int(index) for index in torch.isin(order, old_cls).nonzero())
+    old_cls = torch.tensor(state.cls.index, dtype=torch.long)
+    cls = state.cls.moved(tuple(int(index) for index in torch.isin(order, old_cls).nonzero()))
     order = order.to(state.hidden.device)
-    batch, length = state.hidden.shape[:2]
+    batch = len(state.hidden)
     positions = state.positions
     if positions is None:
-        positions = torch.arange(length - len(new_cls), device=order.device).expand(batch, -1)
-    slots = join_cls(positions.new_full((batch, len(new_cls), 1), -1), positions.unsqueeze(-1), state.cls_index)[
-        :, order
-    ]
-    return state.replace(
-        hidden=state.hidden[:, order], cls_index=new_cls, grid=None, positions=split_cls(slots, new_cls)[1].squeeze(-1)
-    )
+        positions = torch.arange(state.num_patches, device=order.device).expand(batch, -1)
+    slots = join_cls(positions.new_full((batch, cls.count, 1), -1), positions.unsqueeze(-1), state.cls)[:, order]
+    return state.replace(hidden=state.hidden[:, order], cls=cls, positions=split_cls(slots, cls)[1].squeeze(-1))
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VisionMamba) -> dict[str, Tensor]:
@@ -491,79 +553,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VisionMamba) -> d
 
 # --- registry ---
 
-_VIM = dict(
-    rms_norm=True,
-    residual_in_fp32=True,
-    fused_add_norm=True,
-    final_pool_type="mean",
-    if_abs_pos_embed=True,
-    bimamba_type="v2",
-    if_cls_token=True,
-    if_divide_out=True,
-    use_middle_cls_token=True,
-)
-_FAMBAV = _VIM | dict(if_bidirectional=True, use_middle_cls_token=False)
-_FASTVIM = _VIM | dict(if_cls_token=False, use_middle_cls_token=False, spatial_pool=True)
-_VIM_NORM = _VIM | dict(use_norm_after_ssm=True)  # FastVim's authors' Vim, which a masked autoencoder trains
-_DYVM = dict(pruning="both")
-_VIDEOMAMBA = _VIM | dict(use_middle_cls_token=False, if_divide_out=False)
-
-_TINY, _SMALL, _BASE = (dict(embed_dim=dim, depth=24) for dim in (192, 384, 768))
-_NANO = dict(img_size=32, patch_size=4, embed_dim=64, depth=8, num_classes=10, drop_path_rate=0.0)
-_STRIDE8 = dict(stride=8)
-_LARGE = dict(embed_dim=1024, depth=48)
-
-REGISTRY: dict[str, dict[str, Any]] = {
-    "vim_nano_patch4_32": _VIM | _NANO,
-    "fambav_nano_patch4_32": _FAMBAV | _NANO,
-    "fastvim_nano_patch4_32": _FASTVIM | _NANO,
-    "dyvm_nano_patch4_32": _VIM | _NANO | _DYVM | dict(pruning_loc=(2, 4, 6)),
-    "vim_tiny_patch16_224": _VIM | _TINY,
-    "vim_small_patch16_224": _VIM | _SMALL,
-    "vim_base_patch16_224": _VIM | _BASE,
-    "vim_tiny_patch16_224_stride8": _VIM | _TINY | _STRIDE8,
-    "vim_small_patch16_224_stride8": _VIM | _SMALL | _STRIDE8,
-    "vim_base_patch16_224_stride8": _VIM | _BASE | _STRIDE8,
-    "fambav_tiny_patch16_224": _FAMBAV | _TINY,
-    "fambav_small_patch16_224": _FAMBAV | _SMALL,
-    "fastvim_tiny_patch16_224": _FASTVIM | _TINY,
-    "fastvim_small_patch16_224": _FASTVIM | _SMALL,
-    "fastvim_base_patch16_224": _FASTVIM | _BASE,
-    "fastvim_large_patch16_224": _FASTVIM | _LARGE,
-    "fastvim_huge_patch14_224": _FASTVIM | dict(embed_dim=1280, depth=64, patch_size=14),
-    "dyvm_tiny_patch16_224": _VIM | _TINY | _DYVM,
-    "dyvm_small_patch16_224": _VIM | _SMALL | _DYVM,
-    "dyvm_base_patch16_224": _VIM | _BASE | _DYVM,
-    "videomamba_tiny_patch16_224": _VIDEOMAMBA | _TINY,
-    "videomamba_small_patch16_224": _VIDEOMAMBA | _SMALL,
-    "videomamba_middle_patch16_224": _VIDEOMAMBA | dict(embed_dim=576, depth=32),
-    "videomamba_base_patch16_224": _VIDEOMAMBA | _BASE,
-    "dyvm_videomamba_tiny_patch16_224": _VIDEOMAMBA | _TINY | _DYVM,
-    "dyvm_videomamba_small_patch16_224": _VIDEOMAMBA | _SMALL | _DYVM,
-    "dyvm_videomamba_middle_patch16_224": _VIDEOMAMBA | dict(embed_dim=576, depth=32) | _DYVM,
-    "dyvm_videomamba_base_patch16_224": _VIDEOMAMBA | _BASE | _DYVM,
-}
-
-REGISTRY |= {
-    f"vim_{size}_patch16_224_final_pool_mean_abs_pos_embed_with_midclstok_div2": _VIM_NORM | settings
-    for size, settings in (("tiny", _TINY), ("small", _SMALL), ("base", _BASE), ("large", _LARGE))
-}
-
-_LONG = "bimambav2_final_pool_mean_abs_pos_embed_with"
-_ALIASES = {
-    f"vim_tiny_patch16_224_{_LONG}_midclstok_div2": "vim_tiny_patch16_224",
-    f"vim_small_patch16_224_{_LONG}_midclstok_div2": "vim_small_patch16_224",
-    f"vim_tiny_patch16_stride8_224_{_LONG}_midclstok_div2": "vim_tiny_patch16_224_stride8",
-    f"vim_small_patch16_stride8_224_{_LONG}_midclstok_div2": "vim_small_patch16_224_stride8",
-    f"vim_base_patch16_224_{_LONG}_middle_cls_token_div2": "vim_base_patch16_224",
-} | {
-    f"vim_{size}_final_pool_mean_abs_pos_embed_with_noclstok_div2": f"fastvim_{size}"
-    for size in ("tiny_patch16_224", "small_patch16_224", "base_patch16_224", "large_patch16_224", "huge_patch14_224")
-}
-
 
 def _pretrained_cfg(name: str) -> dict[str, Any]:
-    settings = REGISTRY[_ALIASES.get(name, name)]
+    settings = REGISTRY[ALIASES.get(name, name)]
     size = settings.get("img_size", 224)
     return dict(
         url="",
@@ -580,15 +572,15 @@ def _pretrained_cfg(name: str) -> dict[str, Any]:
     )
 
 
-default_cfgs = generate_default_cfgs({name: _pretrained_cfg(name) for name in (*REGISTRY, *_ALIASES)})
+default_cfgs = generate_default_cfgs({name: _pretrained_cfg(name) for name in (*REGISTRY, *ALIASES)})
 
 
 def _entry(name: str) -> Callable[..., VisionMamba]:
-    settings = REGISTRY[_ALIASES.get(name, name)]
+    settings = REGISTRY[ALIASES.get(name, name)]
 
     def build(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
         # on a Vim name, spatial pooling builds the FastVim of that size
-        defaults = settings | _FASTVIM if kwargs.get("spatial_pool") else settings
+        defaults = settings | FASTVIM if kwargs.get("spatial_pool") else settings
         return build_model_with_cfg(
             VisionMamba,
             name,
@@ -599,8 +591,9 @@ def _entry(name: str) -> Callable[..., VisionMamba]:
         )
 
     build.__name__ = build.__qualname__ = name
+    build.keywords = settings
     build.__doc__ = f"`VisionMamba` with {settings}; keywords override."
     return register_model(build)
 
 
-globals().update({name: _entry(name) for name in (*REGISTRY, *_ALIASES)})
+globals().update({name: _entry(name) for name in (*REGISTRY, *ALIASES)})

@@ -15,8 +15,11 @@ from pathlib import Path
 import submitit
 
 import main as program
-import utils
-from utils import RunError, StopRequest, UsageError, number
+from utils import RunError, UsageError
+from utils.flags import Parser, number
+from utils.processes import tell_mistake
+from utils.signals import StopRequest
+from utils.telling import setup_logging
 
 _logger = logging.getLogger(__name__)
 
@@ -39,10 +42,13 @@ class Training:
             subprocess.run(["scontrol", "requeue", job.job_id], check=True)
 
 
-def get_args_parser() -> utils.Parser:
+def get_args_parser() -> Parser:
     """The parser of the job's flags."""
-    parser = utils.Parser(
-        prog="run_with_submitit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="run_with_submitit.py",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--nodes", type=number(int, 1), default=1, help="machines (default: 1)")
     parser.add_argument("--ngpus", type=number(int, 1), default=8, help="GPUs, and processes, a machine (default: 8)")
@@ -81,9 +87,9 @@ def submit(argv: list[str] | None = None) -> submitit.Job:
 
 
 if __name__ == "__main__":
-    utils.setup_logging()
+    setup_logging()
     try:
         submit()
     except UsageError as error:
-        utils.tell_mistake(error)
+        tell_mistake(error)
         raise SystemExit(2) from None

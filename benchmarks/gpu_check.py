@@ -15,9 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,13 +30,18 @@ from causal_conv1d import _nvrtc, backend
 from mamba_ssm.ops import cuda as scan_cuda
 from torch import Tensor
 
-import models_mamba  # noqa: F401 - its models join the registry
+from benchmarks.cases import model_spec
+from benchmarks.command import command, device_name, parser, size, write_json
+from measure.machine import machine
+from measure.memory import bytes_in_use, peak_in_use, size_of
+from measure.timing import Call, device_seconds, synchronize
+from utils import UsageError
+from utils.flags import number
 
 SIZES = ((128, 384, 197), (8, 384, 197), (8, 768, 197), (8, 384, 14), (1, 384, 4096), (64, 128, 64))
 DSTATE, WIDTH = 16, 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CACHE_BYTES = 256 << 20
-Call = Callable[[], object]
 
 
 class Row(NamedTuple):
@@ -65,60 +67,55 @@ class Case(NamedTuple):
     moved: int
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the check; 0, or 2 where there is nothing to run it on."""
+@command("benchmarks.gpu_check")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the check. Raises UsageError where there is nothing to run it on."""
     options = _parser().parse_args(argv)
     if options.resources:
         _print_table(resources(options.targets))
-        return 0
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("gpu_check: no CUDA device is at hand, wanted one (or --resources)", file=sys.stderr)
-        return 2
+        return
+    if options.device is None and not torch.cuda.is_available():
+        raise UsageError("No CUDA device is at hand; wanted one, or --resources, or --device cpu.")
+    device = torch.device(options.device or "cuda")
     published = _published(options.published)
     copy = copy_bandwidth(device, options.seconds)
-    rows, sizes = [], [tuple(map(int, size.split(","))) for size in options.sizes]
+    rows = []
     for dtype in options.dtypes:
-        for size in sizes:
-            rows += measure(size, DTYPES[dtype], device, copy, published, options.seconds)
+        for each in options.sizes:
+            rows += measure(each, DTYPES[dtype], device, copy, published, options.seconds)
     report = {
-        **_machine(device),
+        **machine(device),
+        "date": date.today().isoformat(),
         "command": " ".join(["python -m benchmarks.gpu_check", *(sys.argv[1:] if argv is None else argv)]),
         "copy_GB_per_s": round(copy / 1e9, 1),
         "published": None if published is None else published.__name__,
         "operators": [row._asdict() for row in rows],
         "host_us_per_call": host_time(device),
-        "extra_memory": {",".join(map(str, size)): extra_memory(size, device) for size in sizes},
+        "extra_memory": {",".join(map(str, each)): extra_memory(each, device) for each in options.sizes},
         "training_step": [] if options.batch == 0 else training_steps(options, device),
         "kernels": resources([_nvrtc.device(device.index or 0).target]) if device.type == "cuda" else [],
     }
     _print_report(report)
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+    write_json(options.output, report)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="write the report as JSON")
-    parser.add_argument("--device", default="cuda", help="torch device; cpu times the C++ kernels the same way")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
-    sizes = [",".join(map(str, size)) for size in SIZES]
-    parser.add_argument("--sizes", nargs="+", default=sizes, metavar="BATCH,DIM,SEQLEN")
-    parser.add_argument("--seconds", type=float, default=0.3, help="about how long each figure is measured")
-    parser.add_argument("--published", default="selective_scan_cuda", help="module name of the published extension")
-    parser.add_argument("--models", nargs="+", default=["vim_tiny_patch16_224", "deit_tiny_patch16_224"])
-    parser.add_argument("--batch", type=int, default=64, help="images in a training step; 0 leaves the steps out")
-    parser.add_argument("--resources", action="store_true", help="compile every kernel and print what it takes")
-    parser.add_argument("--targets", nargs="+", default=["sm_80", "sm_90", "sm_100"], help="for --resources")
-    return parser
-
-
-def _machine(device: torch.device) -> dict[str, object]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
-    return {"device": name, "date": date.today().isoformat(), **versions}
+    found = parser("benchmarks.gpu_check", __doc__)
+    found.add_argument("--output", type=Path, help="write the report as JSON")
+    found.add_argument("--device", type=device_name, help="cpu times the C++ kernels the same way (default: cuda)")
+    found.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
+    found.add_argument("--sizes", nargs="+", type=size, default=list(SIZES), metavar="BATCH,DIM,SEQLEN")
+    found.add_argument("--seconds", type=number(float, 0), default=0.3, help="about how long each figure is measured")
+    found.add_argument("--published", default="selective_scan_cuda", help="module name of the published extension")
+    found.add_argument(
+        "--models", nargs="+", type=model_spec, default=["vim_tiny_patch16_224", "deit_tiny_patch16_224"]
+    )
+    found.add_argument(
+        "--batch", type=number(int, 0), default=64, help="images in a training step; 0 leaves the steps out"
+    )
+    found.add_argument("--resources", action="store_true", help="compile every kernel and print what it takes")
+    found.add_argument("--targets", nargs="+", default=["sm_80", "sm_90", "sm_100"], help="for --resources")
+    return found
 
 
 def _published(name: str) -> ModuleType | None:
@@ -134,32 +131,7 @@ def _published(name: str) -> ModuleType | None:
 
 def median_ms(calls: Sequence[Call], device: torch.device, seconds: float) -> float:
     """Median time of one call, in ms, taking the calls in turn."""
-    for call in calls:
-        call()
-    _synchronize(device)
-    start = time.perf_counter()
-    calls[0]()
-    _synchronize(device)
-    count = max(5, min(1000, int(seconds / max(1e-6, time.perf_counter() - start))))
-    if device.type != "cuda":
-        times = []
-        for i in range(count):
-            start = time.perf_counter()
-            calls[i % len(calls)]()
-            times.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(times)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    for i, (before, after) in enumerate(events):
-        before.record()
-        calls[i % len(calls)]()
-        after.record()
-    torch.cuda.synchronize()
-    return statistics.median(before.elapsed_time(after) for before, after in events)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return 1e3 * device_seconds(calls, device, seconds)
 
 
 def copy_bandwidth(device: torch.device, seconds: float) -> float:
@@ -177,12 +149,12 @@ def host_time(device: torch.device, count: int = 500) -> dict[str, float]:
         times = {}
         for case in cases:
             case.call()
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             for _ in range(count):
                 case.call()
-            times[case.operator] = round(1e6 * (time.perf_counter() - start) / count, 1)
-            _synchronize(device)
+            times[case.operator] = round(1e6 * (time.perf_counter() - start) / count, 1)  # the device may be behind
+            synchronize(device)
     return times
 
 
@@ -352,13 +324,16 @@ def extra_memory(size: tuple[int, int, int], device: torch.device) -> float | No
         return None
     ops, tensors = torch.ops.mamba_ssm, scan_inputs(size, torch.float32, device)
     dout = torch.randn_like(tensors[0])
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    out, last_state, states = ops.selective_scan(*tensors, True, False, True)
-    grads = ops.selective_scan_backward(dout, *tensors, states, True, False)
-    peak = torch.cuda.max_memory_allocated(device) - before
-    return round((peak - _bytes(out, last_state, *grads)) / _bytes(tensors[0]), 2)
+    results: list[Tensor] = []
+
+    def call() -> None:
+        out, last_state, states = ops.selective_scan(*tensors, True, False, True)
+        results.extend((out, last_state))
+        results.extend(ops.selective_scan_backward(dout, *tensors, states, True, False))
+
+    before = bytes_in_use(device)
+    peak = peak_in_use(call, device)
+    return round((peak - before - size_of(results)) / _bytes(tensors[0]), 2)
 
 
 # --- a training step -------------------------------------------------------------------------------------------------
@@ -390,10 +365,8 @@ def _step(name: str, options: argparse.Namespace, device: torch.device) -> dict[
         optimizer.step()
 
     step()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     ms = median_ms([step], device, 5 * options.seconds)
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    peak = peak_in_use(step, device) / 2**30 if device.type == "cuda" else None
     return {"images_per_s": round(1e3 * options.batch / ms, 1), "peak_GiB": None if peak is None else round(peak, 2)}
 
 

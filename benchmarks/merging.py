@@ -10,27 +10,25 @@ process of its own, without the program and its libraries; on a GPU they are the
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
-import os
-import platform
-import resource
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
-import models_mamba  # noqa: F401 (registers the models)
+from benchmarks.cases import build, model_spec
+from benchmarks.command import add_device, add_threads, command, parser, write_json
 from fusion import token_merging
+from measure.machine import in_words, machine
+from measure.memory import bytes_in_use, in_fresh_process, peak_in_use
+from measure.timing import seconds_of, time_in_turns
+from models_mamba import VisionMamba
+from utils import UsageError
+from utils.flags import number
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -42,16 +40,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class Trainer:
-    """One model of a setting, and its training step on random images."""
+    """One model of a setting, and its training step on random images; `about` has model, size, batch and device."""
 
-    def __init__(self, args: argparse.Namespace, setting: str, **keywords: Any) -> None:
+    def __init__(self, about: dict[str, Any], setting: str, **keywords: Any) -> None:
         torch.manual_seed(0)
-        self.device = torch.device(args.device)
-        keywords |= dict(img_size=args.size, num_classes=100, drop_path_rate=0.0) | SETTINGS[setting]
-        self.model: nn.Module = timm.create_model(args.model, **keywords).to(self.device)
+        self.device, side, batch = torch.device(about["device"]), about["size"], about["batch"]
+        keywords |= dict(num_classes=100, drop_path_rate=0.0) | SETTINGS[setting]
+        self.model: nn.Module = build(about["model"], side, **keywords).to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
-        self.images = torch.randn(args.batch, 3, args.size, args.size, device=self.device)
-        self.targets = torch.randint(100, (args.batch,), device=self.device)
+        self.images = torch.randn(batch, 3, side, side, device=self.device)
+        self.targets = torch.randint(100, (batch,), device=self.device)
 
     def step(self) -> None:
         """Forward, backward, update."""
@@ -67,50 +65,18 @@ class Trainer:
         return self.model.eval()(self.images)
 
 
-def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """How long `work` takes."""
-    begin = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
-
-
-def resident_mib() -> float:
-    """This process's resident memory now, in MiB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def peak_of_steps(args: argparse.Namespace, setting: str) -> dict[str, float]:
+def peak_of_steps(about: dict[str, Any], setting: str) -> dict[str, float]:
     """Peak memory in MiB of training steps; on a CPU this must be a process of its own."""
-    on_gpu = args.device != "cpu"
-    memory = (lambda: torch.cuda.memory_allocated() / 2**20) if on_gpu else resident_mib
+    device = torch.device(about["device"])
     # a first step of a shallow model loads what the libraries load late
-    Trainer(args, setting, depth=6).step()
-    gc.collect()
-    before = memory()
-    trainer = Trainer(args, setting)
+    Trainer(about, setting, depth=6).step()
+    before = bytes_in_use(device)
+    trainer = Trainer(about, setting)
     trainer.step()
     trainer.optimizer.zero_grad()
-    gc.collect()
-    kept = memory()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    trainer.step()
-    trainer.step()
-    if on_gpu:
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    return {"total_mib": peak - before, "step_mib": peak - kept}
-
-
-def peak_in_child(setting: str) -> dict[str, float]:
-    """`peak_of_steps` in a fresh process whose allocator hands every freed tensor back at once."""
-    command = [sys.executable, "-m", "benchmarks.merging", *sys.argv[1:], "--only-memory", setting]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    kept = bytes_in_use(device)
+    peak = peak_in_use(lambda: (trainer.step(), trainer.step()), device)
+    return {"total_mib": (peak - before) / 2**20, "step_mib": (peak - kept) / 2**20}
 
 
 @contextmanager
@@ -119,10 +85,8 @@ def timed(name: str, device: torch.device) -> Iterator[list[float]]:
     function, spent = getattr(token_merging, name), []
 
     def noted(*args: Any, **kwargs: Any) -> Any:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
         result: list[Any] = []
-        spent.append(seconds(lambda: result.append(function(*args, **kwargs)), device))
+        spent.append(seconds_of(lambda: result.append(function(*args, **kwargs)), device))
         return result[0]
 
     setattr(token_merging, name, noted)
@@ -136,57 +100,61 @@ def matching_costs(trainers: dict[str, Trainer], rounds: int) -> dict[str, float
     """Milliseconds of an inference without merging, and inside one with the read-me's setting: of the first matching,
     of all matchings, and of all merging (matching and the moving of tokens)."""
     plain, merging = trainers["none"], trainers["upper K4 r8"]
-    device = plain.device
-    notes: dict[str, list[float]] = {"forward": [], "first matching": [], "all matching": [], "all merging": []}
-    for _ in range(rounds + 1):
-        notes["forward"].append(seconds(plain.forward, device))
-        with timed("_match", device) as spent:
+    notes: dict[str, list[float]] = {"first matching": [], "all matching": [], "all merging": []}
+
+    def match() -> None:
+        with timed("_match", plain.device) as spent:
             merging.forward()
         notes["first matching"].append(spent[0])
         notes["all matching"].append(sum(spent))
-        with timed("merge_tokens", device) as spent:
+
+    def merge() -> None:
+        with timed("merge_tokens", plain.device) as spent:
             merging.forward()
         notes["all merging"].append(sum(spent))
-    return {name: 1000 * statistics.median(values[1:]) for name, values in notes.items()}
+
+    calls = [plain.forward, match, merge]
+    forward = time_in_turns(calls, plain.device, min_rounds=rounds, warm_up=1, block_seconds=0.0)[0]
+    # the first of each is the warm-up
+    costs = {"forward": forward} | {name: values[1:] for name, values in notes.items()}
+    return {name: 1000 * statistics.median(values) for name, values in costs.items()}
 
 
-def main() -> None:
+@command("benchmarks.merging")
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table, and write it as JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="vim_tiny_patch16_224")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", default="", help="file to write")
-    parser.add_argument("--only-memory", default="", choices=("", *SETTINGS), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    flags = parser("benchmarks.merging", __doc__)
+    count = number(int, 1)
+    flags.add_argument("--model", type=model_spec, default="vim_tiny_patch16_224", help="default: %(default)s")
+    flags.add_argument("--size", type=count, default=224, help="image side (default: %(default)s)")
+    flags.add_argument("--batch", type=count, default=8, help="default: %(default)s")
+    flags.add_argument("--rounds", type=count, default=5, help="default: %(default)s")
+    add_device(flags)
+    add_threads(flags, threads=2)
+    flags.add_argument("--json", type=Path, metavar="FILE", help="file to write")
+    args = flags.parse_args(argv)
     torch.set_num_threads(args.threads)
-    if args.only_memory:
-        print(json.dumps(peak_of_steps(args, args.only_memory)))
-        return
-
+    about = {name: getattr(args, name) for name in ("model", "size", "batch", "device")}
+    if not isinstance(Trainer(about, "none", depth=1).model, VisionMamba):
+        raise UsageError(f"--model {args.model} is not a Vision Mamba, whose tokens can be merged.")
     device = torch.device(args.device)
-    measure = peak_in_child if device.type == "cpu" else lambda setting: peak_of_steps(args, setting)
-    memory = {setting: measure(setting) for setting in SETTINGS}
-    trainers = {setting: Trainer(args, setting) for setting in SETTINGS}
-    times: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
-    for _ in range(args.rounds + 1):
-        for setting, trainer in trainers.items():
-            times[setting].append(seconds(trainer.step, device))
+    own_process = in_fresh_process if device.type == "cpu" else lambda function, *given: function(*given)
+    memory = {setting: own_process(peak_of_steps, about, setting) for setting in SETTINGS}
+    trainers = {setting: Trainer(about, setting) for setting in SETTINGS}
+    steps = [trainer.step for trainer in trainers.values()]
+    times = time_in_turns(steps, device, min_rounds=args.rounds, warm_up=1, block_seconds=0.0)
     costs = matching_costs(trainers, args.rounds)
 
     rows = []
-    for setting, trainer in trainers.items():
-        model, step = trainer.model, statistics.median(times[setting][1:])
-        methods = model.site_methods
+    for (setting, trainer), taken in zip(trainers.items(), times):
+        model, methods = trainer.model, trainer.model.site_methods
         length = methods[0].schedule[-1] if methods else model.patch_embed.num_patches + model.num_prefix_tokens
-        rows.append(dict(setting=setting, tokens_at_end=length, seconds=step) | memory[setting])
+        rows.append(dict(setting=setting, tokens_at_end=length, seconds=statistics.median(taken)) | memory[setting])
     for row in rows:
         for name in ("seconds", "step_mib", "total_mib"):
             row[f"{name}_saved"] = 1 - row[name] / rows[0][name]
-    print(f"{args.model}, {args.size} px, batch {args.batch}, training step, {args.threads} threads, {args.device}")
+    found = machine(device)
+    print(f"{args.model}, {args.size} px, batch {args.batch}, training step, {in_words(found)}")
     print(f"{'setting':20} {'tokens at end':>13} {'time':>20} {'peak of the step':>20} {'peak in total':>20}")
     for row in rows:
         figures = (
@@ -196,10 +164,9 @@ def main() -> None:
         print(f"{row['setting']:20} {row['tokens_at_end']:13} ", *figures)
     for name in ("first matching", "all matching", "all merging"):
         print(f"{name}: {costs[name]:.2f} ms, {costs[name] / costs['forward']:.2%} of a forward without merging")
-    if args.json:
-        about = dict(vars(args), torch=torch.__version__, machine=platform.machine(), cores=os.cpu_count())
-        Path(args.json).write_text(json.dumps(dict(about=about, steps=rows, milliseconds=costs), indent=2) + "\n")
+    settings = about | {"rounds": args.rounds}
+    write_json(args.json, dict(about=settings | found, steps=rows, milliseconds=costs))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,25 +2,24 @@
 
     python -m benchmarks.ops                          # every size, two threads, a table
     python -m benchmarks.ops --sizes 8,384,197 --json ops.json --no-reference
+    python -m benchmarks.ops --threads 1              # cycles of a step, where two threads would share a core
 
 Sizes are (batch, dim, seqlen), with 16 states; scans have D, z, delta_bias and softplus. Peers: the reference loop,
 `mambapy`'s parallel scan if it can be imported, and `torch.exp` of as many numbers as the scan has states to step, in
-cache and into memory that is there: about the least that the scan's exponentials can take. The convolution's peer is
-`F.conv1d` and `F.silu`. All that belongs to a size is timed in turns, round by round, so that a machine that slows down
-slows down all of it; a figure is the median, and the fastest round stands beside it. Extra memory is the peak of the
-process over a forward and backward, less what was there before, less results and gradients, in units of `u` in float32.
+cache and into memory that is there: about the least that torch itself would take. The processor's own least is told by
+ports: a state step is one lane of a vector, and how many cycles a thread takes for a vector of them stands under the
+times (an AVX2 core needs 5 to 6, and an AVX-512 core about as many for twice the lanes; the clock is measured). The
+convolution's peer is `F.conv1d` and `F.silu`. All that belongs to a size is timed in turns, round by round, so that a
+machine that slows down slows down all of it; a figure is the median, and the fastest round stands beside it. Extra
+memory is the peak of a fresh process over a forward and backward, less what was there before, less results and
+gradients, in units of `u` in float32.
 """
 
 from __future__ import annotations
 
-import argparse
-import ctypes
-import gc
 import importlib
-import json
-import platform
 import statistics
-import time
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,37 +27,31 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn
-from causal_conv1d.operators import backends as conv_backends
-from mamba_ssm.ops.operators import backends as scan_backends
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn, selective_scan_ref
 from torch import Tensor
+
+from benchmarks.cases import DTYPES
+from benchmarks.command import add_threads, command, parser, size, write_json
+from measure.clock import clock_hertz
+from measure.machine import LANES, in_words, instruction_set, machine
+from measure.memory import bytes_in_use, in_fresh_process, peak_in_use, size_of
+from measure.timing import Call, time_in_turns
+from utils.flags import number
 
 SIZES = ("8,384,197", "8,768,197", "8,384,14", "1,384,4096", "64,128,64")
 DSTATE = 16
 WIDTH = 4
 IN_CACHE = 1 << 17  # numbers: half a megabyte, in and out
-SLOW_ROUNDS = 2  # of peers that take this long or longer:
-SLOW_SECONDS = 0.2
-Call = Callable[[], Any]
+SLOW_SECONDS = 0.2  # peers that take this long get few rounds
+CPU = torch.device("cpu")
+Size = tuple[int, int, int]
 
 
 def timings(calls: dict[str, Call], rounds: int) -> dict[str, tuple[float, float]]:
     """(median, fastest) seconds of each call, in turns after a warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    slow = set()
-    for name, call in calls.items():
-        start = time.perf_counter()
-        call()
-        if time.perf_counter() - start > SLOW_SECONDS:
-            slow.add(name)
-    for number in range(rounds):
-        for name, call in calls.items():
-            if name in slow and number >= SLOW_ROUNDS:
-                continue
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: (statistics.median(found), min(found)) for name, found in seconds.items()}
+    options = dict(min_rounds=rounds, warm_up=1, block_seconds=0.0, slow_seconds=SLOW_SECONDS)
+    times = time_in_turns(list(calls.values()), CPU, **options)
+    return {name: (statistics.median(taken), min(taken)) for name, taken in zip(calls, times)}
 
 
 def scan_arguments(batch: int, dim: int, seqlen: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -126,37 +119,33 @@ def without_gradients(fn: Call) -> Call:
     return call
 
 
-def extra_memory(fn: Call, inputs: Sequence[Tensor], dout: Tensor) -> float | None:
-    """Bytes that a forward and backward take at their peak beyond arguments, result and gradients; None if the system
-    does not say. The process' own peak, so scratch memory outside torch is in it."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not (status.is_file() and reset.exists()):
-        return None
+def extra_memory(size: Size, dtype: str) -> int:
+    """Bytes that a scan's forward and backward take at their peak beyond arguments, result and gradients; to be called
+    in a fresh process. The process' own peak, so scratch memory outside torch is in it."""
+    tensors, dout = scan_arguments(*size, getattr(torch, dtype)), output_gradient(size, getattr(torch, dtype))
+    results: list[Tensor] = []
 
-    def reading(field: str) -> int:
-        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
-        return int(line.split()[1]) * 1024
+    def call() -> None:
+        out = selective_scan_fn(**tensors, delta_softplus=True)
+        results.extend((out, *torch.autograd.grad(out, list(tensors.values()), dout)))
 
-    torch.autograd.grad(fn(), inputs, dout)  # what is loaded and set up once is no part of it
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    try:
-        reset.write_text("5")
-    except OSError:
-        return None
-    before = reading("VmRSS")
-    out = fn()
-    grads = torch.autograd.grad(out, inputs, dout)
-    peak = reading("VmHWM")
-    results = sum(tensor.numel() * tensor.element_size() for tensor in (out, *grads))
-    return max(0, peak - before - results)
+    call()  # what is loaded and set up once is no part of it
+    results.clear()
+    before = bytes_in_use(CPU)
+    peak = peak_in_use(call, CPU)
+    return max(0, peak - before - size_of(results))
 
 
-def scan_rows(size: tuple[int, int, int], dtype: torch.dtype, rounds: int, reference: bool) -> dict[str, Any]:
-    """Seconds of the scan and its peers at one size, and the scan's extra memory in units of u."""
-    tensors = scan_arguments(*size, dtype)
+def output_gradient(size: Size, dtype: torch.dtype) -> Tensor:
+    """A gradient of a scan's output, channel-last."""
+    return torch.randn(size).transpose(1, 2).contiguous().transpose(1, 2).to(dtype)
+
+
+def scan_rows(size: Size, dtype: torch.dtype, rounds: int, reference: bool) -> dict[str, Any]:
+    """Seconds of the scan and its peers at one size, and the scan's extra memory in units of u (None where the system
+    does not say)."""
+    tensors, dout = scan_arguments(*size, dtype), output_gradient(size, dtype)
     inputs = list(tensors.values())
-    dout = torch.randn(size).transpose(1, 2).contiguous().transpose(1, 2).to(dtype)
     peers: dict[str, Callable[..., Tensor]] = {"selective_scan_fn": selective_scan_fn}
     if reference:
         peers["selective_scan_ref"] = selective_scan_ref
@@ -167,14 +156,14 @@ def scan_rows(size: tuple[int, int, int], dtype: torch.dtype, rounds: int, refer
         run = lambda fn=fn: fn(**tensors, delta_softplus=True)  # noqa: E731
         calls[f"{name} forward"] = without_gradients(run)
         calls[f"{name} forward + backward"] = forward_and_backward(run, inputs, dout)
-    run = lambda: selective_scan_fn(**tensors, delta_softplus=True)  # noqa: E731
-    memory = extra_memory(run, inputs, dout)
-    found: dict[str, Any] = {"seconds": timings(calls, rounds)}
-    found["extra_memory_in_u"] = None if memory is None else memory / (4 * tensors["u"].numel())
+    found: dict[str, Any] = {"seconds": timings(calls, rounds), "extra_memory_in_u": None}
+    if Path("/proc/self/status").exists():
+        name = str(dtype).removeprefix("torch.")
+        found["extra_memory_in_u"] = in_fresh_process(extra_memory, size, name) / (4 * tensors["u"].numel())
     return found
 
 
-def conv_rows(size: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def conv_rows(size: Size, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """Seconds of the convolution with silu and of its peer, in the layout each likes best."""
     batch, dim, seqlen = size
     weight, bias = torch.randn(dim, WIDTH, requires_grad=True), torch.randn(dim, requires_grad=True)
@@ -216,55 +205,71 @@ def ratios(scan: dict[str, Any], conv: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+PORT_COLUMNS = {"cycles_per_vector": ".1f", "steps_per_cycle_and_lane": ".4f"}
+
+
+def ports(size: Size, scan: dict[str, Any], hertz: float | None) -> dict[str, dict[str, float]]:
+    """What a thread gets out of its processor: for each way through the scan and for `torch.exp`, state steps a second
+    and thread, and, where the clock (`hertz`) is known, cycles for a vector of them and steps a cycle and lane.
+
+    A forward + backward counts its states once, though it steps through them several times.
+    """
+    states, threads, lanes = size[0] * size[1] * size[2] * DSTATE, torch.get_num_threads(), LANES[instruction_set()]
+    found = {}
+    for name in ("torch.exp", "selective_scan_fn forward", "selective_scan_fn forward + backward"):
+        speed = states / scan["seconds"][name][0] / threads
+        found[name] = {"steps_per_second": speed}
+        if hertz is not None:
+            found[name] |= {
+                "cycles_per_vector": lanes * hertz / speed,
+                "steps_per_cycle_and_lane": speed / hertz / lanes,
+            }
+    return found
+
+
 def table(size: str, result: dict[str, Any]) -> str:
     """One size's figures as Markdown."""
     lines = [f"### ({size})", "", "| operator | median, ms | fastest, ms |", "|---|---|---|"]
     for part in ("scan", "conv"):
         for name, (median, fastest) in result[part]["seconds"].items():
             lines.append(f"| {name} | {median * 1e3:.3f} | {fastest * 1e3:.3f} |")
+    lines += ["", "| a thread | G state steps/s | cycles for a vector | steps a cycle and lane |", "|---|---|---|---|"]
+    for name, figures in result["ports"].items():
+        cycles = [f"{figures[key]:{form}}" if key in figures else "-" for key, form in PORT_COLUMNS.items()]
+        lines.append(f"| {name} | {figures['steps_per_second'] / 1e9:.3f} | {' | '.join(cycles)} |")
     lines += ["", "| ratio | |", "|---|---|"]
     lines += [f"| {name} | {value:.2f} |" for name, value in result["ratios"].items()]
     return "\n".join(lines) + "\n"
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="BATCH,DIM,SEQLEN")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument(
-        "--no-reference", dest="reference", action="store_false", help="leave out selective_scan_ref: seconds a call"
-    )
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
-    args = parser.parse_args(argv)
-    for size in args.sizes:
-        if len(size.split(",")) != 3 or not all(part.isdigit() and int(part) for part in size.split(",")):
-            parser.error(f"--sizes has {size!r}; wanted three whole numbers above 0, as 8,384,197")
-    if args.threads < 1 or args.rounds < 1:
-        parser.error("--threads and --rounds must be at least 1")
-    return args
-
-
+@command("benchmarks.ops")
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and write what was asked for."""
-    args = parse(argv)
+    flags = parser("benchmarks.ops", __doc__)
+    flags.add_argument(
+        "--sizes", nargs="+", type=size, default=[size(text) for text in SIZES], metavar="BATCH,DIM,SEQLEN"
+    )
+    flags.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    add_threads(flags, threads=2)
+    flags.add_argument("--rounds", type=number(int, 1), default=30, help="default: %(default)s")
+    flags.add_argument(
+        "--no-reference", dest="reference", action="store_false", help="leave out selective_scan_ref: seconds a call"
+    )
+    flags.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    args = flags.parse_args(argv)
     torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype)
-    backends = {"scan": scan_backends.available("cpu"), "convolution": conv_backends.available("cpu")}
+    dtype, hertz = getattr(torch, args.dtype), clock_hertz()
+    about = machine(CPU) | {"GHz": None if hertz is None else round(hertz / 1e9, 2)}
     results: dict[str, Any] = {}
-    print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, kernels {backends}\n")
-    for name in args.sizes:
-        size = tuple(int(part) for part in name.split(","))
-        scan, conv = scan_rows(size, dtype, args.rounds, args.reference), conv_rows(size, dtype, args.rounds)
-        results[name] = {"scan": scan, "conv": conv, "ratios": ratios(scan, conv)}
+    print(f"{args.dtype}, {in_words(about)}\n")
+    for each in args.sizes:
+        name = ",".join(map(str, each))
+        scan, conv = scan_rows(each, dtype, args.rounds, args.reference), conv_rows(each, dtype, args.rounds)
+        results[name] = {"scan": scan, "conv": conv, "ports": ports(each, scan, hertz), "ratios": ratios(scan, conv)}
         print(table(name, results[name]), flush=True)
-    if args.json is not None:
-        settings = {"threads": args.threads, "dtype": args.dtype, "rounds": args.rounds, "kernels": backends}
-        machine = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-        args.json.write_text(json.dumps({"settings": settings | machine, "sizes": results}, indent=1) + "\n")
+    settings = {"dtype": args.dtype, "rounds": args.rounds}
+    write_json(args.json, {"settings": settings | about, "sizes": results})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

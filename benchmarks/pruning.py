@@ -8,115 +8,54 @@ directions runs, spread at random over layers, directions and the batch.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import statistics
-import time
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 
-import timm
 import torch
-from torch import Tensor, nn
 
-from benchmarks.flops import model_flops
-from fusion.dynamic_pruning import DecisionMeter
+from benchmarks.cases import build, model_spec
+from benchmarks.command import add_threads, command, parser
+from measure.against import images_per_second
+from measure.flops import model_flops
+from measure.machine import in_words, machine
+from measure.pruning import force_gates
 from models_mamba import VisionMamba
+from utils import UsageError
+from utils.flags import number
 
 
-def force_gates(model: VisionMamba, batch_size: int, keep: float) -> float:
-    """Let the share `keep` of the batch run each scan direction, other images each time, whatever the gates' heads,
-    which still run, say. Returns the share that runs."""
-    method = model.site_methods[0]
-    learned, directions = method.direction_policy, len(model.layers[0].mixer.directions)
-    count = model.depth * directions * batch_size
-    gates = torch.zeros(count)
-    gates[torch.randperm(count)[: round(keep * count)]] = 1.0
-    gates = gates.view(model.depth, batch_size, directions).to(next(model.parameters()).device)
-    method.direction_policy = lambda layer, column: learned(layer, column) * 0 + gates[layer]
-    return float(gates.mean())
-
-
-def images_per_second(
-    models: Sequence[nn.Module],
-    images: Tensor,
-    seconds: float,
-    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-) -> list[float]:
-    """The median speed of each of `models` on a batch (B, C, H, W) in eval mode, run in turns for `seconds`
-    or 100 rounds, whichever is less."""
-    times: list[list[float]] = [[] for _ in models]
-
-    def run(model: nn.Module) -> float:
-        start = time.perf_counter()
-        with autocast():
-            model(images)
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
-        return time.perf_counter() - start
-
-    with torch.inference_mode():
-        for model in models:
-            run(model.eval())
-        end = time.perf_counter() + seconds
-        while not times[0] or (time.perf_counter() < end and len(times[0]) < 100):
-            for model, taken in zip(models, times):
-                taken.append(run(model))
-    return [len(images) / statistics.median(taken) for taken in times]
-
-
-def report(
-    meter: DecisionMeter,
-    teacher: VisionMamba,
-    images: Tensor,
-    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    seconds: float = 5.0,
-) -> list[str]:
-    """What pruning does, in lines for a reader: kept shares from `meter`, whose model is the student; speed of student
-    and teacher on `images` (B, C, H, W); multiply-adds of an image at the input's size."""
-    student = meter.model
-    config, lines, ran = student.methods.pruning, [], None
-    if meter.tokens is not None:
-        kept = ", ".join(f"{share:.3f}" for share in meter.tokens.tolist())
-        lines.append(
-            f"Kept tokens, stage by stage: {kept} (wanted {', '.join(f'{r:.3f}' for r in config.token_ratio)})"
-        )
-    if meter.directions is not None:
-        ran = meter.directions
-        lines.append(f"Scan directions that ran: {float(ran.mean()):.3f} (wanted {config.block_keep_ratio:.3f})")
-    own, others = images_per_second([student, teacher], images, seconds, autocast)
-    lines.append(f"Images/s at batch {len(images)}: {own:.1f}, unpruned {others:.1f}, ratio {own / others:.2f}")
-    size = tuple(images.shape[2:])
-    flops, before = model_flops(student, size, ran), model_flops(teacher, size)
-    for name, now, then in zip(("published convention", "full"), flops, before):
-        lines.append(f"GFLOPs, {name}: {now / 1e9:.3f}, unpruned {then / 1e9:.3f}, {1 - now / then:.1%} fewer")
-    return lines
-
-
+@command("benchmarks.pruning")
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a Markdown table, one row a model."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="vim_small_patch16_224", help="plain model (default: %(default)s)")
-    parser.add_argument("--token-keep", type=float, default=0.7, help="default: 0.7")
-    parser.add_argument("--block-keep", type=float, default=0.8, help="default: 0.8")
-    parser.add_argument("--batch-size", type=int, default=16, help="default: 16")
-    parser.add_argument("--threads", type=int, default=2, help="default: 2")
-    parser.add_argument("--seconds", type=float, default=40.0, help="for all measurements together (default: 40)")
-    args = parser.parse_args(argv)
+    flags = parser("benchmarks.pruning", __doc__)
+    flags.add_argument(
+        "--model", type=model_spec, default="vim_small_patch16_224", help="plain model (default: %(default)s)"
+    )
+    share = number(float, 0, 1, above=True)
+    flags.add_argument("--token-keep", type=share, default=0.7, help="default: 0.7")
+    flags.add_argument("--block-keep", type=share, default=0.8, help="default: 0.8")
+    flags.add_argument("--batch-size", type=number(int, 1), default=16, help="default: 16")
+    add_threads(flags, threads=2)
+    flags.add_argument(
+        "--seconds", type=number(float, 0), default=40.0, help="for all measurements together (default: 40)"
+    )
+    args = flags.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    plain = timm.create_model(args.model).eval()
+    plain = build(args.model, None)
+    if not isinstance(plain, VisionMamba) or plain.methods.pruning is not None:
+        raise UsageError(f"--model {args.model} is not a Vision Mamba without pruning, which is what can be pruned.")
     images = torch.randn(args.batch_size, *plain.default_cfg["input_size"])
     keep = args.token_keep
     models, shares = {"none": plain}, {"none": 1.0}
     for kind in ("token", "block", "both"):
-        model = timm.create_model(
-            args.model, pruning=kind, token_ratio=(keep, keep**2, keep**3), block_keep_ratio=args.block_keep
-        )
+        ratios = dict(token_ratio=(keep, keep**2, keep**3), block_keep_ratio=args.block_keep)
+        model = build(args.model, None, pruning=kind, **ratios)
         model.load_state_dict(plain.state_dict(), strict=False)
         models[kind] = model
         shares[kind] = 1.0 if kind == "token" else force_gates(model, args.batch_size, args.block_keep)
     speeds = images_per_second(list(models.values()), images, args.seconds)
-    print(f"{args.model}, batch {args.batch_size}, {args.threads} threads, torch {torch.__version__}\n")
+    print(f"{args.model}, batch {args.batch_size}, {in_words(machine(images.device))}\n")
     print("| pruning | directions run | images/s | times plain | published, G | full, G |\n|---|---|---|---|---|---|")
     for (kind, model), speed in zip(models.items(), speeds):
         flops = model_flops(model, block_keep=shares[kind])
@@ -127,4 +66,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

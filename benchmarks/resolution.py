@@ -12,20 +12,23 @@ split.
 
 from __future__ import annotations
 
-import argparse
 import json
-import random
 import statistics
-import time
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.flops import model_flops
-from benchmarks.throughput import Case, build, machine, parse_spec, synchronize
+from benchmarks.cases import DTYPES, Case, build, model_spec
+from benchmarks.command import add_device, add_threads, command, parser, write_json
+from measure.flops import model_flops
+from measure.machine import in_words, machine
+from measure.timing import time_in_turns
 from models_mamba import VisionMamba
+from utils import UsageError
+from utils.flags import number
 
 MODELS = ("vim_tiny_patch16_224", "fastvim_tiny_patch16_224", "deit_tiny_patch16_224")
 SIZES = (224, 512, 1024, 2048)
@@ -37,22 +40,6 @@ def scan_steps(model: torch.nn.Module, img_size: int) -> int | None:
         return None
     rows, cols = model.patch_embed.grid_of(img_size, img_size)
     return rows if model.methods.pooling is not None else rows * cols + model.num_prefix_tokens
-
-
-def seconds_per_call(cases: Sequence[Case], device: torch.device, seconds: float) -> list[list[float]]:
-    """Seconds that each of `cases`, already warm, takes: one list each, one entry a round, for about `seconds`."""
-    times: list[list[float]] = [[] for _ in cases]
-    order, end = list(range(len(cases))), time.perf_counter() + seconds
-    shuffle = random.Random(0).shuffle
-    while not times[0] or time.perf_counter() < end:
-        shuffle(order)
-        for number in order:
-            synchronize(device)
-            start = time.perf_counter()
-            cases[number]()
-            synchronize(device)
-            times[number].append(time.perf_counter() - start)
-    return times
 
 
 def measure(
@@ -77,7 +64,9 @@ def measure(
             }
         )
         cases.append(case)
-    for row, taken in zip(rows, seconds_per_call(cases, device, seconds)):
+    # warm from having its memory measured; one call of a large image takes long enough
+    times = time_in_turns(cases, device, seconds, min_rounds=1, warm_up=0)
+    for row, taken in zip(rows, times):
         row |= {"images_per_second": batch_size / statistics.median(taken), "rounds": len(taken)}
     return rows
 
@@ -120,45 +109,53 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
+@command("benchmarks.resolution")
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a Markdown table, write JSON and a plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="MODEL", help="NAME or NAME:key=value,...")
-    parser.add_argument(
-        "--sizes", type=int, nargs="+", default=list(SIZES), metavar="SIDE", help="default: %(default)s"
+    flags = parser("benchmarks.resolution", __doc__)
+    flags.add_argument(
+        "--models",
+        **dict(nargs="+", type=model_spec, default=list(MODELS), metavar="MODEL"),
+        help="NAME or NAME:key=value,...",
     )
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="autocast to it")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--seconds", type=float, default=15.0, help="timing for each size (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("output/resolution"), help="folder (default: %(default)s)")
-    parser.add_argument("--add", action="store_true", help="keep the rows that --out holds")
-    args = parser.parse_args(argv)
-    if min(*args.sizes, args.batch_size, args.threads or 1) < 1:
-        parser.error("sizes and threads are whole numbers from 1 on")
+    side = number(int, 1)
+    flags.add_argument(
+        "--sizes", type=side, nargs="+", default=list(SIZES), metavar="SIDE", help="default: %(default)s"
+    )
+    flags.add_argument("--batch-size", type=side, default=1, metavar="N", help="default: %(default)s")
+    flags.add_argument("--dtype", default="float32", choices=DTYPES, help="autocast to it")
+    add_device(flags)
+    add_threads(flags)
+    flags.add_argument(
+        "--seconds", type=number(float, 0), default=15.0, help="timing for each size (default: %(default)s)"
+    )
+    flags.add_argument("--out", type=Path, default=Path("output/resolution"), help="folder (default: %(default)s)")
+    flags.add_argument("--add", action="store_true", help="keep the rows that --out holds")
+    args = flags.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     device, file = torch.device(args.device), args.out / "resolution.json"
+    before = kept_rows(file) if args.add else []
     about = machine(device)
     rows: list[dict[str, Any]] = []
-    try:
-        for spec in args.models:
-            parse_spec(spec)
-        for size in args.sizes:
-            rows += measure(args.models, size, args.batch_size, args.dtype, device, args.seconds)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.add and file.exists():
-        measured = {(row["model"], row["img_size"]) for row in rows}
-        kept = [row for row in json.loads(file.read_text())["rows"] if (row["model"], row["img_size"]) not in measured]
-        rows = sorted(kept + rows, key=lambda row: row["img_size"])
-    args.out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
-    plot(rows, args.out / "resolution.png")
-    print(", ".join(f"{name} {value}" for name, value in about.items()), end="\n\n")
+    for size in args.sizes:
+        rows += measure(args.models, size, args.batch_size, args.dtype, device, args.seconds)
+    measured = {(row["model"], row["img_size"]) for row in rows}
+    kept = [row for row in before if (row["model"], row["img_size"]) not in measured]
+    rows = sorted(kept + rows, key=lambda row: row["img_size"])
+    print(in_words(about), end="\n\n")
     print(table(rows))
+    write_json(file, {"machine": about, "rows": rows})
+    plot(rows, args.out / "resolution.png")
+
+
+def kept_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows that `file` holds; none if it is not there. Raises UsageError if it is something else."""
+    try:
+        return json.loads(file.read_text())["rows"] if file.exists() else []
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UsageError(f"--add wants rows in {file}, which cannot be read: {error}.") from error
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

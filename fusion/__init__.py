@@ -1,15 +1,46 @@
-"""The three efficiency methods, and nothing else: token merging, alternating spatial pooling, learned pruning."""
+"""The efficiency methods, and nothing else: token merging, alternating spatial pooling, learned pruning.
 
-from __future__ import annotations
+Methods know no model, task or program: those ask the registry and the methods themselves.
+"""
 
-from fusion.config import MethodConfig
 from fusion.dynamic_pruning import DynamicPruning
+from fusion.method import Meter, Settings, SiteMethod, methods_of, option
+from fusion.registry import (
+    METHODS,
+    Methods,
+    add_arguments,
+    build_site_methods,
+    check,
+    describe,
+    draw,
+    meters_of,
+    method_keywords,
+    model_keywords,
+    register,
+    unregister,
+)
 from fusion.spatial_pooling import SpatialPooling
 from fusion.token_merging import TokenMerging
-from fusion.token_state import SiteMethod
 
+__all__ = [
+    "METHODS",
+    "Meter",
+    "Methods",
+    "Settings",
+    "SiteMethod",
+    "add_arguments",
+    "build_site_methods",
+    "check",
+    "describe",
+    "draw",
+    "meters_of",
+    "method_keywords",
+    "methods_of",
+    "model_keywords",
+    "option",
+    "register",
+    "unregister",
+]
 
-def build_site_methods(config: MethodConfig) -> list[SiteMethod]:
-    """The methods that `config` switches on, outermost first."""
-    kinds = (DynamicPruning, config.pruning), (TokenMerging, config.merging), (SpatialPooling, config.pooling)
-    return [kind(settings) for kind, settings in kinds if settings is not None]
+for _method in (DynamicPruning, TokenMerging, SpatialPooling):
+    register(_method)

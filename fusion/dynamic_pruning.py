@@ -7,15 +7,27 @@ mask keeps the dropped ones out of every convolution and scan, so that training 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusion.config import PruningConfig
-from fusion.token_state import SiteMethod, TokenState, join_cls, mean_over_kept, patch_policy, split_cls
+from fusion.method import Meter, SiteMethod
+from fusion.pruning_loss import PruningLoss, PruningOutput
+from fusion.pruning_settings import PruningSettings, PruningTraining
+from fusion.token_state import (
+    ClassTokens,
+    TokenState,
+    join_cls,
+    mean_of_cls,
+    mean_over_kept,
+    patch_policy,
+    split_cls,
+)
 
 # What chooses tokens: (stage, tokens (B, n, C), policy so far (B, n)) -> either a decision (B, n) of 1 (keep) and 0,
 # floating, after which the sequence keeps its length, or the indices (B, k) to keep, long and rising, after which it is
@@ -24,24 +36,6 @@ TokenPolicy = Callable[[int, Tensor, Tensor], Tensor]
 
 # What chooses scan directions: (layer, class token's column of xz (B, 2 * d_inner)) -> gates (B, directions), 1 or 0.
 DirectionPolicy = Callable[[int, Tensor], Tensor]
-
-
-class PruningOutput(NamedTuple):
-    """What a pruned model computed and decided, for B images of M patches.
-
-    `logits` (B, classes); `tokens` (B, M, D): the final patch tokens, kept ones first (inference: only those);
-    `token_policy` (B, M, 1): 1 where a token is still kept; `decisions`: a stage's keep decision (B, M) each, in
-    training in the order the stage found the tokens in, in inference in raster order; `positions` (B, M): raster index
-    of every token, None where merging has mixed them; `block_policy` (depth, B, 1, directions), None without block
-    pruning.
-    """
-
-    logits: Tensor
-    tokens: Tensor
-    token_policy: Tensor
-    decisions: list[Tensor]
-    positions: Tensor | None
-    block_policy: Tensor | None
 
 
 class ScorePredictor(nn.Module):
@@ -95,12 +89,12 @@ def evenly_spread(count: int, keep: int) -> Tensor:
     return torch.arange(keep) * (count - 1) // max(keep - 1, 1)
 
 
-def take(state: TokenState, order: Tensor, cls_index: tuple[int, ...] | Tensor) -> TokenState:
-    """The patch tokens `order` (B, k) of `state`, in that order, with the class tokens at `cls_index` among them."""
+def take(state: TokenState, order: Tensor, cls: ClassTokens) -> TokenState:
+    """The patch tokens `order` (B, k) of `state`, in that order, with the class tokens where `cls` says among them."""
     batch, length, _ = state.hidden.shape
     slots = torch.arange(length, device=order.device).view(1, -1, 1).expand(batch, -1, -1)
-    classes, patches = split_cls(slots, state.cls_index)
-    slots = join_cls(classes, patches.gather(1, order.unsqueeze(-1)), cls_index)
+    classes, patches = split_cls(slots, state.cls)
+    slots = join_cls(classes, patches.gather(1, order.unsqueeze(-1)), cls)
 
     def pick(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.gather(1, slots.expand(-1, -1, x.shape[-1]))
@@ -109,68 +103,128 @@ def take(state: TokenState, order: Tensor, cls_index: tuple[int, ...] | Tensor) 
     return state.replace(
         hidden=pick(state.hidden),
         residual=pick(state.residual),
-        cls_index=cls_index,
-        grid=None,
+        cls=cls,
         positions=order if positions is None else positions.gather(1, order),
     )
+
+
+class Choices(NamedTuple):
+    """What pruning keeps in a token sequence: each stage's keep decision (B, M), each layer's gates (B, directions),
+    and, only where a predictor is to look at it, what the last mixer's scans were told (B, L, C)."""
+
+    decisions: tuple[Tensor, ...] = ()
+    gates: tuple[Tensor, ...] = ()
+    observed: Tensor | None = None
 
 
 def pruning_output(state: TokenState, tokens: Tensor, logits: Tensor) -> PruningOutput:
     """Gather what the sites left in `state`; tokens (B, K + M, D) are normalised, the K class tokens first."""
     policy, positions = patch_policy(state), state.positions
-    if positions is None and state.grid is not None:
+    if state.fills_grid:
         positions = torch.arange(policy.shape[1], device=policy.device).expand(policy.shape[0], -1)
+    chosen = state.entry(DynamicPruning.name, Choices())
     return PruningOutput(
         logits=logits,
         tokens=tokens[:, state.num_cls :],
         token_policy=policy.unsqueeze(-1),
-        decisions=list(state.decisions),
+        decisions=list(chosen.decisions),
         positions=positions,
-        block_policy=torch.stack(state.block_policy).unsqueeze(2) if state.block_policy else None,
+        block_policy=torch.stack(chosen.gates).unsqueeze(2) if chosen.gates else None,
     )
 
 
 class DynamicPruning(SiteMethod):
-    """Token pruning before the layers of `config.pruning_loc`, and direction gates in every layer.
+    """Token pruning before the layers of `settings.pruning_loc`, and direction gates in every layer.
 
     `token_policy` and `direction_policy` make the choices and may be replaced, to force some; None switches one off.
     `gate_noise` scales the noise that learned gates are drawn with in training: 1 as published, and at 0 they decide as
     in inference.
-    Where the class token's column is wanted for the gates, models with two class tokens take the mean of both, and
+    Where the class token's column is wanted for the gates, models with several class tokens take the mean of them, and
     models with none the mean over the patch tokens still kept.
     """
 
-    def __init__(self, config: PruningConfig) -> None:
-        self.config = config
+    name = "pruning"
+    title = "learned pruning (DyVM)"
+    Settings, Training = PruningSettings, PruningTraining
+    switch, off = "pruning", "none"
+    teacher_title = "Unpruned"
+
+    settings: PruningSettings
+
+    def __init__(self, settings: PruningSettings) -> None:
+        super().__init__(settings)
         self.gate_noise = 1.0
         tokens = {"learned": self._learned_tokens, "static": self._static_tokens, "random": self._random_tokens}
         gates = {"learned": self._learned_gates, "static": self._static_gates, "random": self._random_gates}
-        self.token_policy: TokenPolicy | None = tokens[config.policy] if config.tokens else None
-        self.direction_policy: DirectionPolicy | None = gates[config.policy] if config.blocks else None
+        self.token_policy: TokenPolicy | None = tokens[settings.policy] if settings.tokens else None
+        self.direction_policy: DirectionPolicy | None = gates[settings.policy] if settings.blocks else None
+
+    # --- flags ---
+
+    @classmethod
+    def model_keywords(cls, args: argparse.Namespace, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """The keywords that the flags ask for; `--token-keep-ratio` k is the stages' k, k^2, ..."""
+        given = cls.Settings.from_arguments(args)
+        kind = given.get(cls.switch, defaults.get(cls.switch, cls.off))
+        if args.gate_noise_end < 1 and (kind not in ("block", "both") or args.pruning_policy != "learned"):
+            raise ValueError("--gate-noise-end wants --pruning block or both, and --pruning-policy learned.")
+        if kind == cls.off:
+            if cls.is_on({}, defaults):
+                raise ValueError(
+                    f"--pruning is none but {args.model} prunes; wanted the plain model's name, or another --pruning."
+                )
+            return {}
+        keep = args.token_keep_ratio
+        if not 0 < keep <= 1:
+            raise ValueError(f"--token-keep-ratio is {keep:g}; wanted one above 0 and at most 1.")
+        stages = len(given.get("pruning_loc", defaults.get("pruning_loc", cls.Settings.pruning_loc)))
+        return given | {cls.switch: kind, "token_ratio": tuple(keep ** (stage + 1) for stage in range(stages))}
+
+    def check(self, args: argparse.Namespace, typed: set[str]) -> None:
+        """Refuse training flags that contradict a loss, a teacher and a training mode of its own."""
+        if args.fsdp:
+            raise ValueError(f"--model {args.model} contradicts --fsdp, which trains Vision Mambas without pruning.")
+        if args.eval:
+            return
+        if not args.model_path:
+            raise ValueError(
+                "Training with pruning wants --model-path: student and teacher start from a trained model."
+            )
+        for flag, wrong in (
+            ("--cosub", getattr(args, "cosub", False)),
+            ("--distillation-type", getattr(args, "distillation_type", "none") != "none"),
+            ("--no-train-mode", not args.train_mode),
+        ):
+            if wrong:
+                raise ValueError(f"{flag} contradicts pruning, which has its own loss, teacher and training mode.")
+
+    # --- at the sites ---
 
     def attach(self, model: nn.Module) -> None:
         """Add `score_predictors` and every mixer's `block_head` (weight 0, bias 5: all directions on), as far as the
         policy learns."""
-        config = self.config
-        config.check_depth(model.depth)
+        settings = self.settings
+        settings.check_depth(model.depth)
         self.model = model
+        # which parameters a step reaches depends on what it prunes
+        model.find_unused_parameters = True
         self.layers_per_site = model.depth // model.num_sites
-        if config.tokens and model.num_prefix_tokens == 0 and model.final_pool_type != "mean":
+        if settings.tokens and model.num_prefix_tokens == 0 and model.final_pool_type != "mean":
             raise ValueError(
                 f"final_pool_type is {model.final_pool_type!r}; wanted 'mean' for token pruning without a class token."
             )
-        odd = any(layer % 2 for layer in config.pruning_loc)
-        if config.tokens and self.layers_per_site == 2 and (odd or config.predictor_input != "hidden"):
+        odd = any(layer % 2 for layer in settings.pruning_loc)
+        if settings.tokens and self.layers_per_site == 2 and (odd or settings.predictor_input != "hidden"):
             raise ValueError(
                 "This model takes its layers in pairs: wanted even layers in pruning_loc, and predictor_input 'hidden'."
             )
         mixer = model.layers[0].mixer
-        if config.policy != "learned":
+        if settings.policy != "learned":
             return
-        if config.tokens:
-            width = {"hidden": model.embed_dim, "delta": mixer.d_inner, "B": mixer.d_state}[config.predictor_input]
-            model.score_predictors = nn.ModuleList(ScorePredictor(width, model.embed_dim) for _ in config.pruning_loc)
-        if config.blocks:
+        if settings.tokens:
+            width = {"hidden": model.embed_dim, "delta": mixer.d_inner, "B": mixer.d_state}[settings.predictor_input]
+            model.score_predictors = nn.ModuleList(ScorePredictor(width, model.embed_dim) for _ in settings.pruning_loc)
+        if settings.blocks:
             for layer in model.layers:
                 head = nn.Linear(2 * mixer.d_inner, len(mixer.directions))
                 nn.init.zeros_(head.weight)
@@ -179,8 +233,8 @@ class DynamicPruning(SiteMethod):
 
     def __call__(self, index: int, state: TokenState, run: Callable[..., TokenState]) -> TokenState:
         layer = index * self.layers_per_site
-        if self.token_policy is not None and layer in self.config.pruning_loc:
-            state = self._drop_tokens(self.config.pruning_loc.index(layer), state)
+        if self.token_policy is not None and layer in self.settings.pruning_loc:
+            state = self._drop_tokens(self.settings.pruning_loc.index(layer), state)
         mixer_args: dict[str, Any] = {}
         if state.token_mask is not None:
             mixer_args["token_mask"] = state.token_mask
@@ -191,38 +245,40 @@ class DynamicPruning(SiteMethod):
         if self.token_policy is not None and self._is_observed(layer):
             mixer_args["observe"] = self._observer(len(state.hidden), gates, seen)
         state = run(state, **mixer_args)
-        state = state.replace(block_policy=state.block_policy + tuple(gates))
+        chosen = state.entry(self.name, Choices())
+        chosen = chosen._replace(gates=(*chosen.gates, *gates))
         if "observe" in mixer_args:
-            state = state.replace(observed=self._mean_observed(layer, state, seen))
-        return state
+            chosen = chosen._replace(observed=self._mean_observed(layer, state, seen))
+        return state.with_entry(self.name, chosen)
+
+    def output(self, output: Any, state: TokenState, tokens: Tensor) -> PruningOutput:
+        """In training the model returns its decisions too."""
+        return pruning_output(state, tokens, output)
 
     # --- tokens ---
 
     def num_kept(self, stage: int) -> int:
         """How many tokens inference keeps at `stage`: a share of the original patches, rounded down."""
-        return int(self.config.token_ratio[stage] * self.model.patch_embed.num_patches)
+        return int(self.settings.token_ratio[stage] * self.model.patch_embed.num_patches)
 
     def _drop_tokens(self, stage: int, state: TokenState) -> TokenState:
-        policy = patch_policy(state)
-        if state.observed is not None:
-            tokens = state.observed
+        policy, chosen = patch_policy(state), state.entry(self.name, Choices())
+        if chosen.observed is not None:
+            tokens = chosen.observed
         else:
             tokens = state.hidden if state.residual is None else state.hidden + state.residual
-        choice = self.token_policy(stage, split_cls(tokens, state.cls_index)[1], policy)
-        batch = policy.shape[0]
+        choice = self.token_policy(stage, split_cls(tokens, state.cls)[1], policy)
         if choice.is_floating_point():
             order, kept = kept_first(choice)
-            cls_index = [
-                torch.as_tensor(place, device=order.device) for place in self.model.class_token_positions(kept)
-            ]
-            cls_index = torch.stack([place.expand(batch) for place in cls_index], 1) if cls_index else ()
-            state = take(state, order, cls_index)
-            ones = choice.new_ones(batch, state.num_cls, 1)
-            mask = join_cls(ones, choice.gather(1, order).unsqueeze(-1), cls_index).squeeze(-1)
-            return state.replace(token_mask=mask, decisions=(*state.decisions, choice))
-        state = take(state, choice, self.model.class_token_positions(choice.shape[1]))
-        decision = policy.new_zeros(batch, self.model.patch_embed.num_patches).scatter(1, state.positions, 1.0)
-        return state.replace(decisions=(*state.decisions, decision))
+            state = take(state, order, state.cls.among(kept))
+            ones = choice.new_ones(len(choice), state.num_cls, 1)
+            mask = join_cls(ones, choice.gather(1, order).unsqueeze(-1), state.cls).squeeze(-1)
+            state, decision = state.replace(token_mask=mask), choice
+        else:
+            state = take(state, choice, state.cls.among(choice.shape[1]))
+            decision = policy.new_zeros(len(policy), self.model.patch_embed.num_patches)
+            decision = decision.scatter(1, state.positions, 1.0)
+        return state.with_entry(self.name, chosen._replace(decisions=(*chosen.decisions, decision)))
 
     def _learned_tokens(self, stage: int, tokens: Tensor, policy: Tensor) -> Tensor:
         scores = self.model.score_predictors[stage](tokens, policy).float()
@@ -244,19 +300,12 @@ class DynamicPruning(SiteMethod):
 
         def gate(hidden: Tensor) -> Tensor:
             # the second layer of a pair runs on the reversed sequence
-            at, mask = state.cls_index, state.token_mask
+            at, mask = state.cls.index, state.token_mask
             if gates:
                 last = hidden.shape[1] - 1
-                at = last - at if isinstance(at, Tensor) else tuple(last - place for place in at)
+                at = last - at.flip(1) if isinstance(at, Tensor) else tuple(last - place for place in reversed(at))
                 mask = None if mask is None else mask.flip(1)
-            if isinstance(at, Tensor):
-                token = hidden.gather(1, at.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])).mean(1)
-            elif len(at) == 1:
-                token = hidden[:, at[0]]
-            elif at:
-                token = (hidden[:, at[0]] + hidden[:, at[1]]) / 2
-            else:
-                token = mean_over_kept(hidden, mask)
+            token = mean_of_cls(hidden, at) if state.num_cls else mean_over_kept(hidden, mask)
             number = layer + len(gates)
             # the class token's column alone: the layer may do without the other tokens of images that skip it
             column = self.model.layers[number].mixer.in_proj(token)
@@ -273,25 +322,25 @@ class DynamicPruning(SiteMethod):
         directions = len(self.model.layers[layer].mixer.directions)
         total = directions * self.model.depth
         gates = torch.zeros(total, device=column.device)
-        gates[evenly_spread(total, int(total * self.config.block_keep_ratio)).to(column.device)] = 1.0
+        gates[evenly_spread(total, int(total * self.settings.block_keep_ratio)).to(column.device)] = 1.0
         return gates[layer * directions : (layer + 1) * directions].expand(len(column), -1)
 
     def _random_gates(self, layer: int, column: Tensor) -> Tensor:
         directions = len(self.model.layers[layer].mixer.directions)
         chance = torch.rand(len(column), directions, device=column.device)
-        return (chance < self.config.block_keep_ratio).float()
+        return (chance < self.settings.block_keep_ratio).float()
 
     # --- what a mixer's scan was told, as the predictor's input ---
 
     def _is_observed(self, layer: int) -> bool:
-        learned_from = self.config.policy == "learned" and self.config.predictor_input != "hidden"
-        return learned_from and layer + 1 in self.config.pruning_loc
+        learned_from = self.settings.policy == "learned" and self.settings.predictor_input != "hidden"
+        return learned_from and layer + 1 in self.settings.pruning_loc
 
     def _observer(self, batch: int, gates: list[Tensor], seen: list[Tensor]) -> Callable[..., None]:
         """Collects the step sizes or the B of each direction that runs, times its gate."""
 
         def observe(delta: Tensor, B: Tensor, images: Tensor | None = None) -> None:
-            value = delta if self.config.predictor_input == "delta" else B
+            value = delta if self.settings.predictor_input == "delta" else B
             if images is not None:
                 value = value.new_zeros(batch, *value.shape[1:]).index_copy(0, images, value)
             elif gates and self.model.training:
@@ -304,9 +353,54 @@ class DynamicPruning(SiteMethod):
         """The mean over all directions (B, L, C), one that was skipped counting as zero."""
         mixer = self.model.layers[layer].mixer
         if not seen:
-            width = mixer.d_inner if self.config.predictor_input == "delta" else mixer.d_state
+            width = mixer.d_inner if self.settings.predictor_input == "delta" else mixer.d_state
             return state.hidden.new_zeros(*state.hidden.shape[:2], width)
         return sum(seen) / len(mixer.directions)
+
+    # --- training, and what is told of it ---
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Fine-tuning starts from the plain model, which is the teacher."""
+        return True
+
+    def criterion(self, base: nn.Module, teacher: nn.Module | None, args: argparse.Namespace) -> nn.Module:
+        """The task's criterion, the keep targets and the teacher."""
+        return PruningLoss(base, teacher, self.settings, args.token_pruning_weight, args.block_pruning_weight)
+
+    def begin_epoch(self, epoch: int, epochs: int, args: argparse.Namespace) -> None:
+        """Set the noise of the gates."""
+        scale_gate_noise(self.model, epoch, epochs, args.gate_noise_end)
+
+    def meter(self) -> DecisionMeter:
+        """A meter of the kept shares."""
+        return DecisionMeter(self.model)
+
+    def report(self, meter: DecisionMeter) -> list[str]:
+        """The kept shares that `meter` saw, and those that were wanted."""
+        lines = []
+        if meter.tokens is not None:
+            kept = ", ".join(f"{share:.3f}" for share in meter.tokens.tolist())
+            wanted = ", ".join(f"{ratio:.3f}" for ratio in self.settings.token_ratio)
+            lines.append(f"Kept tokens, stage by stage: {kept} (wanted {wanted})")
+        if meter.directions is not None:
+            ran, wanted = float(meter.directions.mean()), self.settings.block_keep_ratio
+            lines.append(f"Scan directions that ran: {ran:.3f} (wanted {wanted:.3f})")
+        return lines
+
+    def draw(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        directory: Path,
+        meter: Meter | None,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        """Write what is kept of the images, and the directions that ran."""
+        from fusion.visualize_pruning import visualize_pruning  # drawing is rare, and its imports are slow
+
+        visualize_pruning(model, images, directory, meter, mean, std)
 
 
 def scale_gate_noise(model: nn.Module, epoch: int, epochs: int, end: float) -> float:
@@ -319,28 +413,36 @@ def scale_gate_noise(model: nn.Module, epoch: int, epochs: int, end: float) -> f
     return scale
 
 
-class DecisionMeter:
-    """Calls a pruned `model` for logits, and adds up what it decides over all calls.
+class DecisionMeter(Meter):
+    """Adds up what a pruned `model` decides, while it is active or called itself.
 
     `sums`, float64: the number of images; the kept share of each stage, summed over images; on how many images each
-    direction of each layer ran. Several meters' sums may be added.
+    direction of each layer ran.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, config = model, model.methods.pruning
-        self.stages = len(config.pruning_loc) if config.tokens else 0
-        self.shape = (model.depth, len(model.layers[0].mixer.directions)) if config.blocks else (0, 0)
-        self.sums = torch.zeros(1 + self.stages + self.shape[0] * self.shape[1], dtype=torch.float64)
+        self.model = model
+        method = next(method for method in model.site_methods if isinstance(method, DynamicPruning))
+        settings = method.settings
+        self.stages = len(settings.pruning_loc) if settings.tokens else 0
+        self.shape = (model.depth, len(model.layers[0].mixer.directions)) if settings.blocks else (0, 0)
+        super().__init__(method, 1 + self.stages + self.shape[0] * self.shape[1])
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> logits (B, classes)."""
-        output = self.model.forward_with_decisions(x)
-        sums = [torch.tensor([len(x)]), *(decision.double().mean(1).sum().view(1) for decision in output.decisions)]
-        if output.block_policy is not None:
-            sums.append(output.block_policy.double().sum((1, 2)).flatten())
+        with self:
+            output = self.model(x)
+        return output if isinstance(output, Tensor) else output.logits
+
+    @torch.no_grad()
+    def update(self, state: TokenState) -> None:
+        """Add what one batch's sequence holds."""
+        chosen = state.entry(DynamicPruning.name, Choices())
+        sums = [torch.tensor([len(state.hidden)])]
+        sums += [decision.double().mean(1).sum().view(1) for decision in chosen.decisions]
+        sums += [gates.double().sum(0) for gates in chosen.gates]
         self.sums += torch.cat([part.cpu().double() for part in sums])
-        return output.logits
 
     @property
     def tokens(self) -> Tensor | None:
@@ -356,62 +458,3 @@ class DecisionMeter:
         """The kept shares by name, for a log."""
         named = {f"kept_tokens_{j + 1}": float(share) for j, share in enumerate(self.tokens if self.stages else ())}
         return named | ({} if self.directions is None else {"kept_directions": float(self.directions.mean())})
-
-
-class PruningLoss(nn.Module):
-    """Classification, the two keep targets, and the frozen teacher's logits and tokens.
-
-    `base(samples, logits, targets)` + token_weight * mean over stages and images of (kept share - target)^2
-    + block_weight * (mean(block policy) - target)^2 + distill_weight * (KL + MSE). `teacher` is the model that
-    fine-tuning started from, without pruning. `parts` holds the terms of the last call, weighted.
-    """
-
-    def __init__(
-        self,
-        base: nn.Module,
-        teacher: nn.Module,
-        config: PruningConfig,
-        token_weight: float = 10.0,
-        block_weight: float = 10.0,
-        distill_weight: float = 0.5,
-    ) -> None:
-        super().__init__()
-        self.base, self.teacher, self.config = base, teacher.eval().requires_grad_(False), config
-        self.token_weight, self.block_weight, self.distill_weight = token_weight, block_weight, distill_weight
-        self.parts: dict[str, Tensor] = {}
-
-    def train(self, mode: bool = True) -> PruningLoss:
-        """Switch the rest; the teacher stays in eval mode."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
-    def forward(self, samples: Tensor, outputs: PruningOutput, targets: Tensor) -> Tensor:
-        """The scalar loss of one batch: samples (B, C, H, W), what the student made of them, the base's targets."""
-        with torch.no_grad():
-            teacher_tokens = self.teacher.forward_features(samples)
-            teacher_logits = self.teacher.forward_head(teacher_tokens)
-        parts = self.terms(outputs, teacher_logits, teacher_tokens[:, self.teacher.num_prefix_tokens :])
-        parts = {"classification": self.base(samples, outputs.logits, targets)} | parts
-        self.parts = {name: part.detach() for name, part in parts.items()}
-        return sum(parts.values())
-
-    def terms(self, outputs: PruningOutput, teacher_logits: Tensor, teacher_tokens: Tensor) -> dict[str, Tensor]:
-        """The weighted terms beside classification; teacher_tokens (B, M, D) in raster order."""
-        terms = {}
-        if outputs.decisions:
-            shares = torch.stack([decision.mean(1) for decision in outputs.decisions])
-            wanted = torch.tensor(self.config.token_ratio, device=shares.device)
-            terms["token_ratio"] = self.token_weight * (shares - wanted[:, None]).square().mean()
-        if outputs.block_policy is not None:
-            share = outputs.block_policy.mean()
-            terms["block_ratio"] = self.block_weight * (share - self.config.block_keep_ratio).square()
-        student, teacher = (logits.float().log_softmax(-1) for logits in (outputs.logits, teacher_logits))
-        terms["logit_kl"] = self.distill_weight * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-        # merged tokens are no one patch's, and have no counterpart
-        if outputs.positions is not None:
-            index = outputs.positions.unsqueeze(-1).expand(-1, -1, teacher_tokens.shape[-1])
-            distance = (outputs.tokens.float() - teacher_tokens.float().gather(1, index)).square().mean(-1)
-            kept = (outputs.token_policy.squeeze(-1) > 0.5).to(distance.dtype)
-            terms["token_mse"] = self.distill_weight * (distance * kept).sum() / kept.sum().clamp(min=1)
-        return terms

@@ -15,20 +15,84 @@ The functions are pure and know no model, so they fit any Vision Mamba whose blo
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from mamba_ssm.ops import merging
 from torch import Tensor, nn
 
-from fusion.config import FUSION_ORDERS, MergingConfig
-from fusion.token_state import SiteMethod, TokenState, join_cls, split_cls
+from fusion.method import Settings, SiteMethod, option
+from fusion.token_state import ClassIndex, ClassTokens, TokenState, join_cls, split_cls
 
 _logger = logging.getLogger(__name__)
+
+STRATEGIES = ("no", "all", "alternate", "lower", "upper")
+ORDERS = ("published", "raster")
+
+
+def _strategy(name: str) -> str:
+    return "alternate" if name == "interleaved" else name
+
+
+@dataclass(frozen=True)
+class MergingSettings(Settings):
+    """Which sites merge, how many tokens each, and in which order the survivors go on.
+
+    `strategy` picks the sites by index i: `all` every one, `alternate` (also `interleaved`) odd i, `lower` i < layer,
+    `upper` i > layer.
+    """
+
+    strategy: str = option(
+        "no",
+        "after which sites similar tokens merge; 'interleaved' is 'alternate'",
+        flag="--fusion-strategy",
+        keyword="fusion_strategy",
+        choices=STRATEGIES,
+        type=_strategy,
+    )
+    layer: int = option(
+        0,
+        "site that bounds 'lower' and 'upper'",
+        flag="--fusion-layer",
+        keyword="fusion_layer",
+        type=int,
+        metavar="K",
+    )
+    token: int = option(
+        0, "tokens to fuse at each merging site", flag="--fusion-token", keyword="fusion_token", type=int, metavar="R"
+    )
+    order: str = option(
+        "published",
+        "order of the tokens that go on",
+        flag="--fusion-order",
+        keyword="fusion_order",
+        choices=ORDERS,
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "strategy", _strategy(self.strategy))
+        super().__post_init__()
+        if self.token < 0:
+            raise ValueError(f"fusion_token is {self.token}; wanted 0 or more tokens to fuse at a site.")
+
+    def sites(self, num_sites: int) -> tuple[int, ...]:
+        """The indices, out of `num_sites`, of the sites after which tokens merge."""
+        if self.strategy in ("lower", "upper") and not 0 <= self.layer < num_sites:
+            raise ValueError(f"fusion_layer is {self.layer}; wanted a site of this model, 0 to {num_sites - 1}.")
+        chosen = {
+            "no": lambda i: False,
+            "all": lambda i: True,
+            "alternate": lambda i: i % 2 == 1,
+            "lower": lambda i: i < self.layer,
+            "upper": lambda i: i > self.layer,
+        }[self.strategy]
+        return tuple(i for i in range(num_sites) if chosen(i))
 
 
 class Matching(NamedTuple):
@@ -65,41 +129,45 @@ def bipartite_soft_matching(
     similar first. The default, None, sorts if there is a class token, as the published function does; models sort.
     Raises ValueError for an unknown order, or for one that contradicts sort=False.
     """
-    if order not in FUSION_ORDERS:
-        raise ValueError(f"order is {order!r}; wanted one of {', '.join(FUSION_ORDERS)}.")
+    if order not in ORDERS:
+        raise ValueError(f"order is {order!r}; wanted one of {', '.join(ORDERS)}.")
     if sort is False and (class_token or order == "raster"):
         raise ValueError("sort is False; wanted True or None with a class token or in raster order.")
-    cls_index = (0,) if class_token else ()
-    r = num_merged(r, metric.shape[1] - len(cls_index))
-    return _match(metric, r, cls_index, cls_index, order, sort=class_token or bool(sort))[0]
+    index = (0,) if class_token else ()
+    r = num_merged(r, metric.shape[1] - len(index))
+    return _match(metric, r, index, index, int(class_token), order, sort=class_token or bool(sort))[0]
 
 
 def _match(
-    metric: Tensor,
-    r: int,
-    cls_index: tuple[int, ...] | Tensor,
-    moved: tuple[int, ...] | None,
-    order: str,
-    sort: bool,
-) -> tuple[Matching, tuple[int, ...] | Tensor]:
-    """Match a sequence with class tokens at `cls_index`, r within bounds. They go to `moved`, or if that is None a
-    single one keeps its own place among the patch tokens left. Returns the matching and where class tokens went."""
-    is_first = isinstance(cls_index, tuple) and cls_index == (0,)
+    metric: Tensor, r: int, index: ClassIndex, moved: tuple[int, ...] | None, first: int, order: str, sort: bool
+) -> tuple[Matching, ClassIndex]:
+    """Match a sequence with class tokens at `index`, r within bounds; set a begins at patch token `first` (0 or 1).
+    They go to `moved`, or if that is None keep their own places among the patch tokens left. Returns the matching and
+    where class tokens went."""
     if r and merging.has_kernels(metric):
-        cls = cls_index if isinstance(cls_index, Tensor) else torch.tensor([cls_index], dtype=torch.long)
-        targets = (-1,) if moved is None else moved
+        cls = index if isinstance(index, Tensor) else torch.tensor([index], dtype=torch.long)
         slot, kept, count, places = merging.match_tokens_fn(
-            metric.detach(), r, cls, targets, odd_first=is_first, raster=order == "raster", sort=sort
+            metric.detach(),
+            r,
+            cls,
+            [-1] * cls.shape[1] if moved is None else moved,
+            odd_first=bool(first),
+            raster=order == "raster",
+            sort=sort,
         )
         return Matching(slot, kept, count), places if moved is None else moved
-    patches = split_cls(metric, cls_index)[1]
-    slot, kept = _match_patches(patches, r, int(is_first), order, sort)
-    if moved is None:
-        before = cls_index if isinstance(cls_index, Tensor) else cls_index[0]
-        places = (kept & (torch.arange(kept.shape[1], device=kept.device) < before)).sum(1, keepdim=True)
-    else:
-        places = moved
-    return _with_cls(slot, kept, patches.shape[1] - r, cls_index, places), places
+    patches = split_cls(metric, index)[1]
+    slot, kept = _match_patches(patches, r, first, order, sort)
+    places = _own_places(kept, index) if moved is None else moved
+    return _with_cls(slot, kept, patches.shape[1] - r, index, places), places
+
+
+def _own_places(kept: Tensor, index: ClassIndex) -> Tensor:
+    """Where class tokens at `index` stand if they keep their places among the patch tokens that are `kept` (B, M)."""
+    index = index if isinstance(index, Tensor) else torch.tensor([index], dtype=torch.long, device=kept.device)
+    slots = torch.arange(index.shape[1], device=kept.device)
+    before = torch.arange(kept.shape[1], device=kept.device) < (index - slots).unsqueeze(2)
+    return (kept.unsqueeze(1) & before).sum(2) + slots
 
 
 def _match_patches(metric: Tensor, r: int, first: int, order: str, sort: bool) -> tuple[Tensor, Tensor]:
@@ -169,50 +237,47 @@ def unmerge(y: Tensor, matching: Matching) -> Tensor:
 def merge_tokens(state: TokenState, r: int, order: str = "published") -> TokenState:
     """Fuse r patch tokens of `state` after a site, for its hidden states and, with the same pairs, its residual.
 
-    The hidden states are the metric. A class token in front stays there, and patch tokens count from 1 in the choice of
-    even and odd; in every other case class tokens are taken out and the patch tokens count from 0. Afterwards a class
-    token that was last, or one of two, is at its end of the sequence; one in between is in the middle of the patch
-    tokens that are left (`order` "published") or keeps its own place among them ("raster"), which differs from image to
-    image: `cls_index` is then a tensor (B, 1).
+    The hidden states are the metric. Class tokens are taken out and the patch tokens count from 0 in the choice of even
+    and odd; where all class tokens are in front they stay there, and tokens count with them. Afterwards class tokens at
+    both ends, or spread by a rule, are put back by their rule, and those in front or behind stay there; others are in
+    the middle of the patch tokens that are left (`order` "published") or keep their own places among them ("raster"),
+    which differ from image to image: their index is then a tensor (B, K).
 
     The result has neither grid nor positions, since a fused token is no one patch's; `groups`, where kept, say which
     patches it is. Raises ValueError for a state with a token mask.
     """
     if state.token_mask is not None:
         raise ValueError("A masked sequence must keep its length; wanted token merging without a token mask.")
-    num_patches = state.num_tokens - state.num_cls
-    fused = num_merged(r, num_patches)
+    fused = num_merged(r, state.num_patches)
     if fused == 0:
         return state
-    moved = _moved_cls(state, num_patches - fused, order)
-    matching, cls_index = _match(state.hidden, fused, state.cls_index, moved, order, sort=True)
+    cls = state.cls
+    moved = _moved_cls(cls, state.num_patches, state.num_patches - fused, order)
+    in_front = cls.place != "spread" and cls.index == tuple(range(cls.count))
+    matching, index = _match(state.hidden, fused, cls.index, moved, cls.count % 2 if in_front else 0, order, sort=True)
     return state.replace(
         hidden=merge(state.hidden, matching),
         residual=None if state.residual is None else merge(state.residual, matching),
-        cls_index=cls_index,
+        cls=cls.moved(index),
         grid=None,
         positions=None,
-        groups=None
-        if state.groups is None
-        else _patch_slots(matching, state.cls_index, cls_index).gather(1, state.groups),
+        groups=None if state.groups is None else _patch_slots(matching, cls.index, index).gather(1, state.groups),
     )
 
 
-def _moved_cls(state: TokenState, num_left: int, order: str) -> tuple[int, ...] | None:
-    """Where the class tokens of `state` stand once `num_left` patch tokens are left; None where a single one keeps its
-    place among those, in each image its own."""
-    old = state.cls_index
-    if state.num_cls == 2:
-        return 0, num_left + 1
-    if isinstance(old, tuple):
-        if old in ((), (0,)):
-            return old
-        if old[0] == state.num_tokens - 1:
-            return (num_left,)
-    return (num_left // 2,) if order == "published" else None
+def _moved_cls(cls: ClassTokens, num_patches: int, num_left: int, order: str) -> tuple[int, ...] | None:
+    """Where the class tokens among `num_patches` patch tokens stand once `num_left` are left; None where they keep
+    their places among those, in each image their own."""
+    if cls.place in ("ends", "spread"):
+        return cls.places(num_left)
+    for place in ("front", "back", "ends"):
+        rule = ClassTokens(cls.count, place)
+        if isinstance(cls.index, tuple) and cls.index == rule.places(num_patches):
+            return rule.places(num_left)
+    return ClassTokens(cls.count, "middle").places(num_left) if order == "published" else None
 
 
-def _patch_slots(matching: Matching, old: tuple[int, ...] | Tensor, new: tuple[int, ...] | Tensor) -> Tensor:
+def _patch_slots(matching: Matching, old: ClassIndex, new: ClassIndex) -> Tensor:
     """Where each patch token goes among the patch tokens left, (B, M); class tokens go from `old` to `new`."""
     slot = split_cls(matching.slot.unsqueeze(-1), old)[1].squeeze(-1)
     for place in reversed(new.split(1, 1) if isinstance(new, Tensor) else new):
@@ -220,9 +285,7 @@ def _patch_slots(matching: Matching, old: tuple[int, ...] | Tensor, new: tuple[i
     return slot
 
 
-def _with_cls(
-    slot: Tensor, kept: Tensor, num_left: int, old: tuple[int, ...] | Tensor, new: tuple[int, ...] | Tensor
-) -> Matching:
+def _with_cls(slot: Tensor, kept: Tensor, num_left: int, old: ClassIndex, new: ClassIndex) -> Matching:
     """The matching of a sequence whose patch tokens go to `slot`, and whose class tokens, each a group of its own, go
     from the indices `old` to `new`."""
     places = new.split(1, 1) if isinstance(new, Tensor) else [slot.new_full((slot.shape[0], 1), at) for at in new]
@@ -235,44 +298,85 @@ def _with_cls(
     return Matching(slot, kept, count.scatter_add_(1, slot, torch.ones_like(slot)))
 
 
-def token_schedule(config: MergingConfig, num_patches: int, num_cls: int, num_sites: int) -> tuple[int, ...]:
+def token_schedule(settings: MergingSettings, num_patches: int, num_cls: int, num_sites: int) -> tuple[int, ...]:
     """The length of the token sequence, class tokens included, after each site of a model."""
-    sites, lengths = config.sites(num_sites), []
+    sites, lengths = settings.sites(num_sites), []
     for index in range(num_sites):
         if index in sites:
-            num_patches -= num_merged(config.token, num_patches)
+            num_patches -= num_merged(settings.token, num_patches)
         lengths.append(num_patches + num_cls)
     return tuple(lengths)
 
 
 class TokenMerging(SiteMethod):
-    """Merges tokens after the sites that its configuration picks, in training and in inference; owns no parameters."""
+    """Merges tokens after the sites that its settings pick, in training and in inference; owns no parameters."""
 
-    def __init__(self, config: MergingConfig) -> None:
-        self.config = config
-        self.sites: tuple[int, ...] = ()
-        self.num_tokens = 0
-        self.schedule: tuple[int, ...] = ()
+    name = "merging"
+    title = "token merging (Famba-V)"
+    Settings = MergingSettings
+    switch, off = "fusion_strategy", "no"
+
+    settings: MergingSettings
+    sites: tuple[int, ...] = ()
+    num_tokens = 0
+    schedule: tuple[int, ...] = ()
+
+    @classmethod
+    def add_arguments(cls, group: argparse._ActionsContainer) -> None:
+        """Add the flags."""
+        super().add_arguments(group)
+        group.add_argument("--bi-merge", action="store_true", help="accepted for published commands; changes nothing")
+
+    @classmethod
+    def check_flags(cls, args: argparse.Namespace, typed: set[str]) -> None:
+        """Say what changes nothing."""
+        super().check_flags(args, typed)
+        if args.bi_merge:
+            _logger.warning("--bi-merge changes nothing here: --fusion-strategy alone switches token merging on.")
+        if args.fusion_strategy == "no" and (args.fusion_token > 0 or args.fusion_layer != 0):
+            _logger.warning("--fusion-token and --fusion-layer change nothing without --fusion-strategy.")
+        if args.fusion_token < 0:
+            raise ValueError(f"--fusion-token is {args.fusion_token}; wanted 0 or more tokens to fuse at a site.")
+
+    @classmethod
+    def conflicts(cls, settings: MergingSettings, others: Mapping[str, Any]) -> str | None:
+        """Two methods that shorten the sequence."""
+        pruning = others.get("pruning")
+        if pruning is not None and pruning.tokens:
+            return (
+                "Token merging and token pruning both shorten the sequence: wanted one of the two, or merging with "
+                "pruning 'block'."
+            )
+        return None
 
     def attach(self, model: nn.Module) -> None:
         """Learn how many sites and tokens `model` has. Raises ValueError if K is none of its sites."""
+        if model.rope is not None:
+            raise ValueError(
+                "A merged token has no one position to turn by: wanted the rotary embedding without token merging."
+            )
         num_patches, num_cls, num_sites = model.patch_embed.num_patches, model.num_prefix_tokens, model.num_sites
-        self.sites = self.config.sites(num_sites)
-        self.schedule = token_schedule(self.config, num_patches, num_cls, num_sites)
+        self.sites = self.settings.sites(num_sites)
+        self.schedule = token_schedule(self.settings, num_patches, num_cls, num_sites)
         self.num_tokens = num_patches + num_cls
 
     def __call__(self, index: int, state: TokenState, run: Callable[..., TokenState]) -> TokenState:
         state = run(state)
-        return merge_tokens(state, self.config.token, self.config.order) if index in self.sites else state
+        return merge_tokens(state, self.settings.token, self.settings.order) if index in self.sites else state
 
-    def report(self) -> None:
+    def describe(self) -> None:
         """Log the number of tokens after each site, and warn if there are sites that cannot merge what is asked of
         them."""
-        config, before = self.config, (self.num_tokens, *self.schedule)
+        settings, before = self.settings, (self.num_tokens, *self.schedule)
+        lengths = " ".join(map(str, self.schedule))
         _logger.info(
             "Token merging (%s, K %d, r %d, %s order): %d tokens, after the sites %s.",
-            *(config.strategy, config.layer, config.token, config.order),
-            *(self.num_tokens, " ".join(map(str, self.schedule))),
+            settings.strategy,
+            settings.layer,
+            settings.token,
+            settings.order,
+            self.num_tokens,
+            lengths,
         )
         idle = [index for index in self.sites if before[index] == before[index + 1]]
         if not self.sites or len(idle) == len(self.sites):
@@ -280,12 +384,6 @@ class TokenMerging(SiteMethod):
         elif idle:
             _logger.warning(
                 "Token merging has nothing left to merge after site %d: r = %d is more than the tokens allow.",
-                *(idle[0] - 1, config.token),
+                idle[0] - 1,
+                settings.token,
             )
-
-
-def report_merging(model: nn.Module) -> None:
-    """Log once, when a program starts, what token merging will do in `model`; nothing if it is off."""
-    for method in getattr(model, "site_methods", ()):
-        if isinstance(method, TokenMerging):
-            method.report()

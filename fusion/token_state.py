@@ -1,18 +1,71 @@
-"""What travels between the sites of a Vision Mamba, and the shape of a method that acts there.
+"""What travels between the sites of a Vision Mamba: the token sequence, and where class tokens stand in it.
 
-A *site* is one encoder layer (in paired models two). A method sees the token sequence before and after a site, and may
-hand arguments to the mixer inside it; see `SiteMethod`.
+A *site* is one encoder layer (in paired models two). What acts there is a `fusion.method.SiteMethod`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+# Where class tokens stand in a sequence, rising: indices shared by the batch, or long (B, K) once images differ.
+ClassIndex = tuple[int, ...] | Tensor
+
+PLACES = ("front", "middle", "back", "ends", "spread")
+POSITIONS = ("shared", "own", "none")
+READOUTS = ("mean", "concat")
+
+
+@dataclass(frozen=True)
+class ClassTokens:
+    """K class tokens: a rule for their places, the places that they have, their positions, and how they are read.
+
+    `place` is the rule among m patch tokens: `front`; `middle`, from index m // 2 on; `back`; `ends`, the first half of
+    them in front and the others behind; `spread`, m // (K + 1) patch tokens before each (MambaReg's registers,
+    arXiv:2405.14858). `index` is where they stand now, empty for a rule alone. `positions` says where their position
+    embedding comes from: rows of `pos_embed` at their places (`shared`), a parameter of their `own`, or `none`.
+    `readout` is their `mean`, or all of them behind one another (`concat`).
+    """
+
+    count: int = 0
+    place: str = "middle"
+    positions: str = "shared"
+    readout: str = "mean"
+    index: ClassIndex = ()
+
+    @classmethod
+    def at(cls, index: ClassIndex, place: str = "middle") -> ClassTokens:
+        """Class tokens that stand at `index`."""
+        return cls(index.shape[1] if isinstance(index, Tensor) else len(index), place, index=index)
+
+    def places(self, num_patches: int | Tensor) -> ClassIndex:
+        """Where the rule puts them among m patch tokens, or, for a long tensor (B,), among each image's own number."""
+        shared = isinstance(num_patches, int)
+        if not shared and not self.count:
+            return ()
+        slots = range(self.count) if shared else torch.arange(self.count, device=num_patches.device)
+        m = num_patches if shared else num_patches.unsqueeze(1)
+        if self.place == "spread":
+            length = m // (self.count + 1)
+            return tuple(k * (length + 1) + length for k in slots) if shared else slots * (length + 1) + length
+        in_front = {"front": self.count, "ends": (self.count + 1) // 2}.get(self.place, 0)
+        behind = m // 2 if self.place == "middle" else m
+        if shared:
+            return tuple(k if k < in_front else behind + k for k in slots)
+        return torch.where(slots < in_front, slots, behind + slots)
+
+    def among(self, num_patches: int | Tensor) -> ClassTokens:
+        """The same class tokens where the rule puts them among `num_patches` patch tokens."""
+        return self.moved(self.places(num_patches))
+
+    def moved(self, index: ClassIndex) -> ClassTokens:
+        """The same class tokens at `index`."""
+        return dataclasses.replace(self, index=index)
 
 
 @dataclass(frozen=True)
@@ -20,29 +73,34 @@ class TokenState:
     """The token sequence between two sites.
 
     `hidden` (B, L, D) is the last mixer's output, `residual` (B, L, D) the residual stream it has not been added to yet
-    (None before the first site). `cls_index` says where the K class tokens are: a tuple of 0, 1 or 2 indices shared by
-    the batch, or a long tensor (B, K) once images differ, rising in either case. `grid` is (rows, cols) while the patch
-    tokens still fill it. `token_mask` (B, L) is 1 for tokens that take part and 0 for tokens kept only to keep the
-    length (training with pruning). `positions` (B, M) holds the original raster index of every patch token. `groups`
-    (B, M0), kept only on request, maps each original patch to the patch token it now lives in. `decisions` and
-    `block_policy` collect what pruning chose, stage by stage and layer by layer; `observed` (B, L, C), kept only where
-    pruning looks at it, is what the last mixer's scans were told.
+    (None before the first site). `cls` says where the class tokens stand among the M patch tokens. `grid` is the grid
+    that the patch tokens come from, with any number of axes, (rows, cols) for an image; None once tokens are mixed.
+    `positions` (B, M), long, says which places of it are present, as raster indices in the order of the tokens; None
+    means all of them in raster order. `token_mask` (B, L) is 1 for tokens that take part and 0 for tokens kept only to
+    keep the length (training with pruning). `groups` (B, M0), kept only on request, maps each original patch to the
+    patch token it now lives in. `entries` holds what only one method needs, by the method's name.
     """
 
     hidden: Tensor
     residual: Tensor | None = None
-    cls_index: tuple[int, ...] | Tensor = ()
-    grid: tuple[int, int] | None = None
-    token_mask: Tensor | None = None
+    cls: ClassTokens = ClassTokens()
+    grid: tuple[int, ...] | None = None
     positions: Tensor | None = None
+    token_mask: Tensor | None = None
     groups: Tensor | None = None
-    decisions: tuple[Tensor, ...] = ()
-    block_policy: tuple[Tensor, ...] = ()
-    observed: Tensor | None = None
+    entries: Mapping[str, Any] = field(default_factory=dict)
 
     def replace(self, **changes: Any) -> TokenState:
         """A copy with the named fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def entry(self, name: str, default: Any = None) -> Any:
+        """What the method `name` keeps in this sequence."""
+        return self.entries.get(name, default)
+
+    def with_entry(self, name: str, value: Any) -> TokenState:
+        """A copy in which the method `name` keeps `value`."""
+        return self.replace(entries={**self.entries, name: value})
 
     @property
     def num_tokens(self) -> int:
@@ -51,55 +109,70 @@ class TokenState:
 
     @property
     def num_cls(self) -> int:
-        """How many class tokens the sequence holds: 0, 1 or 2."""
-        return self.cls_index.shape[1] if isinstance(self.cls_index, Tensor) else len(self.cls_index)
+        """How many class tokens the sequence holds."""
+        return self.cls.count
+
+    @property
+    def num_patches(self) -> int:
+        """How many patch tokens the sequence holds."""
+        return self.num_tokens - self.num_cls
+
+    @property
+    def fills_grid(self) -> bool:
+        """Whether the patch tokens fill their grid, in raster order."""
+        return self.grid is not None and self.positions is None
 
 
-def split_cls(x: Tensor, cls_index: tuple[int, ...] | Tensor) -> tuple[Tensor, Tensor]:
+def split_cls(x: Tensor, cls: ClassTokens | ClassIndex) -> tuple[Tensor, Tensor]:
     """Part class tokens from patch tokens: x (B, L, C) -> class tokens (B, K, C), patch tokens (B, L - K, C), in
     order."""
-    if isinstance(cls_index, Tensor):
-        order = _patches_first(cls_index, x.shape[1])
+    index = _index_of(cls)
+    if isinstance(index, Tensor):
+        order = _patches_first(index, x.shape[1])
         x = x.gather(1, order.unsqueeze(-1).expand_as(x))
-        patches, classes = x.tensor_split([x.shape[1] - cls_index.shape[1]], 1)
+        patches, classes = x.tensor_split([x.shape[1] - index.shape[1]], 1)
         return classes, patches
-    if not cls_index:
-        return x[:, :0], x
-    first, last = cls_index[0], cls_index[-1]
-    parts = [x[:, :first], x[:, first + 1 : last], x[:, last + 1 :]]
-    parts = [part for part in parts if part.shape[1]]
-    classes = (
-        x[:, first : first + 1] if first == last else torch.cat([x[:, first : first + 1], x[:, last : last + 1]], 1)
-    )
-    return classes, parts[0] if len(parts) == 1 else torch.cat(parts, 1) if parts else x[:, :0]
+    classes, patches, begin = [], [], 0
+    for first, last in _runs(index):
+        patches.append(x[:, begin:first])
+        classes.append(x[:, first:last])
+        begin = last
+    return _cat(classes, x), _cat([*patches, x[:, begin:]], x)
 
 
-def join_cls(classes: Tensor, patches: Tensor, cls_index: tuple[int, ...] | Tensor) -> Tensor:
-    """Put class tokens (B, K, C) among patch tokens (B, M, C) so that they stand at `cls_index`; inverse of
+def join_cls(classes: Tensor, patches: Tensor, cls: ClassTokens | ClassIndex) -> Tensor:
+    """Put class tokens (B, K, C) among patch tokens (B, M, C) so that they stand where `cls` says; inverse of
     `split_cls`."""
-    if isinstance(cls_index, Tensor):
+    index = _index_of(cls)
+    if isinstance(index, Tensor):
         x = torch.cat([patches, classes], 1)
-        order = _patches_first(cls_index, x.shape[1])
+        order = _patches_first(index, x.shape[1])
         slots = torch.arange(x.shape[1], device=x.device).expand_as(order)
         source = torch.empty_like(order).scatter_(1, order, slots)
         return x.gather(1, source.unsqueeze(-1).expand_as(x))
-    if not cls_index:
-        return patches
-    first = cls_index[0]
-    pieces = [patches[:, :first], classes[:, :1]]
-    if len(cls_index) == 1:
-        pieces.append(patches[:, first:])
-    else:
-        last = cls_index[1]
-        pieces += [patches[:, first : last - 1], classes[:, 1:], patches[:, last - 1 :]]
-    return torch.cat(pieces, 1)
+    pieces, taken, begin = [], 0, 0
+    for first, last in _runs(index):
+        before = first - taken
+        pieces += [patches[:, begin:before], classes[:, taken : taken + last - first]]
+        taken, begin = taken + last - first, before
+    return _cat([*pieces, patches[:, begin:]], patches)
+
+
+def mean_of_cls(x: Tensor, cls: ClassTokens | ClassIndex) -> Tensor:
+    """The mean over the K >= 1 class tokens: x (B, L, C) -> (B, C)."""
+    index = _index_of(cls)
+    if isinstance(index, Tensor):
+        return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1])).mean(1)
+    if len(index) == 1:
+        return x[:, index[0]]
+    return _cat([x[:, first:last] for first, last in _runs(index)], x).mean(1)
 
 
 def patch_policy(state: TokenState) -> Tensor:
     """1 for every patch token still kept, else 0: (B, n)."""
     if state.token_mask is None:
-        return state.hidden.new_ones(state.hidden.shape[0], state.num_tokens - state.num_cls, dtype=torch.float32)
-    return split_cls(state.token_mask.unsqueeze(-1), state.cls_index)[1].squeeze(-1)
+        return state.hidden.new_ones(state.hidden.shape[0], state.num_patches, dtype=torch.float32)
+    return split_cls(state.token_mask.unsqueeze(-1), state.cls)[1].squeeze(-1)
 
 
 def mean_over_kept(x: Tensor, policy: Tensor | None) -> Tensor:
@@ -110,25 +183,32 @@ def mean_over_kept(x: Tensor, policy: Tensor | None) -> Tensor:
     return (x * policy).sum(1) / policy.sum(1).clamp(min=1)
 
 
-def _patches_first(cls_index: Tensor, length: int) -> Tensor:
+def _index_of(cls: ClassTokens | ClassIndex) -> ClassIndex:
+    return cls.index if isinstance(cls, ClassTokens) else cls
+
+
+def _runs(index: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Neighbouring indices as (first, last + 1)."""
+    runs: list[tuple[int, int]] = []
+    for at in index:
+        if runs and runs[-1][1] == at:
+            runs[-1] = (runs[-1][0], at + 1)
+        else:
+            runs.append((at, at + 1))
+    return runs
+
+
+def _cat(parts: list[Tensor], x: Tensor) -> Tensor:
+    """The parts (B, n, C) behind one another, without a copy where there is but one; an empty x[:, :0] for none."""
+    parts = [part for part in parts if part.shape[1]]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1) if parts else x[:, :0]
+
+
+def _patches_first(index: Tensor, length: int) -> Tensor:
     """The order (B, length) of a sequence that puts its patch tokens first and its class tokens (B, K) last."""
-    batch, num_cls = cls_index.shape
-    patches = torch.arange(length - num_cls, device=cls_index.device).expand(batch, -1)
-    for at in cls_index.split(1, 1):
-        patches = patches + (patches >= at)
-    return torch.cat([patches, cls_index], 1)
-
-
-class SiteMethod:
-    """A method that acts at the sites of a model; the identity unless a subclass says otherwise.
-
-    `attach(model)` runs once, when the model is built, and adds whatever parameters the method owns. The call wraps a
-    site: `run(state, **mixer_args)` runs site `index`, handing `mixer_args` to its mixers, so that a method may change
-    the sequence before it, what its mixers see, and the sequence after it.
-    """
-
-    def attach(self, model: nn.Module) -> None:
-        """Add the method's parameters to `model`; none by default."""
-
-    def __call__(self, index: int, state: TokenState, run: Callable[..., TokenState]) -> TokenState:
-        return run(state)
+    batch, num_cls = index.shape
+    patches = torch.arange(length - num_cls, device=index.device).expand(batch, -1)
+    # a patch token stands behind every class token with no more patch tokens in front of it than there are before it
+    before = index - torch.arange(num_cls, device=index.device)
+    patches = patches + (patches.unsqueeze(2) >= before.unsqueeze(1)).sum(2)
+    return torch.cat([patches, index], 1)

@@ -68,8 +68,7 @@ def trace(model: nn.Module, images: Tensor) -> list[TokenState]:
     model.eval()
     try:
         state = model.embed(images)
-        num_patches = state.num_tokens - state.num_cls
-        groups = torch.arange(num_patches, device=images.device).expand(len(images), -1)
+        groups = torch.arange(state.num_patches, device=images.device).expand(len(images), -1)
         model.encode(state.replace(groups=groups), lambda index, state: states.append(state))
     finally:
         model.train(training)

@@ -1,45 +1,5 @@
-"""Models small enough to train in a second, in timm's registry, and the program that knows them.
+"""The micro models, by their name in the tests."""
 
-`python tests/micro_models.py FLAGS...` is `python main.py FLAGS...` with these names added.
-"""
+from benchmarks.micro_models import SIZES, default_cfgs, timm
 
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-from typing import Any
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import timm
-from timm.models import generate_default_cfgs, register_model
-
-import models_mamba
-
-SIZES: dict[str, Any] = dict(depth=4, embed_dim=32, patch_size=8)
-default_cfgs = generate_default_cfgs(
-    {
-        f"{family}_micro_patch8_32": dict(input_size=(3, 32, 32), fixed_input_size=True, num_classes=10)
-        for family in ("vim", "fambav", "fastvim", "dyvm")
-    }
-)
-
-
-def _entry(family: str) -> Any:
-    def build(pretrained: bool = False, **kwargs: Any) -> models_mamba.VisionMamba:
-        keywords = SIZES | (dict(pruning_loc=(1, 2, 3)) if family == "dyvm" else {}) | kwargs
-        keywords = {name: value for name, value in keywords.items() if not name.startswith(("pretrained", "cache"))}
-        return timm.create_model(f"{family}_nano_patch4_32", **keywords)
-
-    build.__name__ = build.__qualname__ = f"{family}_micro_patch8_32"
-    return register_model(build)
-
-
-for _family in ("vim", "fambav", "fastvim", "dyvm"):
-    globals()[f"{_family}_micro_patch8_32"] = _entry(_family)
-
-if __name__ == "__main__":
-    import main
-
-    sys.exit(main.main())
+__all__ = ["SIZES", "default_cfgs", "timm"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import json
 import logging
 import os
@@ -20,12 +21,11 @@ import torch
 from PIL import Image
 
 import main as program
-from benchmarks import compare, plot, summary, throughput
+from benchmarks import cases, compare, ops, plot, summary, throughput
+from measure.flops import model_flops
 from tests import micro_models
 from tests.conftest import ROOT
 from utils import UsageError
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -39,33 +39,21 @@ def _restore(one_thread: None) -> Iterator[None]:
 
 
 def test_spec_of_a_model() -> None:
-    name, keywords = throughput.parse_spec("vim_nano_patch4_32:fusion_strategy=upper,token_ratio=(0.5, 0.25),depth=2")
+    name, keywords = cases.parse_spec("vim_nano_patch4_32:fusion_strategy=upper,token_ratio=(0.5, 0.25),depth=2")
     assert name == "vim_nano_patch4_32"
     assert keywords == dict(fusion_strategy="upper", token_ratio=(0.5, 0.25), depth=2)
     with pytest.raises(ValueError, match="vim_nano_patch4_32"):
-        throughput.parse_spec("vim_nano_patch4_23")
+        cases.parse_spec("vim_nano_patch4_23")
     with pytest.raises(ValueError, match="key=value"):
-        throughput.parse_spec("vim_nano_patch4_32:depth")
-
-
-def test_peak_memory_counts_every_byte() -> None:
-    def call() -> None:
-        first = torch.empty(1000, dtype=torch.uint8)
-        second = torch.empty(500, dtype=torch.uint8)
-        del first, second
-        torch.empty(1200, dtype=torch.uint8)
-
-    weights = torch.empty(77, dtype=torch.uint8)
-    assert throughput.peak_memory(call, CPU) == 1500
-    assert throughput.peak_memory(call, CPU, [weights, weights.view(7, 11)]) == 1577, "shared memory counts once"
+        cases.parse_spec("vim_nano_patch4_32:depth")
 
 
 def test_training_holds_more_than_inference() -> None:
     model = micro_models.timm.create_model("vim_micro_patch8_32")
     images = torch.randn(4, 3, 32, 32)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-    inference = throughput.Case(model, images).peak_bytes()
-    training = throughput.Case(model, images, train=True).peak_bytes()
+    inference = cases.Case(model, images).peak_bytes()
+    training = cases.Case(model, images, train=True).peak_bytes()
     assert inference > weights
     assert training > inference + 3 * weights, "gradients and both moments"
 
@@ -73,20 +61,9 @@ def test_training_holds_more_than_inference() -> None:
 def test_training_step_leaves_the_weights_alone() -> None:
     model = micro_models.timm.create_model("dyvm_micro_patch8_32")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    throughput.Case(model, torch.randn(2, 3, 32, 32), train=True)()
+    cases.Case(model, torch.randn(2, 3, 32, 32), train=True)()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
-
-
-def test_calls_take_turns() -> None:
-    seen: list[int] = []
-    calls = [lambda number=number: (seen.append(number), time.sleep(0.06)) for number in range(3)]
-    times = throughput.time_in_turns(calls, CPU, 0.0, min_rounds=4)
-    warm, timed = seen[:9], seen[9:]
-    assert warm == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert [sorted(timed[at : at + 3]) for at in range(0, 12, 3)] == [[0, 1, 2]] * 4
-    assert [len(taken) for taken in times] == [4, 4, 4]
-    assert min(min(taken) for taken in times) >= 0.06
 
 
 def test_throughput_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,17 +91,8 @@ def test_gates_are_set_to_their_share() -> None:
         **dict(dtype=["float32"], compile=False, train=False, device="cpu", seconds=0.0, img_size=None, batch_size=[8]),
     )
     (row,) = throughput.measure(args)
-    model = throughput.build(args.models[0], None)
-    assert row["flops_full"] < throughput.model_flops(model, 32, 1.0).full
-
-
-@pytest.mark.parametrize(
-    "flags", [["vim_nan_patch4_32"], ["vim_nano_patch4_32:depht=2"], ["vim_nano_patch4_32", "--batch-size", "0"]]
-)
-def test_throughput_refuses_in_one_sentence(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        throughput.main([*flags, "--device", "cpu"])
-    assert capsys.readouterr().err.splitlines()[-1].startswith("benchmarks.throughput: error: ")
+    model = cases.build(args.models[0], None)
+    assert row["flops_full"] < model_flops(model, 32, 1.0).full
 
 
 # --- plots ---
@@ -154,12 +122,6 @@ def test_curves_overlay_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with Image.open(tmp_path / "curves.png") as image:
         assert image.width > 1000
     assert len(plot.curves({"plain": summary.read_log(plain)}).axes) == 3, "no panel for what no run logged"
-
-
-def test_curves_refuse_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        plot.main([str(tmp_path)])
-    assert "log.txt" in capsys.readouterr().err
 
 
 def test_front_keeps_what_nothing_beats() -> None:
@@ -305,3 +267,74 @@ def test_processes_of_its_own_survive_a_signal(one_epoch: list[str], tmp_path: P
     assert process.returncode == 130, err
     assert b"goes on" in err
     assert "saved" in (folder / "console.txt").read_text(), "the run saved itself first"
+
+
+# --- operators ---
+
+
+def test_operators_against_peers_and_ports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "sub" / "ops.json"
+    assert ops.main(["--sizes", "1,8,5", "--rounds", "2", "--threads", "1", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    (result,) = found["sizes"].values()
+    assert "selective_scan_ref forward" in result["scan"]["seconds"]
+    median, fastest = result["scan"]["seconds"]["selective_scan_fn forward"]
+    assert 0 < fastest <= median
+    port = result["ports"]["selective_scan_fn forward"]
+    assert port["steps_per_second"] == pytest.approx(8 * 5 * 16 / median)
+    if found["settings"]["GHz"] is not None:
+        lanes = {"plain": 4, "avx2": 8, "avx512": 16, "none": 1}[found["settings"]["isa"]]
+        assert port["steps_per_cycle_and_lane"] * port["cycles_per_vector"] == pytest.approx(1)
+        cycles = lanes * found["settings"]["GHz"] * 1e9 / port["steps_per_second"]
+        assert port["cycles_per_vector"] == pytest.approx(cycles, rel=0.01)
+    assert result["ratios"]["scan's extra memory / u"] >= 0
+    out = capsys.readouterr().out
+    assert "cycles for a vector" in out
+    assert "processor " in out
+
+
+# --- mistakes ---
+
+MISTAKES = {
+    "flops": [["nothing"], ["vim_nano_patch4_32:depht=2"], ["--img-size", "0"]],
+    "gpu_check": [["--device", "cuda:99"], ["--sizes", "1,2"], ["--models", "nothing"]],
+    "merging": [["--model", "nothing"], ["--model", "test_vit"], ["--rounds", "0"], ["--device", "meta"]],
+    "ops": [["--sizes", "8,384"], ["--threads", "0"], ["--dtype", "int8"], ["--nonsense"]],
+    "plot": [
+        [],
+        ["{here}"],
+        ["{run}", "--file", "{here}/no/such/x.png"],
+        ["{run}", "--file", "{here}/x.what"],
+        ["{bad}"],
+    ],
+    "pruning": [["--model", "deit_tiny_patch16_224"], ["--token-keep", "1.5"], ["--batch-size", "x"]],
+    "reliability": [["--kills", "-1"], ["--sections", "floods"]],
+    "resolution": [["--models", "nothing"], ["--sizes", "0"], ["--device", "x"], ["--add", "--out", "{broken}"]],
+    "summary": [[], ["{here}"], ["{run}"], ["{bad}"]],
+    "throughput": [
+        *(["vim_nan_patch4_32"], ["vim_nano_patch4_32:depht=2"], ["vim_nano_patch4_32", "--batch-size", "0"]),
+        *(["vim_nano_patch4_32:depth"], ["vim_nano_patch4_32", "--img-size", "3"]),
+        ["vim_micro_patch8_32", "--seconds", "0", "--batch-size", "1", "--json", "{run}/log.txt/x.json"],
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "flags"), [(name, flags) for name, rows in MISTAKES.items() for flags in rows])
+def test_mistakes_are_one_sentence(
+    name: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", 1)
+    (write_run(tmp_path / "bad", 1) / "log.txt").write_text("[1]\n")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "resolution.json").write_text("{")
+    places = dict(here=tmp_path, run=run, bad=tmp_path / "bad", broken=tmp_path / "broken")
+    main = importlib.import_module(f"benchmarks.{name}").main
+    assert main([flag.format(**places) for flag in flags]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith(f"benchmarks.{name}: error: ")
+    assert sentence.endswith((".", "flags)."))
+
+
+def test_every_command_is_tried() -> None:
+    commands = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "@command(" in path.read_text()}
+    assert commands - {"command"} == MISTAKES.keys() | {"compare"}, "compare's mistakes have a test of their own"

@@ -20,8 +20,9 @@ import torch
 from torch.nn import functional as F
 
 import checkpoints
+import run as runs
 from tests import micro_models  # noqa: F401 (registers the models)
-from utils import UsageError
+from utils import UsageError, files
 
 VIM = "vim_micro_patch8_32"
 
@@ -144,13 +145,13 @@ def test_failed_write_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "checkpoint.pth"
-    assert checkpoints.save(path, {"epoch": 0})
+    assert runs.save(path, {"epoch": 0})
 
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert not checkpoints.save(path, {"epoch": 1})
+    assert not runs.save(path, {"epoch": 1})
     assert "No space left" in caplog.text
     assert checkpoints.read(str(path)) == {"epoch": 0}
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pth"]
@@ -161,11 +162,11 @@ def test_full_disk_in_the_middle_of_a_write(tmp_path: Path) -> None:
     import resource
 
     path = tmp_path / "checkpoint.pth"
-    assert checkpoints.save(path, {"epoch": 0})
+    assert runs.save(path, {"epoch": 0})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
-        assert not checkpoints.save(path, {"epoch": 1, "model": torch.zeros(10_000)})
+        assert not runs.save(path, {"epoch": 1, "model": torch.zeros(10_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert checkpoints.read(str(path)) == {"epoch": 0}
@@ -174,17 +175,17 @@ def test_full_disk_in_the_middle_of_a_write(tmp_path: Path) -> None:
 
 def test_auto_is_the_newest_whole_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     args = argparse.Namespace(resume="auto", output_dir=str(tmp_path), eval=False)
-    assert checkpoints.find(args) == ("", None)
+    assert runs.find(args) == ("", None)
     for epoch, name in enumerate(("best_checkpoint.pth", "checkpoint.pth")):
         torch.save({"epoch": epoch}, tmp_path / name)
         os.utime(tmp_path / name, (epoch, epoch))
-    assert checkpoints.find(args) == (str(tmp_path / "checkpoint.pth"), {"epoch": 1})
+    assert runs.find(args) == (str(tmp_path / "checkpoint.pth"), {"epoch": 1})
     (tmp_path / "checkpoint.pth").write_bytes(b"half")
-    assert checkpoints.find(args) == (str(tmp_path / "best_checkpoint.pth"), {"epoch": 0})
+    assert runs.find(args) == (str(tmp_path / "best_checkpoint.pth"), {"epoch": 0})
     assert "checkpoint.pth is no whole checkpoint" in caplog.text
     (tmp_path / "best_checkpoint.pth").write_bytes(b"")
     with pytest.raises(UsageError, match="is whole"):
-        checkpoints.find(args)
+        runs.find(args)
 
 
 def test_every_truncation_and_flip_is_refused_or_harmless(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -226,7 +227,7 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         checkpoints.read("ftp://example.com/vim.pth")
     request = types.SimpleNamespace(full_url=good)
     with pytest.raises(UsageError, match="redirects to http://"):
-        checkpoints._OnlyHttps().redirect_request(request, None, 302, "", {}, "http://example.com/vim.pth")
+        files._OnlyHttps().redirect_request(request, None, 302, "", {}, "http://example.com/vim.pth")
 
 
 def test_log_lines_wait_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -234,16 +235,16 @@ def test_log_lines_wait_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     import resource
 
     file, entries = tmp_path / "log.txt", [{"epoch": epoch} for epoch in range(3)]
-    assert checkpoints.append_log(file, entries[:1]) == []
+    assert runs.append_log(file, entries[:1]) == []
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(file.read_bytes()) + 5, before[1]))
     try:
-        assert checkpoints.append_log(file, entries[1:2]) == entries[1:2]
+        assert runs.append_log(file, entries[1:2]) == entries[1:2]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "its lines wait" in caplog.text
     assert file.read_text() == '{"epoch": 0}\n'
-    assert checkpoints.append_log(file, entries[1:]) == []
+    assert runs.append_log(file, entries[1:]) == []
     assert [json.loads(line) for line in file.read_text().splitlines()] == entries
 
 
@@ -251,12 +252,12 @@ def test_log_lines_wait_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     ("name", "value"), [("epoch", None), ("epoch", "x"), ("step", 2.5), ("processes", 3), ("log", [1]), ("args", 1)]
 )
 def test_odd_entries_of_a_run_are_refused(name: str, value: object, tmp_path: Path) -> None:
-    run = types.SimpleNamespace(restore=lambda checkpoint, path, name: len(checkpoint["processes"]))
+    run = types.SimpleNamespace(restore=lambda checkpoint, path, args: len(checkpoint["processes"]))
     checkpoint = {"model": {}, "epoch": 0, "processes": []} | {name: value}
     torch.save(checkpoint, tmp_path / "a.pth")
     args = argparse.Namespace(resume=str(tmp_path / "a.pth"), output_dir="", model=VIM)
     with pytest.raises(UsageError, match="holds no state to go on from"):
-        checkpoints.resume(run, args)
+        runs.resume(run, args)
 
 
 def test_repair_log(tmp_path: Path) -> None:
@@ -269,11 +270,11 @@ def test_repair_log(tmp_path: Path) -> None:
     def read() -> list[object]:
         return [json.loads(line) for line in file.read_text().splitlines()]
 
-    checkpoints.repair_log(file, 0, None)
+    runs.repair_log(file, 0, None)
     assert not file.exists()
     write(*lines)
-    checkpoints.repair_log(file, 3, lines[2])
+    runs.repair_log(file, 3, lines[2])
     assert read() == lines[:3]
     write(*lines[:2])
-    checkpoints.repair_log(file, 3, lines[2])
+    runs.repair_log(file, 3, lines[2])
     assert read() == lines[:3]

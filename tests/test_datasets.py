@@ -15,13 +15,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 
 import datasets
+import loading
 import main
-import utils
-from samplers import SeededDataset, SeededSampler
+from loading import SeededDataset, SeededSampler
+from tasks.classify import augmentation
+from tasks.classify.task import Classify
+from tasks.task import Data
 from tests import program_data
-from utils import UsageError
+from utils import UsageError, randomness
 
 
 @pytest.fixture
@@ -30,14 +34,21 @@ def flags() -> Callable[..., argparse.Namespace]:
 
     def parse(*argv: object) -> argparse.Namespace:
         args, _ = main.get_args_parser().parse(["--input-size", "32", "--num_workers", "0", *map(str, argv)])
+        args.steps_per_epoch = None
         return args
 
     return parse
 
 
+def build(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, int]:
+    """The set as classification builds it."""
+    transform = augmentation.build_transform(is_train, args, flip=args.data_set != "DIGITS")
+    return datasets.build_dataset(is_train, args, transform)
+
+
 def test_digits(flags: Callable[..., argparse.Namespace]) -> None:
-    train, classes = datasets.build_dataset(True, flags())
-    test, _ = datasets.build_dataset(False, flags())
+    train, classes = build(True, flags())
+    test, _ = build(False, flags())
     assert (len(train), len(test), classes) == (1437, 360, 10)
     counts = np.bincount(test.targets)
     assert counts.min() >= 34
@@ -46,14 +57,14 @@ def test_digits(flags: Callable[..., argparse.Namespace]) -> None:
     assert image.shape == (3, 32, 32)
     assert target == test.targets[0]
     # the same split each time, and no image in both
-    again, _ = datasets.build_dataset(False, flags())
+    again, _ = build(False, flags())
     assert np.array_equal(again.images, test.images)
     seen = {array.tobytes() for array in train.images}
     assert sum(array.tobytes() in seen for array in test.images) == 0
 
 
 def test_digits_are_not_mirrored(flags: Callable[..., argparse.Namespace]) -> None:
-    train, _ = datasets.build_dataset(True, flags("--aa", "none", "--reprob", 0, "--color-jitter", 0))
+    train, _ = build(True, flags("--aa", "none", "--reprob", 0, "--color-jitter", 0))
     names = [type(part).__name__ for part in train.transform.transforms]
     assert "RandomHorizontalFlip" not in names
     assert "RandomCrop" in names
@@ -65,7 +76,7 @@ def test_cifar_path_may_be_the_folder_itself(
 ) -> None:
     root = program_data.write_cifar100(tmp_path)
     path = root / "cifar-100-python" if inside else root
-    test, classes = datasets.build_dataset(False, flags("--data-set", "CIFAR", "--data-path", path))
+    test, classes = build(False, flags("--data-set", "CIFAR", "--data-path", path))
     assert (len(test), classes) == (15, 100)
     assert test.targets == list(range(15))
     assert np.array_equal(test.images, program_data.pictures(15, seed=15))
@@ -83,7 +94,7 @@ def test_cifar_is_downloaded_only_if_absent(
 
     monkeypatch.setattr(datasets, "CIFAR100", Source)
     for _ in range(2):
-        datasets.build_dataset(True, flags("--data-set", "CIFAR", "--data-path", tmp_path))
+        build(True, flags("--data-set", "CIFAR", "--data-path", tmp_path))
     assert fetched == [tmp_path]
 
     def offline(*args: Any, **kwargs: Any) -> None:
@@ -91,18 +102,18 @@ def test_cifar_is_downloaded_only_if_absent(
 
     monkeypatch.setattr(Source, "__init__", offline)
     with pytest.raises(UsageError, match="cannot be downloaded: no network"):
-        datasets.build_dataset(True, flags("--data-set", "CIFAR", "--data-path", tmp_path / "other"))
+        build(True, flags("--data-set", "CIFAR", "--data-path", tmp_path / "other"))
 
 
 def test_image_folder(flags: Callable[..., argparse.Namespace], tmp_path: Path) -> None:
     args = flags("--data-set", "IMNET", "--data-path", program_data.write_image_folder(tmp_path))
     for is_train, count in ((True, 18), (False, 9)):
-        dataset, classes = datasets.build_dataset(is_train, args)
+        dataset, classes = build(is_train, args)
         assert (len(dataset), classes) == (count, 3)
         assert dataset[count - 1][1] == 2
     # a class that the evaluation set lacks keeps the others' numbers
     (tmp_path / "val" / "n00000000").rename(tmp_path / "elsewhere")
-    dataset, classes = datasets.build_dataset(False, args)
+    dataset, classes = build(False, args)
     assert classes == 3
     assert sorted(set(dataset.targets)) == [1, 2]
 
@@ -111,26 +122,24 @@ def test_image_folder(flags: Callable[..., argparse.Namespace], tmp_path: Path) 
 def test_inat(families_on_disk: bool, flags: Callable[..., argparse.Namespace], tmp_path: Path) -> None:
     program_data.write_inat(tmp_path, families_on_disk=families_on_disk)
     args = flags("--data-set", "INAT19", "--data-path", tmp_path, "--inat-category", "genus")
-    train, classes = datasets.build_dataset(True, args)
-    test, _ = datasets.build_dataset(False, args)
+    train, classes = build(True, args)
+    test, _ = build(False, args)
     assert classes == 2
     # classes are numbered as the training annotations bring them up, which begin with the last category
     assert train.class_to_idx == {"genus 1": 0, "genus 0": 1}
     assert {target for _, target in test.samples} == {0, 1}
     assert train[0][0].shape == (3, 32, 32)
-    by_name, classes = datasets.build_dataset(False, flags("--data-set", "INAT19", "--data-path", tmp_path))
+    by_name, classes = build(False, flags("--data-set", "INAT19", "--data-path", tmp_path))
     assert classes == 4
     with pytest.raises(UsageError, match="'family' is missing"):
-        datasets.build_dataset(
-            True, flags("--data-set", "INAT19", "--data-path", tmp_path, "--inat-category", "family")
-        )
+        build(True, flags("--data-set", "INAT19", "--data-path", tmp_path, "--inat-category", "family"))
     assert len(by_name) == len(test)
 
 
 def test_timm_folder(flags: Callable[..., argparse.Namespace], tmp_path: Path) -> None:
     program_data.write_image_folder(tmp_path)
     for name in ("timm/folder/any", "timm/torch/folder"):
-        dataset, classes = datasets.build_dataset(True, flags("--data-set", name, "--data-path", tmp_path))
+        dataset, classes = build(True, flags("--data-set", name, "--data-path", tmp_path))
         assert (len(dataset), classes) == (18, 3)
         assert dataset[0][0].shape == (3, 32, 32)
 
@@ -151,15 +160,15 @@ def test_web_dataset_shards(flags: Callable[..., argparse.Namespace], tmp_path: 
                     shard.addfile(entry, io.BytesIO(content))
     (tmp_path / "_info.json").write_text(json.dumps({"name": "small", "splits": splits}))
     args = flags("--data-set", "timm/wds/small", "--data-path", tmp_path, "--num-classes", 4, "--batch-size", 4)
-    dataset, classes = datasets.build_dataset(True, args)
+    dataset, classes = build(True, args)
     assert classes == 4
-    loader = datasets.TrainBatches(dataset, args)
+    loader = loading.TrainBatches(dataset, args)
     assert loader.steps == 4
     assert [images.shape for images, _ in loader.epoch(0)] == 4 * [(4, 3, 32, 32)]
     whole, rest = ([targets.tolist() for _, targets in loader.epoch(1, start)] for start in (0, 2))
     assert whole[2:] == rest
-    test, _ = datasets.build_dataset(False, args)
-    assert sum(len(targets) for _, targets in datasets.EvalBatches(test, args)) == 6
+    test, _ = build(False, args)
+    assert sum(len(targets) for _, targets in loading.EvalBatches(test, args)) == 6
 
 
 def test_hugging_face_package_is_found_behind_this_module(
@@ -171,19 +180,19 @@ def test_hugging_face_package_is_found_behind_this_module(
     monkeypatch.setattr(sys, "path", [str(Path(datasets.__file__).parent), str(tmp_path)])
     args = flags("--data-set", "timm/hfds/someone/pictures")
     with pytest.raises(UsageError, match="pip install datasets"):
-        datasets.build_dataset(True, args)
+        build(True, args)
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "__init__.py").write_text(
         "def load_dataset(name, **kwargs):\n    raise FileNotFoundError(f'{name} is not on the hub')\n"
     )
     with pytest.raises(UsageError, match="someone/pictures is not on the hub"):
-        datasets.build_dataset(True, args)
+        build(True, args)
     assert sys.modules["datasets"].__file__.startswith(str(tmp_path))
 
 
 def batches(args: argparse.Namespace, epoch: int, start: int = 0) -> list[torch.Tensor]:
-    dataset, _ = datasets.build_dataset(True, args)
-    loader = datasets.TrainBatches(dataset, args)
+    dataset, _ = build(True, args)
+    loader = Classify.train_batches(Data(dataset, dataset), args)
     return [torch.cat([images.flatten(1), targets[:, None]], 1) for images, targets in loader.epoch(epoch, start)]
 
 
@@ -227,9 +236,9 @@ def test_seed_is_the_item_s_own() -> None:
             return float(torch.rand(())), np.random.rand()  # noqa: NPY002
 
     noise = SeededDataset(Noise())
-    utils.seed_everything(0)
+    randomness.seed_everything(0)
     before = torch.rand(3)
-    utils.seed_everything(0)
+    randomness.seed_everything(0)
     first, again, other = noise[0, 11], noise[5, 11], noise[0, 12]
     assert first == again != other
     assert torch.equal(torch.rand(3), before)
@@ -240,12 +249,12 @@ def test_dist_eval_shares_have_no_duplicates(
     world: int, flags: Callable[..., argparse.Namespace], cifar: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = flags("--data-set", "CIFAR", "--data-path", cifar, "--dist-eval", "--batch-size", 2)
-    dataset, _ = datasets.build_dataset(False, args)
-    monkeypatch.setattr(utils, "world_size", lambda: world)
+    dataset, _ = build(False, args)
+    monkeypatch.setattr(loading, "world_size", lambda: world)
     seen, steps = [], set()
     for rank in range(world):
-        monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
-        loader = datasets.EvalBatches(dataset, args)
+        monkeypatch.setattr(loading, "rank", lambda rank=rank: rank)
+        loader = loading.EvalBatches(dataset, args)
         own = [targets for _, targets in loader]
         assert len(own) <= loader.steps
         seen += torch.cat(own).tolist()

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusion.config import MethodConfig, PruningConfig
+from fusion import Methods
 from fusion.dynamic_pruning import (
     PruningLoss,
     PruningOutput,
+    PruningSettings,
     ScorePredictor,
     evenly_spread,
     gumbel_sigmoid,
@@ -107,7 +108,7 @@ class _CrossEntropy(nn.Module):
 
 def _golden_loss() -> tuple[PruningLoss, PruningOutput, dict[str, Tensor]]:
     settings, arrays = load("dyvm_loss")
-    config = PruningConfig(
+    config = PruningSettings(
         token_ratio=tuple(settings["token_keep_ratio"]), block_keep_ratio=settings["block_keep_ratio"]
     )
     output = PruningOutput(*(arrays[name] for name in PruningOutput._fields))
@@ -490,7 +491,7 @@ def test_class_tokens_where_images_differ() -> None:
 )
 def test_bad_settings(keywords: dict[str, Any], wanted: str) -> None:
     with pytest.raises(ValueError, match=wanted) as error:
-        MethodConfig.from_keywords(**(dict(pruning="both") | keywords))
+        Methods.from_keywords(**(dict(pruning="both") | keywords))
     assert str(error.value).endswith(".")
     assert "\n" not in str(error.value)
 

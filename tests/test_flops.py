@@ -9,7 +9,8 @@ import timm
 import torch
 
 import models_mamba  # noqa: F401 (registers the models)
-from benchmarks.flops import PUBLISHED, main, model_flops, traced_flops
+from benchmarks.flops import PUBLISHED, main
+from measure.flops import model_flops, traced_flops
 
 FIGURES = {
     "vim_tiny_patch16_224": 1.449,

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn
 
-from tests import bad_inputs
-from tests.bad_inputs import ACCEPTED, REFUSED, Call, Checkpoints, File, Images
-from tests.conftest import QUICK
+from benchmarks import bad_inputs
+from benchmarks.bad_inputs import ACCEPTED, REFUSED, Call, Checkpoints, File, Images
+from benchmarks.program import QUICK
 
 
 def bounded(examples: int) -> settings:

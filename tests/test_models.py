@@ -12,7 +12,7 @@ import torch
 
 import models_mamba
 from embeddings import resize_pos_embed
-from fusion.token_state import TokenState, join_cls, split_cls
+from fusion.token_state import ClassTokens, TokenState, join_cls, split_cls
 from tests.conftest import ROOT
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_classes=5, drop_path_rate=0.0)
@@ -219,8 +219,8 @@ def test_random_orders_move_the_reading_position(forward_option: str) -> None:
     seen = set()
     for _ in range(8):
         state = model.embed(torch.randn(1, 3, 32, 32), **position)
-        seen.add(state.cls_index[0])
-        assert bool((state.hidden[:, state.cls_index[0]] == 7.0).all())
+        seen.add(state.cls.index[0])
+        assert bool((state.hidden[:, state.cls.index[0]] == 7.0).all())
     assert len(seen) > 2
     assert model(torch.randn(1, 3, 32, 32), **{forward_option: True}).shape == (1, 5)
 
@@ -235,7 +235,7 @@ def test_split_and_join_are_inverse(cls_index: tuple[int, ...] | torch.Tensor) -
     classes, patches = split_cls(x, cls_index)
     torch.testing.assert_close(join_cls(classes, patches, cls_index), x)
     assert classes.shape[1] + patches.shape[1] == 7
-    assert TokenState(x, cls_index=cls_index).num_cls == classes.shape[1]
+    assert TokenState(x, cls=ClassTokens.at(cls_index)).num_cls == classes.shape[1]
 
 
 def test_resized_positions_keep_the_middle_row() -> None:

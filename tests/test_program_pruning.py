@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import main
-from benchmarks.pruning import force_gates
-from fusion.config import PUBLISHED_DYVM_NAMES
 from fusion.dynamic_pruning import DecisionMeter
 from fusion.visualize_pruning import visualize_pruning
+from measure.pruning import force_gates
+from models_mamba import PUBLISHED_SPELLINGS
 from tests.conftest import QUICK, Result
 from tests.golden_rules import fill_model, images
 
@@ -92,12 +92,12 @@ def test_model_path_beside_finetune_is_the_teacher(vim_weights: Path, cifar: Pat
     assert not any("block_head" in name or "score" in name for name in teacher.state_dict())
 
 
-@pytest.mark.parametrize("name", PUBLISHED_DYVM_NAMES)
+@pytest.mark.parametrize("name", PUBLISHED_SPELLINGS)
 def test_published_spellings(name: str, vim_weights: Path) -> None:
     args = main.parse(["--model", name, "--model-path", str(vim_weights), "--device=cpu", "--token-keep-ratio=0.9"])
     with torch.device("meta"):
         model = main.build_model(args, 1000)
-    assert model.default_cfg["architecture"] == PUBLISHED_DYVM_NAMES[name]
+    assert model.default_cfg["architecture"] == PUBLISHED_SPELLINGS[name]
     assert model.methods.pruning.token_ratio == pytest.approx((0.9, 0.81, 0.729))
     assert args.input_size == 224
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-import utils
 from tests.conftest import QUICK, Result
+from utils import telling
 
 SETTINGS = {
     "vim": ["--num_workers", 2, "--if_amp"],
@@ -48,15 +48,15 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Have a signal arrive once so many steps, of training and evaluation, are done."""
 
     def arrange(steps: int) -> None:
-        plain, left = utils.Progress.step, [steps]
+        plain, left = telling.Progress.step, [steps]
 
-        def step(self: utils.Progress, *args: Any) -> None:
+        def step(self: telling.Progress, *args: Any) -> None:
             plain(self, *args)
             left[0] -= 1
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        monkeypatch.setattr(utils.Progress, "step", step)
+        monkeypatch.setattr(telling.Progress, "step", step)
 
     return arrange
 

@@ -17,10 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional as F
 
 import checkpoints
-import losses
-import utils
+from tasks.classify import losses
 from tests.conftest import QUICK, ROOT, Result, finish, start
 from tests.program_data import write_cifar100, write_image_folder, write_inat
+from utils import telling
 
 
 def top1(text: str, what: str = "") -> float:
@@ -318,12 +318,12 @@ def test_broken_weights_are_not_saved(
 
 def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    progress = utils.Progress("Epoch 0", 10, torch.device("cpu"), start=3)
+    progress = telling.Progress("Epoch 0", 10, torch.device("cpu"), start=3)
     progress.step(4, 8, "loss: 1.0")
     progress.close()
     assert "Epoch 0" in capsys.readouterr().err
-    monkeypatch.setattr(utils, "is_main_process", lambda: False)
-    utils.Progress("Epoch 0", 10, torch.device("cpu")).step(1, 8, "loss: 1.0")
+    monkeypatch.setattr(telling, "is_main_process", lambda: False)
+    telling.Progress("Epoch 0", 10, torch.device("cpu")).step(1, 8, "loss: 1.0")
     assert capsys.readouterr().err == ""
 
 

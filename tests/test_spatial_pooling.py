@@ -19,7 +19,7 @@ from torch import Tensor
 
 import checkpoints
 import models_mamba
-from fusion.config import MethodConfig
+from fusion import Methods
 from fusion.spatial_pooling import GridPooling, VisiblePooling
 from tests.golden_rules import fill_model, images
 
@@ -245,7 +245,7 @@ def test_published_sizes(size: str, millions: float) -> None:
         on_vim = timm.create_model(f"vim_{size}_patch16_224", spatial_pool=True, scanpath_type="colwise")
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=5e-4)
     assert {k: v.shape for k, v in on_vim.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
-    assert on_vim.methods == MethodConfig.from_keywords(spatial_pool=True, scanpath_type="colwise")
+    assert on_vim.methods == Methods.from_keywords(spatial_pool=True, scanpath_type="colwise")
 
 
 # --- checkpoints ---

@@ -15,21 +15,21 @@ import torch
 from causal_conv1d import backend
 from torch import Tensor
 
+import fusion
 import main
-import models_mamba  # noqa: F401 (registers the models)
-from fusion import config
-from fusion.config import MergingConfig, MethodConfig
+import models_mamba
+from fusion import Methods
 from fusion.token_merging import (
     Matching,
+    MergingSettings,
     TokenMerging,
     bipartite_soft_matching,
     merge,
     merge_tokens,
-    report_merging,
     token_schedule,
     unmerge,
 )
-from fusion.token_state import TokenState, split_cls
+from fusion.token_state import ClassTokens, TokenState, split_cls
 from tests.conftest import QUICK, ROOT, Result
 from tests.golden_rules import images, load, relative_error
 
@@ -168,15 +168,15 @@ STATES = {
 @pytest.mark.parametrize("kind", STATES)
 def test_class_tokens_pass_untouched(kind: str, order: str) -> None:
     cls_index = STATES[kind]
-    state = TokenState(images((3, 17, 8), 7), images((3, 17, 8), 8), cls_index, grid=(4, 4))
+    state = TokenState(images((3, 17, 8), 7), images((3, 17, 8), 8), ClassTokens.at(cls_index), grid=(4, 4))
     classes, patches = split_cls(state.hidden, cls_index)
     groups = torch.arange(patches.shape[1]).expand(3, -1)
     merged = merge_tokens(state.replace(groups=groups), 4, order)
     assert merged.num_tokens == 13
     assert merged.grid is merged.positions is None
-    new_classes, new_patches = split_cls(merged.hidden, merged.cls_index)
+    new_classes, new_patches = split_cls(merged.hidden, merged.cls)
     assert torch.equal(new_classes, classes)
-    assert torch.equal(split_cls(merged.residual, merged.cls_index)[0], split_cls(state.residual, cls_index)[0])
+    assert torch.equal(split_cls(merged.residual, merged.cls)[0], split_cls(state.residual, cls_index)[0])
 
     # hidden states choose for the residual as well, and the record of groups says the same
     order_first = int(kind == "head")
@@ -189,7 +189,7 @@ def test_class_tokens_pass_untouched(kind: str, order: str) -> None:
         assert got == wanted
         for before, after in zip(a_first, (merged.hidden, merged.residual)):
             means = torch.stack([before[group].mean(0) for group in wanted])
-            torch.testing.assert_close(split_cls(after, merged.cls_index)[1][image], means)
+            torch.testing.assert_close(split_cls(after, merged.cls)[1][image], means)
     assert new_patches.shape[1] == patches.shape[1] - 4
 
 
@@ -198,7 +198,7 @@ def test_where_class_tokens_go() -> None:
     hidden = images((3, 17, 8), 7)
 
     def place(cls_index: tuple[int, ...], order: str) -> tuple[int, ...] | Tensor:
-        return merge_tokens(TokenState(hidden, hidden, cls_index), 4, order).cls_index
+        return merge_tokens(TokenState(hidden, hidden, ClassTokens.at(cls_index)), 4, order).cls.index
 
     assert place((8,), "published") == (6,)
     assert place((5,), "published") == (6,)
@@ -217,7 +217,7 @@ def test_where_class_tokens_go() -> None:
 def test_masked_sequences_are_refused() -> None:
     hidden = images((2, 17, 8), 7)
     with pytest.raises(ValueError, match="without a token mask"):
-        merge_tokens(TokenState(hidden, hidden, (0,), token_mask=torch.ones(2, 17)), 4)
+        merge_tokens(TokenState(hidden, hidden, ClassTokens.at((0,)), token_mask=torch.ones(2, 17)), 4)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -271,7 +271,7 @@ def test_a_trained_model_merges_without_training() -> None:
 @pytest.mark.parametrize("order", ORDERS)
 def test_equal_tokens_lose_nothing(order: str) -> None:
     """Where every patch is alike, means are what they were, so only the length of the sequence can tell."""
-    state = TokenState(torch.ones(2, 17, 8), torch.full((2, 17, 8), 2.0), (8,))
+    state = TokenState(torch.ones(2, 17, 8), torch.full((2, 17, 8), 2.0), ClassTokens.at((8,)))
     merged = merge_tokens(state, 100, order)
     assert merged.num_tokens == 9
     assert torch.equal(merged.hidden, torch.ones(2, 9, 8))
@@ -279,7 +279,7 @@ def test_equal_tokens_lose_nothing(order: str) -> None:
 
 
 def test_schedule_stops_at_one_token() -> None:
-    lengths = token_schedule(MergingConfig("all", token=100), 196, 1, 24)
+    lengths = token_schedule(MergingSettings("all", token=100), 196, 1, 24)
     assert lengths[:8] == (99, 50, 26, 14, 8, 5, 3, 2)
     assert set(lengths[7:]) == {2}
     model = timm.create_model("vim_nano_patch4_32", **(SMALL | dict(depth=8)), fusion_strategy="all", fusion_token=100)
@@ -299,8 +299,8 @@ def test_schedule_stops_at_one_token() -> None:
     ],
 )
 def test_strategies(strategy: str, layer: int, sites: tuple[int, ...]) -> None:
-    assert MergingConfig(strategy, layer, 1).sites(6) == sites
-    schedule = token_schedule(MergingConfig(strategy, layer, 1), 16, 1, 6)
+    assert MergingSettings(strategy, layer, 1).sites(6) == sites
+    schedule = token_schedule(MergingSettings(strategy, layer, 1), 16, 1, 6)
     before = (17, *schedule)
     assert tuple(i for i in range(6) if before[i + 1] < before[i]) == sites
 
@@ -317,7 +317,7 @@ def test_what_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
     def said(**keywords: object) -> list[str]:
         caplog.clear()
-        report_merging(timm.create_model("vim_nano_patch4_32", **SMALL, **keywords))
+        fusion.describe(timm.create_model("vim_nano_patch4_32", **SMALL, **keywords))
         return [record.getMessage() for record in caplog.records]
 
     assert said() == []
@@ -327,42 +327,42 @@ def test_what_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert "merges nothing" in said(fusion_strategy="all", fusion_token=0)[1]
     assert "merges nothing" in said(fusion_strategy="upper", fusion_layer=3, fusion_token=4)[1]
     caplog.clear()
-    method = TokenMerging(MergingConfig("all", token=100))
+    method = TokenMerging(MergingSettings("all", token=100))
     method.attach(timm.create_model("vim_nano_patch4_32", **(SMALL | dict(depth=8))))
-    method.report()
+    method.describe()
     assert "nothing left to merge after site 5" in caplog.records[-1].getMessage()
     assert len(caplog.records) == 2
 
 
 def test_bad_settings() -> None:
     with pytest.raises(ValueError, match="wanted 0 or more"):
-        MergingConfig("all", token=-1)
+        MergingSettings("all", token=-1)
     with pytest.raises(ValueError, match="wanted one of no, all"):
-        MergingConfig("middle")
+        MergingSettings("middle")
     with pytest.raises(ValueError, match="wanted one of published, raster"):
-        MergingConfig("all", order="spiral")
+        MergingSettings("all", order="spiral")
     with pytest.raises(ValueError, match="0 to 3"):
         timm.create_model("vim_nano_patch4_32", **SMALL, fusion_strategy="lower", fusion_layer=4, fusion_token=2)
     with pytest.raises(ValueError, match="full token grid"):
-        MethodConfig.from_keywords(fusion_strategy="all", fusion_token=2, spatial_pool=True)
+        Methods.from_keywords(fusion_strategy="all", fusion_token=2, spatial_pool=True)
     with pytest.raises(ValueError, match="wanted one of the two"):
-        MethodConfig.from_keywords(fusion_strategy="all", fusion_token=2, pruning="token")
+        Methods.from_keywords(fusion_strategy="all", fusion_token=2, pruning="token")
 
 
 def test_flags(caplog: pytest.LogCaptureFixture) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="vim_tiny_patch16_224")
-    config.add_arguments(parser)
+    fusion.add_arguments(parser)
     flags = "--fusion-strategy interleaved --fusion-layer 4 --fusion-token 8 --bi-merge"
     args = parser.parse_args(flags.split())
-    _, keywords = config.model_keywords(args)
+    keywords = fusion.model_keywords(args, models_mamba.registry_keywords(args.model))
     assert keywords == dict(fusion_strategy="alternate", fusion_layer=4, fusion_token=8, fusion_order="published")
-    config.check(args)
+    fusion.check(args, set())
     assert "--bi-merge changes nothing" in caplog.records[-1].getMessage()
-    config.check(parser.parse_args(["--fusion-token", "8"]))
+    fusion.check(parser.parse_args(["--fusion-token", "8"]), set())
     assert "change nothing without --fusion-strategy" in caplog.records[-1].getMessage()
     assert len(caplog.records) == 2
-    config.check(parser.parse_args([]))
+    fusion.check(parser.parse_args([]), set())
     assert len(caplog.records) == 2
 
 
@@ -461,6 +461,7 @@ def test_scripts_are_the_published_experiments() -> None:
         assert (args.fusion_strategy, args.fusion_layer, args.fusion_token) == published[setting]
         assert args.model == f"vim_{dict(t='tiny', s='small')[size]}_patch16_224_{LONG_NAME}"
         assert (args.data_set, args.data_path, args.seed) == (dict(cifar="CIFAR", imnet="IMNET")[data], "tests", 3)
-        name, keywords = config.model_keywords(args)
+        name = models_mamba.registry_name(args.model)
+        keywords = fusion.model_keywords(args, models_mamba.registry_keywords(name))
         with torch.device("meta"):
             assert bool(timm.create_model(name, **keywords).site_methods) == (setting != "none")

@@ -48,9 +48,9 @@ def test_trace_follows_every_patch_to_its_token() -> None:
     x = images((2, 3, 32, 32), 2)
     with torch.no_grad():
         start = model.embed(x)
-        patches = split_cls(start.hidden, start.cls_index)[1]
+        patches = split_cls(start.hidden, start.cls)[1]
         state = trace(model, x)[0]
-        merged = split_cls(state.residual, state.cls_index)[1]
+        merged = split_cls(state.residual, state.cls)[1]
     for image in range(2):
         for place in range(merged.shape[1]):
             members = patches[image, state.groups[image] == place]

@@ -48,10 +48,10 @@ void arrange(const MatchArgs &s, int64_t image, const float *best, const int64_t
     for (int64_t i = 0; i < s.fused; ++i) place[patch_of_a(ranking[i])] = place[patch_of_b(partner[ranking[i]])];
 
     for (int64_t k = 0; k < s.classes; ++k) {
-        moved[k] = s.moved[k];
+        moved[k] = reinterpret_cast<const int64_t *>(s.moved)[k];
         if (moved[k] >= 0) continue;
-        moved[k] = 0;
-        for (int64_t patch = 0; patch < std::min(patches, s.classes_of(image)[k]); ++patch) moved[k] += is_kept(patch);
+        moved[k] = k;
+        for (int64_t patch = 0; patch < s.classes_of(image)[k] - k; ++patch) moved[k] += is_kept(patch);
     }
     std::memset(count, 0, (left + s.classes) * sizeof(int64_t));
     for (int64_t patch = 0; patch < patches; ++patch) {

@@ -13,7 +13,7 @@ struct MatchArgs {
     int64_t fused, classes, odd_first, raster, sorted;
     Tokens x;
     int64_t cls, cls_stride;  // int64 (batch, classes), rising
-    int64_t moved[2];         // where class tokens go; a negative number for its own place among the tokens left
+    int64_t moved;            // int64 (classes), where they go, rising; negative for its own place among the tokens left
     // contiguous: int64 (batch, tokens), bool (batch, tokens), int64 (batch, tokens - fused), int64 (batch, classes)
     int64_t slot, kept, count, places;
 

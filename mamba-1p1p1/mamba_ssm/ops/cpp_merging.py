@@ -8,7 +8,7 @@ import torch
 from causal_conv1d.native import DTYPE_CODES, call, channel_last
 from torch import Tensor
 
-MATCH_FIELDS = 5 + 5 + 3 + 2 + 2 + 4
+MATCH_FIELDS = 5 + 5 + 3 + 2 + 1 + 4
 MERGE_FIELDS = 6 + 3 + 3
 
 
@@ -21,13 +21,13 @@ def match_tokens(
     count = cls.new_empty(batch, tokens - fused)
     places = cls.new_empty(batch, classes)
     metric, described = channel_last(metric)
-    cls = cls.contiguous()
+    cls, targets = cls.contiguous(), torch.tensor(moved, dtype=torch.long)
     fields = (
         *(batch, tokens, channels, DTYPE_CODES[metric.dtype], torch.get_num_threads()),
         *(fused, classes, odd_first, raster, sort),
         *described,
         *(cls.data_ptr(), classes if len(cls) > 1 else 0),
-        *(*moved, -1, -1)[:2],
+        targets.data_ptr(),
         *(slot.data_ptr(), kept.data_ptr(), count.data_ptr(), places.data_ptr()),
     )
     if call(library.mamba_match_tokens, fields):

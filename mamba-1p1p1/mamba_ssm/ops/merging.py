@@ -48,8 +48,8 @@ def match_tokens_fn(
         metric: (batch, tokens, channels), float32, bfloat16 or float16.
         fused: 1 to half of the patch tokens, rounded down.
         cls: (batch or 1, K), long, rising: where class tokens are.
-        moved: K rising indices that class tokens go to, in the shorter sequence; a negative one leaves a single class
-            token between the same patch tokens.
+        moved: K rising indices that class tokens go to, in the shorter sequence; -1 for all of them leaves each between
+            the same patch tokens.
 
     Returns:
         slot (batch, tokens), long: where each token goes; kept (batch, tokens), bool: False for fused ones; count
@@ -61,17 +61,11 @@ def match_tokens_fn(
     if len(moved) != cls.shape[1] or len(cls) not in (1, len(metric)) or cls.dtype != torch.long:
         raise ValueError(
             f"cls is {tuple(cls.shape)} of {cls.dtype} and moved has {len(moved)} indices; wanted"
-            f" ({len(metric)} or 1, K) of torch.int64 and K, at most 2"
+            f" ({len(metric)} or 1, K) of torch.int64 and K"
         )
-    least = -1 if len(moved) == 1 else 0
-    if (
-        len(moved) > 2
-        or any(not least <= place < metric.shape[1] - fused for place in moved)
-        or list(moved) != sorted({*moved})
-    ):
-        raise ValueError(
-            f"moved is {list(moved)}; wanted rising indices from 0 to {metric.shape[1] - fused - 1}, or one -1"
-        )
+    length, stay = metric.shape[1] - fused, all(place == -1 for place in moved)
+    if not stay and (any(not 0 <= place < length for place in moved) or list(moved) != sorted({*moved})):
+        raise ValueError(f"moved is {list(moved)}; wanted rising indices from 0 to {length - 1}, or one -1 for each")
     return torch.ops.mamba_ssm.match_tokens(metric, fused, cls, list(moved), odd_first, raster, sort)
 
 

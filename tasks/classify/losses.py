@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import checkpoints
-from utils import UsageError, nearest, number
+from utils import UsageError, nearest
+from utils.files import is_url
+from utils.flags import number
 
 _logger = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ def check(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"--distillation-type {args.distillation_type} wants the teacher's weights in --teacher-path."
             )
-        if not checkpoints.is_url(args.teacher_path) and not Path(args.teacher_path).is_file():
+        if not is_url(args.teacher_path) and not Path(args.teacher_path).is_file():
             raise UsageError(f"--teacher-path {args.teacher_path} is no file.")
 
 

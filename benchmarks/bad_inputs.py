@@ -1,6 +1,6 @@
 """Inputs that may be broken, drawn by hypothesis, and judges of what becomes of them.
 
-Shared by `tests/test_fuzz.py` and `benchmarks/reliability.py`. A judge returns ACCEPTED, REFUSED (one sentence) or what
+Shared by `benchmarks.sweeps` and the tests. A judge returns ACCEPTED, REFUSED (one sentence) or what
 else happened; it never raises.
 """
 
@@ -31,8 +31,8 @@ from mamba_ssm.ops.triton.layernorm import rms_norm_fn
 from PIL import Image
 from torch import Tensor
 
-from tests.conftest import QUICK, call_program
-from tests.program_data import pictures, write_cifar100, write_image_folder
+from benchmarks.program import QUICK, call_program
+from benchmarks.small_data import pictures, write_cifar100, write_image_folder
 
 ACCEPTED, REFUSED = "accepted", "refused"
 SECONDS = 60  # what takes longer hangs

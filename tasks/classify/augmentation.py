@@ -14,7 +14,8 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from utils import UsageError, number
+from utils import UsageError
+from utils.flags import number
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--remode", default="pixel", choices=("const", "rand", "pixel"), help="what erased pixels become"
     )
     group.add_argument("--recount", type=number(int, 1), default=1, help="at most so many erased boxes (default: 1)")
+    group.add_argument("--eval-crop-ratio", type=number(float, 0, 1, above=True), default=0.875, help="default: 0.875")
     group.add_argument("--resplit", action="store_true", help="accepted for published commands; changes nothing")
 
     group = parser.add_argument_group("mixup")

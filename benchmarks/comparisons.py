@@ -1,0 +1,104 @@
+"""What `benchmarks.compare` compares, task by task: methods, sizes, recipes, and the score that judges them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is compared: its title, its model's name without the size, its flags at sizes other than nano and at nano,
+    and whether it starts from the plain model's weights."""
+
+    title: str
+    family: str
+    flags: tuple[str, ...] = ()
+    nano_flags: tuple[str, ...] | None = None
+    fine_tunes: bool = False
+
+
+def _merging(strategy: str, tokens: int, layer: int = 0) -> tuple[str, ...]:
+    return "--fusion-strategy", strategy, "--fusion-layer", str(layer), "--fusion-token", str(tokens)
+
+
+# fifteen epochs do not make a gate sure of itself: without noise in the end, it decides as it does in inference
+_SURE = ("--gate-noise-end", "0")
+_BLOCK, _BOTH = ("--pruning", "block"), ("--pruning", "both")
+_METHODS = {
+    "none": Method("Vim", "vim"),
+    "upper": Method("Famba-V (upper)", "vim", _merging("upper", 8, 4), _merging("upper", 8, 2)),
+    "fastvim": Method("FastVim", "fastvim"),
+    "dyvm-token": Method("DyVM (token)", "dyvm", ("--pruning", "token"), fine_tunes=True),
+    "dyvm-block": Method("DyVM (block)", "dyvm", _BLOCK, _BLOCK + _SURE, fine_tunes=True),
+    "dyvm-both": Method("DyVM (both)", "dyvm", _BOTH, _BOTH + _SURE, fine_tunes=True),
+    # attention does not stand the Vims' learning rate on the digits
+    "deit": Method("DeiT", "deit", (), ("--lr", "1e-3")),
+}
+_COMPARED = tuple(_METHODS)
+# The other strategies of Famba-V as published for Vim-S on CIFAR-100; at nano size each, "upper" too, fuses 40 of the
+# 64 patches on the way.
+_METHODS |= {
+    "all": Method("Famba-V (all)", "vim", _merging("all", 7), _merging("all", 5)),
+    "alternate": Method("Famba-V (alternate)", "vim", _merging("alternate", 14), _merging("alternate", 10)),
+    "lower": Method("Famba-V (lower)", "vim", _merging("lower", 9, 5), _merging("lower", 8, 5)),
+}
+_STRATEGIES = ("all", "alternate", "lower", "upper")
+for _name in _STRATEGIES:
+    _method, _raster = _METHODS[_name], ("--fusion-order", "raster")
+    _METHODS[f"{_name}-raster"] = Method(
+        f"{_method.title[:-1]}, raster order)", "vim", _method.flags + _raster, _method.nano_flags + _raster
+    )
+for _policy in ("random", "static"):
+    _flags = (*_BOTH, "--pruning-policy", _policy)
+    _METHODS[f"dyvm-{_policy}"] = Method(f"DyVM (both, {_policy})", "dyvm", _flags, fine_tunes=True)
+_GROUPS = {
+    "merging": ("none", *_STRATEGIES, *(f"{name}-raster" for name in _STRATEGIES)),
+    "policies": ("none", "dyvm-both", "dyvm-random", "dyvm-static"),
+}
+_SIZES = {"nano": "nano_patch4_32"} | {size: f"{size}_patch16_224" for size in ("tiny", "small", "base")}
+
+# Few images want little augmentation and a high learning rate, like those of scripts/quickstart.sh, and no other for
+# fine-tuning; many images get Vim-Ti's published recipe, and DyVM's.
+DIGITS_RECIPE = (
+    *("--batch-size", "32", "--unscale-lr", "--lr", "3e-3", "--warmup-epochs", "1", "--drop-path", "0"),
+    *("--mixup", "0", "--cutmix", "0", "--reprob", "0", "--aa", "none", "--color-jitter", "0", "--no-repeated-aug"),
+    *("--no-model-ema", "--num_workers", "0"),
+)
+_RECIPE = ("--batch-size", "128", "--drop-path", "0", "--weight-decay", "0.1")
+_FINE_TUNING = ("--lr", "3e-5", "--min-lr", "1e-6", "--weight-decay", "1e-8", "--warmup-epochs", "5")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One task's: `methods` by name, those `compared` unless others are asked for, `groups` of them by name; model
+    names without the family by size; the data set that is at hand with flags and epochs for it, the one that is asked
+    for by a path, and its flags; what fine-tuning adds there."""
+
+    methods: dict[str, Method]
+    compared: tuple[str, ...]
+    groups: dict[str, tuple[str, ...]]
+    sizes: dict[str, str]
+    small_data_set: str
+    small_recipe: tuple[str, ...]
+    data_set: str
+    recipe: tuple[str, ...]
+    fine_tuning: tuple[str, ...]
+    epochs: tuple[int, int]  # of the small data set, of the other
+    fine_tune_epochs: tuple[int, int]
+
+
+COMPARISONS = {
+    "classify": Comparison(
+        methods=_METHODS,
+        compared=_COMPARED,
+        groups=_GROUPS,
+        sizes=_SIZES,
+        small_data_set="DIGITS",
+        small_recipe=DIGITS_RECIPE,
+        data_set="IMNET",
+        recipe=_RECIPE,
+        fine_tuning=_FINE_TUNING,
+        epochs=(15, 300),
+        fine_tune_epochs=(15, 30),
+    )
+}

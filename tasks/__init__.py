@@ -1,0 +1,36 @@
+"""The jobs that the program does, by name. A task is imported when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+
+from tasks.task import Task
+
+
+class _Tasks(Mapping[str, "type[Task]"]):
+    """Names -> classes; others may be added by `TASKS.add`."""
+
+    def __init__(self, places: dict[str, str]) -> None:
+        self._places = places
+        self._classes: dict[str, type[Task]] = {}
+
+    def __getitem__(self, name: str) -> type[Task]:
+        if name not in self._classes:
+            module, _, class_name = self._places[name].partition(":")
+            self._classes[name] = getattr(import_module(module), class_name)
+        return self._classes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._places, **self._classes})
+
+    def __len__(self) -> int:
+        return len({**self._places, **self._classes})
+
+    def add(self, task: type[Task]) -> type[Task]:
+        """Make `task` known by its name; a decorator."""
+        self._classes[task.name] = task
+        return task
+
+
+TASKS = _Tasks({"classify": "tasks.classify.task:Classify"})
