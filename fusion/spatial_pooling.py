@@ -68,6 +68,7 @@ class GridPooling:
     pooled: int | tuple[int, ...] = -1
     method: str = "mean"
     scale: float = 1.0
+    backward: ClassVar[None] = None
 
     @property
     def lines(self) -> Lines | None:
@@ -126,12 +127,16 @@ class VisiblePooling:
     `positions` (B, V), long, is the raster index of each visible token on the grid `grid` (rows, cols). A token belongs
     to the row of its position (`transposed`: to its column), a group is the sum over its visible tokens divided by the
     full length of the row, times `scale`; a row without visible tokens is zero.
+
+    `published_rows` does as FastVim's release, which reverses the tokens for the backward direction but not the numbers
+    of their rows: there token i of V counts to the row that mirrors the row of token V - 1 - i.
     """
 
     positions: Tensor
     grid: tuple[int, int]
     transposed: bool = False
     scale: float = 1.0
+    published_rows: bool = False
     lines: ClassVar[None] = None
     # (B, V) each: which token is walked k-th, when each token is walked, and the group of the one walked k-th
     walk: Tensor = field(init=False)
@@ -145,6 +150,16 @@ class VisiblePooling:
         where, walk = where.sort(1)
         for name, value in (("walk", walk), ("place", walk.argsort(1)), ("group", where // line)):
             object.__setattr__(self, name, value)
+
+    @property
+    def backward(self) -> VisiblePooling | None:
+        """The map of the backward direction, where it is another."""
+        if not self.published_rows:
+            return None
+        lines = self.grid[1] if self.transposed else self.grid[0]
+        mirrored = VisiblePooling(self.positions, self.grid, self.transposed, self.scale)
+        object.__setattr__(mirrored, "group", lines - 1 - self.group.flip(1))
+        return mirrored
 
     def order(self, x: Tensor) -> Tensor:
         """Tokens as they stand -> in walking order."""
@@ -279,4 +294,7 @@ class SpatialPooling(SiteMethod):
     def _visible_pooling(self, across: bool, state: TokenState) -> VisiblePooling:
         if self.settings.collapse_method != "mean" or len(state.grid) != 2:
             raise ValueError("Some of the tokens are absent: wanted pooling by 'mean', over rows and columns alone.")
-        return VisiblePooling(state.positions, state.grid, across, self.settings.scaling_factor)
+        settings = self.settings
+        return VisiblePooling(
+            state.positions, state.grid, across, settings.scaling_factor, settings.published_rows
+        )
