@@ -87,9 +87,7 @@ def _encode(model: nn.Module, images: Tensor, noise: Tensor, mask_ratio: float) 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a Markdown table, one row a model and ratio."""
     flags = parser("benchmarks.mae", __doc__)
-    flags.add_argument(
-        "--model", type=model_spec, default="mae_fastvim_base_patch16_224", help="default: %(default)s"
-    )
+    flags.add_argument("--model", type=model_spec, default="mae_fastvim_base_patch16_224", help="default: %(default)s")
     flags.add_argument("--peer", type=model_spec, default="vit_base_patch16_224", help="default: %(default)s")
     flags.add_argument("--mask-ratio", type=number(float, 0, 1, below=True), default=0.75, help="default: 0.75")
     flags.add_argument("--batch-size", type=number(int, 1), default=8, help="default: 8")

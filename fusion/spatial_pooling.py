@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from mamba_ssm.ops.pooled import Lines
+from mamba_ssm.ops.visible import VisibleLines
 from torch import Tensor, nn
 
 from fusion.method import Settings, SiteMethod, option
@@ -137,18 +139,23 @@ class VisiblePooling:
     transposed: bool = False
     scale: float = 1.0
     published_rows: bool = False
-    lines: ClassVar[None] = None
     # (B, V) each: which token is walked k-th, when each token is walked, and the group of the one walked k-th
     walk: Tensor = field(init=False)
     place: Tensor = field(init=False)
     group: Tensor = field(init=False)
+    # None where there are no kernels
+    lines: VisibleLines | None = field(init=False)
 
     def __post_init__(self) -> None:
         rows, cols = self.grid
-        line = rows if self.transposed else cols
+        count, length = (cols, rows) if self.transposed else (rows, cols)
         where = self.positions % cols * rows + self.positions // cols if self.transposed else self.positions
         where, walk = where.sort(1)
-        for name, value in (("walk", walk), ("place", walk.argsort(1)), ("group", where // line)):
+        group, lines = where // length, None
+        if not self.published_rows:
+            ends = torch.arange(count + 1, device=group.device).expand(len(group), -1).contiguous()
+            lines = VisibleLines(walk, torch.searchsorted(group, ends), self.scale / length)
+        for name, value in (("walk", walk), ("place", walk.argsort(1)), ("group", group), ("lines", lines)):
             object.__setattr__(self, name, value)
 
     @property
@@ -295,6 +302,4 @@ class SpatialPooling(SiteMethod):
         if self.settings.collapse_method != "mean" or len(state.grid) != 2:
             raise ValueError("Some of the tokens are absent: wanted pooling by 'mean', over rows and columns alone.")
         settings = self.settings
-        return VisiblePooling(
-            state.positions, state.grid, across, settings.scaling_factor, settings.published_rows
-        )
+        return VisiblePooling(state.positions, state.grid, across, settings.scaling_factor, settings.published_rows)

@@ -240,7 +240,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_evaluation_repeats_and_is_shared_among_processes(trained: Path, program: Callable[..., Result]) -> None:
     where = ("--data-set", "CIFAR", "--data-path", trained / "data", "--resume", trained / "run" / "checkpoint.pth")
     told = [program(*QUICK, *where, "--eval", "--batch-size", size).out for size in (8, 2)]
-    (figure,) = {line.partition("loss ")[2] for text in told for line in text.splitlines() if line.startswith("Loss on")}
+    (figure,) = {
+        line.partition("loss ")[2] for text in told for line in text.splitlines() if line.startswith("Loss on")
+    }
     logged = lines(trained / "run")[-1]
     assert figure.startswith(f"{logged['test_loss']:.4f}")
 
@@ -318,7 +320,9 @@ def test_wrong_probes_are_told_in_a_sentence(
 
 
 def test_share_of_the_labels() -> None:
-    args = main.parse(["--model", "vim_micro_patch8_32", "--device", "cpu", "--data-set", "DIGITS", "--label-share", "0.1"])
+    args = main.parse(
+        ["--model", "vim_micro_patch8_32", "--device", "cpu", "--data-set", "DIGITS", "--label-share", "0.1"]
+    )
     shares = [datasets.build_dataset(True, args, lambda image: image)[0] for _ in range(2)]
     assert shares[0].indices == shares[1].indices
     classes = torch.tensor([shares[0].dataset.targets[index] for index in shares[0].indices]).bincount(minlength=10)

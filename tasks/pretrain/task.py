@@ -119,7 +119,9 @@ class Pretrain(Task):
                 setattr(args, name, value)
         name = masked_name(args.model)
         if name is None:
-            raise UsageError(f"--model {args.model} has no masked autoencoder; wanted a Vim, a FastVim or a mae_* name.")
+            raise UsageError(
+                f"--model {args.model} has no masked autoencoder; wanted a Vim, a FastVim or a mae_* name."
+            )
         args.model = name
 
     @classmethod
@@ -132,7 +134,9 @@ class Pretrain(Task):
             ("--model-path", args.model_path),
         ):
             if wrong:
-                raise UsageError(f"{flag} contradicts masked pre-training, which trains all of the model on all images.")
+                raise UsageError(
+                    f"{flag} contradicts masked pre-training, which trains all of the model on all images."
+                )
 
     @classmethod
     def build_data(cls, args: argparse.Namespace, train: bool) -> Data:

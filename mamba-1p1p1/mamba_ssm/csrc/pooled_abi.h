@@ -1,6 +1,6 @@
 // The C interface of the mixer over pooled lines: per function one argument, a struct of 64-bit integers (addresses, sizes,
-// strides in elements; factors as the bits of a double). mamba_ssm/ops/cpp_pooled.py writes the same fields in the same
-// order.
+// strides in elements; factors as the bits of a double). Python reads the structs from here
+// (causal_conv1d/native.py).
 #pragma once
 
 #include <cstdint>

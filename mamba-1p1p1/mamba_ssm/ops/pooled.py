@@ -9,60 +9,19 @@ gradients they are one call. All need a kernel set that has them: `has_kernels`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
-from mamba_ssm.ops.operators import LIBRARY, backends, has_kernel, register
+from mamba_ssm.kernels.arguments import Lines, Projections, Taps
+from mamba_ssm.kernels.registry import backends
+from mamba_ssm.ops.operators import OPERATORS
 from torch import Tensor
 
-_TAG = torch.Tag.pt2_compliant_tag
-_TAPS = "Tensor weight, Tensor? bias, Tensor D, Tensor weight_b, Tensor? bias_b, Tensor D_b"
-LIBRARY.define(
-    f"pooled_conv(Tensor x, {_TAPS}, int lines, bool across, float scale) -> (Tensor, Tensor, Tensor)", tags=_TAG
-)
-_PROJECTIONS = ", ".join(f"Tensor x_proj{b}, Tensor dt_proj{b}, Tensor dt_bias{b}, Tensor A_log{b}" for b in ("", "_b"))
-LIBRARY.define(f"pooled_scan(Tensor groups, Tensor groups_b, {_PROJECTIONS}) -> Tensor", tags=_TAG)
-LIBRARY.define(
-    "pooled_gate(Tensor skip, Tensor groups, Tensor z, Tensor? weight, Tensor? bias, float eps, bool across,"
-    " float share) -> Tensor",
-    tags=_TAG,
-)
-
-
-class Lines(NamedTuple):
-    """A token grid cut into `count` lines of equal length, each pooled to `scale` times its mean.
-
-    Token k of line g is number g * length + k of the sequence or, if `across`, number k * count + g. The convolutions
-    run from line to line.
-    """
-
-    count: int
-    across: bool
-    scale: float = 1.0
-
-
-class Taps(NamedTuple):
-    """What one direction's convolution needs: weight (dim, width), bias (dim,) or None, and the skip's D (dim,)."""
-
-    weight: Tensor
-    bias: Tensor | None
-    D: Tensor
-
-
-class Projections(NamedTuple):
-    """What one direction's scan needs: x_proj (dt_rank + 2 * dstate, dim), whose rows give dt, B and C, dt_proj (dim,
-    dt_rank), dt_bias (dim,) and A_log (dim, dstate)."""
-
-    x_proj: Tensor
-    dt_proj: Tensor
-    dt_bias: Tensor
-    A_log: Tensor
+__all__ = ["Lines", "Projections", "Taps", "has_kernels", "pooled_conv_fn", "pooled_gate_fn", "pooled_scan_fn"]
 
 
 def has_kernels(x: Tensor) -> bool:
     """Whether there are kernels for `x`."""
-    return has_kernel(x, "pooled_conv")
+    return backends.has(x, "pooled_conv")
 
 
 def pooled_conv_fn(x: Tensor, forward: Taps, backward: Taps, lines: Lines) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,6 +75,9 @@ def pooled_gate_fn(
             f" and {tuple(skip.shape)}"
         )
     return torch.ops.mamba_ssm.pooled_gate(skip, groups, z, weight, bias, eps, lines.across, share)
+
+
+# --- registration ----------------------------------------------------------------------------------------------------
 
 
 def _conv(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale):
@@ -198,6 +160,21 @@ def _differentiate_gate(ctx, dout: Tensor) -> tuple:
     return dskip, _in_lines(dskip, lines, across).sum(2), dz, dweight, dbias, None, None, None
 
 
-register("pooled_conv", _conv, _fake_conv, save=_save_conv, differentiate=_differentiate_conv)
-register("pooled_scan", _scan, _fake_scan)
-register("pooled_gate", _gate, _fake_gate, save=_save_gate, differentiate=_differentiate_gate)
+_TAPS = "Tensor weight, Tensor? bias, Tensor D, Tensor weight_b, Tensor? bias_b, Tensor D_b"
+_PROJECTIONS = ", ".join(f"Tensor x_proj{b}, Tensor dt_proj{b}, Tensor dt_bias{b}, Tensor A_log{b}" for b in ("", "_b"))
+OPERATORS.register(
+    f"pooled_conv(Tensor x, {_TAPS}, int lines, bool across, float scale) -> (Tensor, Tensor, Tensor)",
+    _conv,
+    _fake_conv,
+    save=_save_conv,
+    differentiate=_differentiate_conv,
+)
+OPERATORS.register(f"pooled_scan(Tensor groups, Tensor groups_b, {_PROJECTIONS}) -> Tensor", _scan, _fake_scan)
+OPERATORS.register(
+    "pooled_gate(Tensor skip, Tensor groups, Tensor z, Tensor? weight, Tensor? bias, float eps, bool across,"
+    " float share) -> Tensor",
+    _gate,
+    _fake_gate,
+    save=_save_gate,
+    differentiate=_differentiate_gate,
+)
