@@ -257,8 +257,8 @@ def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict
 def _place_masked_rows(weights: dict[str, Tensor], own: dict[str, Tensor], was_masked: bool, model: nn.Module) -> None:
     """Bring the positions of a masked autoencoder (`models_mae`) to where `model` has them.
 
-    Another autoencoder's follow from its grid. In a classifier, whose weights no longer hold the decoder (`was_masked`),
-    the class token's row, which comes first in an autoencoder, moves to the place of the token.
+    Another autoencoder's follow from its grid. In a classifier (`was_masked`: the decoder is left out already) the class
+    token's row, which comes first in an autoencoder, moves to the place of the token.
     """
     for name in ("pos_embed", "decoder_pos_embed") if "decoder_pos_embed" in own else ():
         if name in weights:
@@ -275,16 +275,26 @@ def divided(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
-def start(model: nn.Module, path: str, name: str, *, fit: bool, may_miss: set[str] = frozenset()) -> None:
+def start(model: nn.Module, path: str, name: str, *, fit: bool, may_miss: set[str] = frozenset()) -> Any:
     """Give `model`, which is called `name`, the weights of the file or address `path`; with `fit`, fitted to its image
-    size and class count. Keys in `may_miss` keep their initial value where the file lacks them."""
-    weights, origin = find_weights(read(path), path)
+    size and class count. Keys in `may_miss` keep their initial value where the file lacks them. Returns what the file
+    holds."""
+    checkpoint = read(path)
+    weights, origin = find_weights(checkpoint, path)
     _logger.info("Weights from %s (%s).", path, origin)
     is_left_out: Callable[[str], bool] = may_miss.__contains__
     if fit:
         weights, is_dropped = adapt(weights, model, path)
         is_left_out = lambda key: key in may_miss or is_dropped(key)  # noqa: E731
     load_strictly(model, weights, path, name, may_miss=is_left_out)
+    return checkpoint
+
+
+def saved_flags(checkpoint: Any) -> dict[str, Any]:
+    """The flags of the run that wrote `checkpoint`; none where it does not say."""
+    flags = checkpoint.get("args") if isinstance(checkpoint, dict) else None
+    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    return flags if isinstance(flags, dict) else {}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -54,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = [row(name, folders) for name, folders in kinds.items() if folders]
     except (ValueError, OSError) as error:
         raise UsageError(f"{folder} is not what scripts/mae/digits.sh leaves: {error}") from error
+    seconds, last = sum(line["seconds"] for line in masked), masked[-1]
     print(
-        f"Loss of hidden patches after {len(masked)} epochs and {sum(line['seconds'] for line in masked):.0f} s without "
-        f"labels: {masked[-1]['test_loss']:.4f}; of predicting each patch's mean: {masked[-1]['test_loss_of_means']:.4f}.\n"
+        f"Loss of hidden patches after {len(masked)} epochs and {seconds:.0f} s without labels: {last['test_loss']:.4f}; "
+        f"of predicting each patch's mean: {last['test_loss_of_means']:.4f}.\n"
     )
     print(markdown(rows, COLUMNS))
 

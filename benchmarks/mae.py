@@ -3,8 +3,8 @@
     python -m benchmarks.mae                             # mae_fastvim_base at ratio 0.75, 224 px, batch 8
 
 The peer is MAE (He et al. 2022) put together from timm's parts: a ViT-B whose encoder takes the visible tokens alone,
-without a class token, and a decoder of as many attention blocks of the same width as ours has layers. A step is forward,
-backward and AdamW. All are timed in turns in one process.
+without a class token, and a decoder of as many attention blocks of the same width as ours has layers. A step is
+forward, backward and AdamW. All are timed in turns in one process.
 """
 
 from __future__ import annotations

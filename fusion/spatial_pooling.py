@@ -9,6 +9,8 @@ for the full grid, `VisiblePooling` for a subset of it.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +24,9 @@ from torch import Tensor, nn
 from fusion.method import Settings, SiteMethod, option
 from fusion.token_state import TokenState
 
+_logger = logging.getLogger(__name__)
+
+MASKED_SCALE = 0.25  # of what goes on from a masked autoencoder, as published
 SCAN_PATHS = ("rowwise", "colwise")
 COLLAPSE_METHODS = ("mean", "max")
 
@@ -255,6 +260,28 @@ class SpatialPooling(SiteMethod):
         if others.get("pruning") is not None:
             return "Spatial pooling needs the full token grid and both scan directions: wanted it without pruning."
         return None
+
+    def accept(
+        self, args: argparse.Namespace, weights: Mapping[str, Tensor], saved: Mapping[str, Any], path: str
+    ) -> PoolingSettings | None:
+        """A masked autoencoder pooled the visible tokens of a row alone: what goes on from it scales the mean of all by
+        their share. The weights do not show it, so that afterwards the scale has to be typed."""
+        scale, flags = self.settings.scaling_factor, vars(args)
+        is_masked = any(name.startswith("decoder_pred") for name in weights)
+        if flags.get("pool_scale") is not None or scale != 1 or flags.get("task") == "pretrain":
+            return None
+        if not is_masked:
+            trained = saved.get("pool_scale")
+            if trained is not None and trained != scale:
+                raise ValueError(
+                    f"{path} was trained at another scale of the pooled mean; wanted --pool-scale {trained:g}."
+                )
+            return None
+        args.pool_scale = round(1 - float(saved.get("mask_ratio", 1 - MASKED_SCALE)), 6)
+        _logger.info(
+            "%s is a masked autoencoder: --pool-scale %g, its share of visible patches.", path, args.pool_scale
+        )
+        return dataclasses.replace(self.settings, scaling_factor=args.pool_scale)
 
     def attach(self, model: nn.Module) -> None:
         """Refuse a model whose tokens are no plain grid."""

@@ -19,9 +19,8 @@ from loading import SeededDataset
 from models_mae import MaskedAutoencoder
 from tasks.pretrain.data import SeededImages, noise_from
 from tasks.pretrain.task import Pretrain
-from tests.conftest import MICRO, Result, finish, lines, start
+from tests.conftest import MICRO, Result, finish, lines, same, start
 from tests.program_data import write_cifar100, write_image_folder
-from tests.test_program_resume import same, stop_after  # noqa: F401
 from utils import UsageError
 
 QUICK = (
@@ -146,8 +145,8 @@ def test_rebuilt_patches_get_their_mean_and_deviation_back() -> None:
 def test_defaults_are_those_of_pre_training() -> None:
     args = parsed()
     assert (args.opt_betas, args.scale, args.aa, args.mask_ratio) == ([0.9, 0.95], [0.2, 1.0], "none", 0.75)
-    assert not (args.drop_path or args.model_ema or args.mixup or args.cutmix or args.reprob or args.color_jitter)
-    assert not args.repeated_aug
+    off = ("drop_path", "model_ema", "mixup", "cutmix", "reprob", "color_jitter", "repeated_aug")
+    assert not any(getattr(args, name) for name in off)
     typed = parsed("--opt-betas", "0.9", "0.999", "--mixup", "0.8", "--scale", "0.3", "0.9", "--model-ema")
     assert (typed.opt_betas, typed.mixup, typed.scale, typed.model_ema) == ([0.9, 0.999], 0.8, [0.3, 0.9], True)
 

@@ -104,7 +104,7 @@ class Pretrain(Task):
         group.add_argument(
             "--published-rows",
             action="store_true",
-            help="pool as FastVim's release does, which mixes the rows of the backward direction: to go on from its files",
+            help="pool as FastVim's release does, which mixes the rows of the backward direction, to go on from it",
         )
         for owner in (augmentation, datasets):
             owner.add_arguments(parser)

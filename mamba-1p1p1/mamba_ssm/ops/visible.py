@@ -1,8 +1,8 @@
-"""The mixer over the visible tokens of a token grid (FastMaskVim, Kapse et al. 2025), in two operators around the scans.
+"""The mixer over the visible tokens of a grid (FastMaskVim, Kapse et al. 2025), in two operators around the scans.
 
-What `mamba_ssm.ops.pooled` does for lines whose tokens are all there, for lines of which each image shows other tokens: one
-pass over the tokens before the scans and one behind them, wherever they stand, and both again for the gradient. Both
-need a kernel set that has them; elsewhere the mixer is put together from the convolution, the scan and
+What `mamba_ssm.ops.pooled` does for lines whose tokens are all there, for lines of which each image shows other tokens:
+one pass over the tokens before the scans and one behind them, wherever they stand, and both again for the gradient.
+Both need a kernel set that has them; elsewhere the mixer is put together from the convolution, the scan and
 torch's own operations.
 """
 
@@ -81,7 +81,8 @@ def _check(x: Tensor, lines: VisibleLines) -> None:
         raise ValueError(f"x has shape {tuple(x.shape)}, wanted (batch, V, dim)")
     if lines.starts.dim() != 2 or len(lines.starts) != len(x) or lines.count < 1 or lines.starts.dtype != torch.int64:
         raise ValueError(
-            f"starts is {tuple(lines.starts.shape)} of {lines.starts.dtype}, wanted ({len(x)}, lines + 1) of torch.int64"
+            f"starts is {tuple(lines.starts.shape)} of {lines.starts.dtype}, wanted ({len(x)}, lines + 1) of "
+            "torch.int64"
         )
     if lines.order is not None and (lines.order.shape != x.shape[:2] or lines.order.dtype != torch.int64):
         raise ValueError(
