@@ -257,8 +257,8 @@ def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict
 def _place_masked_rows(weights: dict[str, Tensor], own: dict[str, Tensor], was_masked: bool, model: nn.Module) -> None:
     """Bring the positions of a masked autoencoder (`models_mae`) to where `model` has them.
 
-    Another autoencoder's follow from its grid. In a classifier (`was_masked`: the decoder is left out already) the class
-    token's row, which comes first in an autoencoder, moves to the place of the token.
+    Another autoencoder's follow from its grid. In a classifier (`was_masked`: the decoder is left out already) the
+    class token's row, which comes first in an autoencoder, moves to the place of the token.
     """
     for name in ("pos_embed", "decoder_pos_embed") if "decoder_pos_embed" in own else ():
         if name in weights:

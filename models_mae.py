@@ -177,7 +177,7 @@ class MaskedAutoencoder(VisionMamba):
         return (self.patch_losses(images, pred) * mask).sum() / mask.sum()
 
     def mean_prediction(self, images: Tensor) -> Tensor:
-        """The prediction (B, L, patch * patch * C) that knows each patch's mean and no more, which training must beat."""
+        """The prediction (B, L, patch * patch * C) that knows each patch's mean alone, which training must beat."""
         target = self.patchify(images).float()
         mean = torch.zeros_like(target[..., :1]) if self.norm_pix_loss else target.mean(-1, keepdim=True)
         return mean.expand_as(target)

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 import datasets
 import main
+from benchmarks import few_labels
 from loading import SeededDataset
 from models_mae import MaskedAutoencoder
 from tasks.pretrain.data import SeededImages, noise_from
@@ -330,3 +331,21 @@ def test_share_of_the_labels() -> None:
     args.seed = 1
     assert datasets.build_dataset(True, args, lambda image: image)[0].indices != shares[0].indices
     assert len(datasets.build_dataset(False, args, lambda image: image)[0]) == 360
+
+
+def test_table_of_few_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, top1 in (("finetuned-0", 90.0), ("finetuned-1", 92.0), ("scratch-0", 80.0), ("probe", 70.0)):
+        (tmp_path / name).mkdir()
+        line = json.dumps({"epoch": 0, "seconds": 2.0, "test_acc1": top1})
+        (tmp_path / name / "log.txt").write_text(line + "\n")
+        (tmp_path / name / "args.json").write_text(json.dumps({"label_share": 1.0 if name == "probe" else 0.1}))
+    assert few_labels.main([str(tmp_path)]) == 2
+    assert "log.txt" in capsys.readouterr().err
+    (tmp_path / "pretrain").mkdir()
+    line = {"epoch": 0, "seconds": 30.0, "test_loss": 0.5, "test_loss_of_means": 0.75}
+    (tmp_path / "pretrain" / "log.txt").write_text(json.dumps(line) + "\n")
+    assert few_labels.main([str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "0.5000; of predicting each patch's mean: 0.7500" in told
+    assert "| pre-trained, fine-tuned | 10% | 2 | 91.00 ± 1.41 | 2.0 |" in told
+    assert "| pre-trained, linear probe | 100% | 1 | 70.00 | 2.0 |" in told
