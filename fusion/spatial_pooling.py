@@ -9,11 +9,13 @@ for the full grid, `VisiblePooling` for a subset of it.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -163,14 +165,14 @@ class VisiblePooling:
         for name, value in (("walk", walk), ("place", walk.argsort(1)), ("group", group), ("lines", lines)):
             object.__setattr__(self, name, value)
 
-    @property
+    @cached_property
     def backward(self) -> VisiblePooling | None:
         """The map of the backward direction, where it is another."""
         if not self.published_rows:
             return None
-        lines = self.grid[1] if self.transposed else self.grid[0]
-        mirrored = VisiblePooling(self.positions, self.grid, self.transposed, self.scale)
-        object.__setattr__(mirrored, "group", lines - 1 - self.group.flip(1))
+        count = self.grid[1] if self.transposed else self.grid[0]
+        mirrored = copy.copy(self)
+        object.__setattr__(mirrored, "group", count - 1 - self.group.flip(1))
         return mirrored
 
     def order(self, x: Tensor) -> Tensor:

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from causal_conv1d import backend
+from mamba_ssm.modules.mamba_simple import Mamba
 from torch import Tensor, nn
 
 import checkpoints
+from fusion.spatial_pooling import GridPooling, VisiblePooling
 from models_mae import MaskedAutoencoder, linear_probe, mask_by_noise, sine_positions, visible_count
 from tests.golden_rules import fill, fill_model, images, load, relative_error
 from utils import UsageError
@@ -158,9 +161,47 @@ def test_nothing_masked_is_the_classifier(family: str) -> None:
     assert not mask.any()
     assert relative_error(latent, wanted) < 1e-6
     assert torch.equal(ids_restore, torch.arange(32).expand(2, -1))
-    # the same through the pooling of visible tokens
-    keep = torch.arange(32).expand(2, -1)
-    assert relative_error(masked.finish(masked.encode(masked.embed(pixels, keep=keep))), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("backend_name", ["cpp", "torch"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("has_norm", [True, False])
+def test_pooling_of_all_tokens_is_that_of_the_grid(backend_name: str, transposed: bool, has_norm: bool) -> None:
+    mixer = Mamba(32, bimamba_type="v2", if_divide_out=True, use_norm_after_ssm=has_norm)
+    x = images((2, 24, 32), 1).requires_grad_()
+    positions, results = torch.arange(24).expand(2, -1), []
+    with backend.use(backend_name):
+        for pooling in (
+            GridPooling((4, 6), (1, 0) if transposed else None),
+            VisiblePooling(positions, (4, 6), transposed),
+        ):
+            mixer.zero_grad()
+            x.grad = None
+            y = mixer(x, pooling=pooling)
+            y.backward(images(y.shape, 2))
+            results.append([y.detach(), x.grad, *(parameter.grad.clone() for parameter in mixer.parameters())])
+    for dense, visible in zip(*results):
+        assert relative_error(visible, dense) < 1e-5
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_kernels_and_torch_agree_on_visible_tokens(transposed: bool) -> None:
+    mixer = Mamba(40, bimamba_type="v2", if_divide_out=True, use_norm_after_ssm=True)
+    noise = golden_noise(1, (3, 24))
+    noise[0, :6], noise[1, ::6] = 2, 2  # a row and a column without a visible token
+    pooling = VisiblePooling(mask_by_noise(noise, 9)[0], (4, 6), transposed)
+    x, results = images((3, 9, 40), 1).requires_grad_(), []
+    for name in ("cpp", "torch"):
+        with backend.use(name):
+            mixer.zero_grad()
+            x.grad = None
+            y = mixer(x, pooling=pooling)
+            y.backward(images(y.shape, 2))
+            results.append([y.detach(), x.grad, *(parameter.grad.clone() for parameter in mixer.parameters())])
+            with torch.no_grad():
+                assert relative_error(mixer(x, pooling=pooling), y.detach()) < 1e-5
+    for fast, plain in zip(*results):
+        assert relative_error(fast, plain) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["fastvim", "vim"])

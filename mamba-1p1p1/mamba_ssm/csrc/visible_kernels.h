@@ -186,7 +186,7 @@ inline int visible_conv_backward(const VisibleConvBackwardArgs &s) {
 
 // body(task, row of scratch) for every line of every image; `rows` rows of scratch a share, zero at first, behind the norm's
 // weight and bias.
-template <class Args, class Body> int for_lines(const Args &s, float *scratch, int shares, int rows, Body body) {
+template <class Args, class Body> void for_lines(const Args &s, float *scratch, int shares, int rows, Body body) {
     const int64_t tasks = s.batch * s.lines.count, pitch = padded(s.dim);
     float *const weight = scratch, *const bias = scratch + pitch;
     for (int64_t c = 0; c < s.dim; ++c) weight[c] = s.weight ? pointer<float>(s.weight)[c] : 1.f;
@@ -195,7 +195,6 @@ template <class Args, class Body> int for_lines(const Args &s, float *scratch, i
         const parallel::Range range = parallel::share_of(tasks, shares, share);
         for (int64_t task = range.begin; task < range.end; ++task) body(task, scratch + (2 + rows * share) * pitch);
     });
-    return 0;
 }
 
 template <class Args> int gate_shares(const Args &s) {
