@@ -50,10 +50,12 @@ class MaskedAutoencoder(VisionMamba):
         drop_path_rate: float = 0.0,
         **keywords: Any,
     ) -> None:
+        if published_rows and not keywords.get("spatial_pool"):
+            raise ValueError("published_rows is set; wanted it with spatial pooling only, whose rows they are.")
         _check_keywords(embed_dim, decoder_embed_dim, num_classes, patch_size, keywords)
         super().__init__(
-            img_size,
-            patch_size,
+            img_size=img_size,
+            patch_size=patch_size,
             embed_dim=embed_dim,
             in_chans=in_chans,
             num_classes=0,

@@ -304,6 +304,7 @@ def test_start_of_training() -> None:
         (dict(fusion_strategy="all", fusion_token=2), "fusion_strategy"),
         (dict(pruning="token"), "pruning"),
         (dict(if_rope=True), "if_rope"),
+        (dict(published_rows=True, spatial_pool=False), "published_rows"),
         (dict(flip_img_sequences_ratio=0.5), "flip_img_sequences_ratio"),
     ],
 )
