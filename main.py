@@ -278,13 +278,10 @@ def work(args: argparse.Namespace, stop: StopRequest) -> None:
     if run.epoch and run.scheduler is not None:
         run.scheduler.step(run.epoch)
     with contextlib.ExitStack() as held:
-        writes = args.output_dir and is_main_process()
-        if writes:
+        last = runs.resume(run, args) if args.resume else None
+        if args.output_dir and is_main_process():
             held.enter_context(runs.claim_output(args))
-        if args.resume:
-            runs.resume(run, args)
-        if writes:
-            runs.prepare_output(args)
+            runs.prepare_output(args, run.epoch, last)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         _logger.info("%s: %.3f M parameters, %d process(es) on %s.", args.model, parameters / 1e6, world_size(), device)
         train(args, run, batches, tests, stop)

@@ -271,12 +271,12 @@ class DynamicPruning(SiteMethod):
         if choice.is_floating_point():
             order, kept = kept_first(choice)
             state = take(state, order, state.cls.among(kept))
-            ones = choice.new_ones(len(choice), state.num_cls, 1)
+            ones = choice.new_ones(choice.shape[0], state.num_cls, 1)
             mask = join_cls(ones, choice.gather(1, order).unsqueeze(-1), state.cls).squeeze(-1)
             state, decision = state.replace(token_mask=mask), choice
         else:
             state = take(state, choice, state.cls.among(choice.shape[1]))
-            decision = policy.new_zeros(len(policy), self.model.patch_embed.num_patches)
+            decision = policy.new_zeros(policy.shape[0], self.model.patch_embed.num_patches)
             decision = decision.scatter(1, state.positions, 1.0)
         return state.with_entry(self.name, chosen._replace(decisions=(*chosen.decisions, decision)))
 

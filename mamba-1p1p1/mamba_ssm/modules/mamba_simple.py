@@ -181,7 +181,7 @@ class Mamba(nn.Module):
         proj.bias._no_reinit = True
 
     @property
-    def branches(self) -> tuple[_Branch, ...]:
+    def directions(self) -> tuple[_Branch, ...]:
         """Forward first, then backward where there is one."""
         forward = _Branch(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, False, False)
         if self.bimamba_type == "v1":
@@ -216,7 +216,7 @@ class Mamba(nn.Module):
                 raise ValueError("Pooled groups mix both directions: wanted pooling without direction_gate.")
             options = {"shared": self.bimamba_type == "v1", "norm": self.layernorm, "token_mask": token_mask}
             return mix_pooled(
-                hidden_states, self.branches, pooling, self.in_proj, self._project, self._share, **options
+                hidden_states, self.directions, pooling, self.in_proj, self._project, self._share, **options
             )
         gates = None if direction_gate is None else direction_gate(hidden_states)
         if gates is not None and not self.training:
@@ -224,7 +224,7 @@ class Mamba(nn.Module):
             if counts[1] < len(order):
                 return self._skipping(hidden_states, token_mask, order, counts, observe)
             gates = None
-        return self._mixed(self.in_proj(hidden_states), self.branches, token_mask, gates, observe)
+        return self._mixed(self.in_proj(hidden_states), self.directions, token_mask, gates, observe)
 
     def _mixed(
         self,
@@ -255,7 +255,7 @@ class Mamba(nn.Module):
         that each kind is a slice, by a copy that is as narrow as tokens get.
         """
         out, xz = None, self.in_proj(hidden_states[order[: sum(counts[:3])]])
-        both = self.branches
+        both = self.directions
         for branches, images, part in zip((both[:1], both, both[1:]), order.split(counts), xz.split(counts[:3])):
             if not len(images):
                 continue
@@ -276,7 +276,7 @@ class Mamba(nn.Module):
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         length = x.shape[1]
         conv_state.copy_(F.pad(x.transpose(1, 2), (self.d_conv - length, 0)))
-        (branch,) = self.branches
+        (branch,) = self.directions
         u = branch.convolve(x)
         delta, B, C, bias = branch.project(u)
         y, last_state = selective_scan_fn(
