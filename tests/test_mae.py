@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from causal_conv1d import backend
+from mamba_ssm.kernels.registry import backends
 from mamba_ssm.modules.mamba_simple import Mamba
 from torch import Tensor, nn
 
@@ -163,7 +164,10 @@ def test_nothing_masked_is_the_classifier(family: str) -> None:
     assert torch.equal(ids_restore, torch.arange(32).expand(2, -1))
 
 
-@pytest.mark.parametrize("backend_name", ["cpp", "torch"])
+needs_cpp = pytest.mark.skipif(backends.available("cpu") != "cpp", reason="the C++ kernels are not built")
+
+
+@pytest.mark.parametrize("backend_name", [pytest.param("cpp", marks=needs_cpp), "torch"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("has_norm", [True, False])
 def test_pooling_of_all_tokens_is_that_of_the_grid(backend_name: str, transposed: bool, has_norm: bool) -> None:
@@ -184,6 +188,7 @@ def test_pooling_of_all_tokens_is_that_of_the_grid(backend_name: str, transposed
         assert relative_error(visible, dense) < 1e-5
 
 
+@needs_cpp
 @pytest.mark.parametrize("transposed", [False, True])
 def test_kernels_and_torch_agree_on_visible_tokens(transposed: bool) -> None:
     mixer = Mamba(40, bimamba_type="v2", if_divide_out=True, use_norm_after_ssm=True)
