@@ -36,6 +36,7 @@ class _Tasks(Mapping[str, "type[Task]"]):
 TASKS = _Tasks(
     {
         "classify": "tasks.classify.task:Classify",
+        "pretrain": "tasks.pretrain.task:Pretrain",
         "segment": "tasks.segment.task:Segment",
         "detect": "tasks.detect.task:Detect",
     }
