@@ -52,7 +52,7 @@ def model_flops(
     pruning = model.methods.pruning
     if block_keep is None:
         block_keep = pruning.block_keep_ratio if pruning is not None and pruning.blocks else 1.0
-    directions = len(model.layers[0].mixer.branches)
+    directions = len(model.layers[0].mixer.directions)
     keep = torch.as_tensor(block_keep, dtype=torch.float64).cpu().expand(model.depth, directions)
     published = full = float(outside)
     for layer, seen, share in zip(model.layers, lengths, keep):

@@ -24,7 +24,7 @@ def force_gates(model: VisionMamba, batch_size: int, keep: float) -> float:
     """Let the share `keep` of the batch run each scan direction, other images each time, whatever the gates' heads,
     which still run, say. Returns the share that runs."""
     method = next(method for method in model.site_methods if isinstance(method, DynamicPruning))
-    learned, directions = method.direction_policy, len(model.layers[0].mixer.branches)
+    learned, directions = method.direction_policy, len(model.layers[0].mixer.directions)
     count = model.depth * directions * batch_size
     gates = torch.zeros(count)
     gates[torch.randperm(count)[: round(keep * count)]] = 1.0

@@ -33,4 +33,11 @@ class _Tasks(Mapping[str, "type[Task]"]):
         return task
 
 
-TASKS = _Tasks({"classify": "tasks.classify.task:Classify"})
+TASKS = _Tasks(
+    {
+        "classify": "tasks.classify.task:Classify",
+        "pretrain": "tasks.pretrain.task:Pretrain",
+        "segment": "tasks.segment.task:Segment",
+        "detect": "tasks.detect.task:Detect",
+    }
+)

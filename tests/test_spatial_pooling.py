@@ -37,7 +37,7 @@ def literal_mixer(mixer: Mamba, hidden: Tensor, cols: int, method: str, scale: f
     """The mixer of a row-wise layer as the paper writes it: flipped sequences, channel-first, no shared work."""
     x, z = mixer.in_proj(hidden).transpose(1, 2).chunk(2, dim=1)
     length, total = x.shape[2], 0
-    for number, direction in enumerate(mixer.branches):
+    for number, direction in enumerate(mixer.directions):
         u = causal_conv1d_ref(
             x.flip(-1) if number else x, direction.conv.weight.squeeze(1), direction.conv.bias, "silu"
         )
