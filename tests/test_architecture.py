@@ -60,7 +60,7 @@ ROOMS = {
     "measure": Room(("measure/**",), (*_PACKAGES, "utils", "fusion", "models")),
     "files": Room(("loading.py", "datasets.py", "checkpoints.py"), ("utils", "fusion", "models")),
     "contract": Room(("tasks/task.py",), ("utils", "fusion", "files")),
-    "run": Room(("run.py",), ("utils", "files", "contract")),
+    "run": Room(("run.py",), ("utils", "fusion", "files", "contract")),
     "engine": Room(("engine.py",), ("utils", "files", "contract", "run")),
     "shared task files": Room(("tasks/*.py",), _BELOW_TASKS),
     "dense": Room(("tasks/dense/**",), (*_BELOW_TASKS, "shared task files")),
@@ -71,7 +71,8 @@ ROOMS = {
         (*_BELOW_TASKS, "run", "engine", "tasks", "dense", "shared task files", "main"),
     ),
     "benchmarks": Room(
-        ("benchmarks/*",), (*_BELOW_TASKS, "run", "engine", "tasks", "dense", "shared task files", "main")
+        ("benchmarks/*",),
+        (*_BELOW_TASKS, "run", "engine", "tasks", "dense", "shared task files", "main", "programs"),
     ),
 }
 # what engine.py and main.py, which know methods and tasks by their contracts, do not name
