@@ -269,7 +269,7 @@ def methods_of(model: nn.Module) -> list[SiteMethod]:
 
 
 def added_parameters(model: nn.Module) -> set[str]:
-    """The names in the state dict of `model`, or of a model inside it, that weights trained without its methods lack."""
+    """The names in the state dict of `model` that weights trained without the methods in it lack."""
     return {
         f"{place}.{name}" if place else name
         for place, module in model.named_modules()
