@@ -135,7 +135,7 @@ def load_weights(args: argparse.Namespace, task: type[Task], model: nn.Module, d
         weights, _ = checkpoints.find_weights(checkpoints.read(args.model_path), args.model_path)
         checkpoints.load_strictly(teacher, weights, args.model_path, f"the model that {args.model} starts from")
     if not args.eval:
-        may_miss = set().union(*(method.added_parameters() for method in fusion.methods_of(model)))
+        may_miss = fusion.added_parameters(model)
     path = args.finetune or ("" if args.eval and args.resume else args.model_path)
     if path:
         checkpoint = checkpoints.start(model, path, args.model, fit=bool(args.finetune), may_miss=may_miss)

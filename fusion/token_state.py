@@ -179,7 +179,7 @@ def spread(patches: Tensor, state: TokenState) -> Tensor:
     if state.positions is None:
         return patches
     index = state.positions.unsqueeze(-1).expand_as(patches)
-    return patches.new_zeros(len(patches), math.prod(state.grid), patches.shape[-1]).scatter(1, index, patches)
+    return patches.new_zeros(patches.shape[0], math.prod(state.grid), patches.shape[-1]).scatter(1, index, patches)
 
 
 def patch_policy(state: TokenState) -> Tensor:

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import torch
 
 import fusion
 import main as program
+from tasks.segment import build_segmenter
 from tests import micro_models, program_data, shapes_data
 from tests.conftest import Result
 
@@ -41,7 +43,10 @@ WHOLE = {
 }
 EXPERIMENTS = [script for script in SCRIPTS if script not in SOURCED | INSTALLS | WHOLE]
 # take minutes, or a GPU: that they start is all that is tried here
-LONG = {f"benchmarks.{name}" for name in ("flops", "pruning", "merging", "resolution", "compare", "mae")}
+LONG = {
+    f"benchmarks.{name}"
+    for name in ("flops", "pruning", "merging", "resolution", "compare", "mae", "segmentation", "detection", "cells")
+}
 LONG_SCRIPTS = {"benchmarks/gpu_check.sh"}
 CLASSES = {"CIFAR": 100, "IMNET": 3, "ADE20K": 3, "SHAPES": 3}
 TINY = ("--input-size", "32", "--batch-size", "4", "--num_workers", "0")
@@ -102,6 +107,13 @@ class Files:
             torch.save({"model": model.state_dict()}, path)
         return path
 
+    def segmenter(self, family: str) -> Path:
+        """Weights of an untrained micro segmenter for SHAPES."""
+        path = self.root / f"{family}-segmenter.pth"
+        if not path.exists():
+            torch.save({"model": build_segmenter(f"{family}_micro_patch8_32", 6, img_size=32).state_dict()}, path)
+        return path
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
@@ -130,6 +142,8 @@ def substitute(flags: list[str], files: Files, folder: Path) -> list[str]:
     if data_set in ("", "DIGITS"):
         data_set = "CIFAR"
         flags += ["--data-set", data_set, "--data-path", str(files.data[data_set])]
+    if data_set == "SHAPES" and "--data-path" not in flags:
+        flags += ["--data-path", ""]
     family = family_of(value(flags, "--model", "vim_nano_patch4_32"))
     start = "vim" if family == "dyvm" and "--eval" not in flags else family
     stands = {
@@ -137,6 +151,8 @@ def substitute(flags: list[str], files: Files, folder: Path) -> list[str]:
         **dict.fromkeys(("--output_dir", "--visualize"), folder / "output"),
         **dict.fromkeys(("--resume", "--finetune", "--model-path"), files.weights(start, CLASSES[data_set])),
     }
+    if value(flags, "--task") == "segment":
+        stands["--resume"] = files.segmenter(family)
     return [str(stands.get(before, flag)) for before, flag in zip(["", *flags], flags)]
 
 
@@ -360,10 +376,12 @@ def test_flags_in_code_spans_exist() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_run(page: Path) -> None:
+def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         if "register_model" not in block:  # the worked example is tests/test_examples.py's
-            exec(compile(block, str(page), "exec"), {"__name__": "page"})
+            module = types.ModuleType("page")  # which dataclasses look up
+            monkeypatch.setitem(sys.modules, "page", module)
+            exec(compile(block, str(page), "exec"), vars(module))
 
 
 def test_pages_hold_commands() -> None:
