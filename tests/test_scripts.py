@@ -32,18 +32,22 @@ SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts"
 # not experiments: what each is, and which test runs it
 SOURCED = {"scripts/launch.sh", "scripts/fambav/experiment.sh"}
 INSTALLS = {"scripts/setup.sh", "scripts/test.sh"}  # the suite runs inside them
-WHOLE = {"scripts/quickstart.sh", "scripts/compare.sh", "scripts/seg/quickstart.sh"}
+WHOLE = {"scripts/quickstart.sh", "scripts/compare.sh", "scripts/seg/quickstart.sh", "scripts/det/quickstart.sh"}
 EXPERIMENTS = [script for script in SCRIPTS if script not in SOURCED | INSTALLS | WHOLE]
 # take minutes, or a GPU: that they start is all that is tried here
 LONG = {f"benchmarks.{name}" for name in ("flops", "pruning", "merging", "resolution", "compare")}
 LONG_SCRIPTS = {"benchmarks/gpu_check.sh"}
-CLASSES = {"CIFAR": 100, "IMNET": 3, "ADE20K": 3, "SHAPES": 3}
+CLASSES = {"CIFAR": 100, "IMNET": 3, "ADE20K": 3, "COCO": 3, "SHAPES": 3}
 TINY = ("--input-size", "32", "--batch-size", "4", "--num_workers", "0")
 SMALL = {
     "classify": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
     "segment": (*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0"),
+    "detect": (
+        *(*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0"),
+        *("--det-channels", "8", "--det-fc-channels", "16", "--det-boxes", "16", "--det-proposals", "20"),
+    ),
 }
-TOLD = {"classify": "top-1", "segment": "mIoU"}
+TOLD = {"classify": "top-1", "segment": "mIoU", "detect": "box AP"}
 
 
 # --- reading the pages ---
@@ -84,7 +88,7 @@ class Files:
             "CIFAR": program_data.write_cifar100(root / "cifar", train=8, test=4),
             "IMNET": program_data.write_image_folder(root / "imnet", train=4, test=2),
         }
-        self.data["ADE20K"] = self.data["SHAPES"] = shapes_data.write_shapes(root / "shapes", 4, 2)
+        self.data["ADE20K"] = self.data["COCO"] = self.data["SHAPES"] = shapes_data.write_shapes(root / "shapes", 4, 2)
 
     def weights(self, family: str, classes: int) -> Path:
         """Weights of an untrained micro model."""

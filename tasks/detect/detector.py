@@ -163,17 +163,17 @@ def build_detector(
 ) -> Detector:
     """Cascade Mask R-CNN for `num_classes` classes on the timm model `name`, built with the keywords `body`.
 
-    `heads` is "vim" or "fastvim", by default fastvim where the name says so. Images are fitted into and padded to
+    `heads` is "vim" or "fastvim", by default fastvim for a body that pools. Images are fitted into and padded to
     `img_size` pixels. Each stage trains on `box_batch_size_per_image` boxes an image. The pyramid stands on the last
     map of stride 16 or finer; anchors and levels are in proportion to that stride. Raises ValueError for other heads,
     or a model without such a map.
     """
-    pools = "fastvim" in name or bool(body.get("spatial_pool"))
+    model = create_body(name, img_size, drop_path_rate=drop_path_rate, **body)
+    pools = getattr(getattr(model, "methods", None), "pooling", None) is not None
     heads = heads or ("fastvim" if pools else "vim")
     if heads not in KINDS:
         raise ValueError(f"heads is {heads!r}; wanted {' or '.join(map(repr, KINDS))}.")
     kind = KINDS[heads]
-    model = create_body(name, img_size, drop_path_rate=drop_path_rate, **body)
     strides = [info["reduction"] for info in model.feature_info]
     index = max((place for place, stride in enumerate(strides) if stride <= 16), default=None)
     if index is None or strides[index] % 4:
