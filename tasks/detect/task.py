@@ -129,11 +129,11 @@ class Detect(Task):
         if args.decay_iters is not None and (args.sched != "multistep" or args.iterations is None):
             raise UsageError("--decay-iters wants --sched multistep and --iterations.")
         if args.sched == "multistep":
-            # timm counts in epochs, which are `eval_interval` steps
+            # timm counts in epochs, which are `eval_interval` steps, and lets the rate fall a step early
             total = args.iterations or args.epochs
             steps = [round(share * total) for share in _MILESTONES] if args.decay_iters is None else args.decay_iters
             interval = (args.eval_interval or total) if args.iterations else 1
-            args.decay_milestones = [step / interval for step in sorted(steps)]
+            args.decay_milestones = [(step + 0.5) / interval for step in sorted(steps)]
         sets.check(args)
 
     @classmethod
