@@ -337,7 +337,6 @@ def train_one_epoch(
     """
     task = run.task
     task.train(args.train_mode)
-    task.begin_epoch(run.epoch)
     progress = Progress(f"Epoch {run.epoch}", batches.steps, run.device, start=run.step)
     source = batches.epoch(run.epoch, run.step)
     before = run.seconds

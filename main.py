@@ -132,7 +132,7 @@ def load_weights(args: argparse.Namespace, task: type[Task], model: nn.Module, d
         weights, _ = checkpoints.find_weights(checkpoints.read(args.model_path), args.model_path)
         checkpoints.load_strictly(teacher, weights, args.model_path, f"the model that {args.model} starts from")
     if not args.eval:
-        may_miss = set().union(*(method.added_parameters() for method in fusion.methods_of(model)))
+        may_miss = fusion.added_parameters(model)
     path = args.finetune or ("" if args.eval and args.resume else args.model_path)
     if path:
         checkpoints.start(model, path, args.model, fit=bool(args.finetune), may_miss=may_miss)
@@ -204,6 +204,7 @@ def train(args: argparse.Namespace, run: Run, batches: TrainBatches, tests: Eval
     is_saved = True
     try:
         while run.epoch < args.epochs:
+            task.begin_epoch(run.epoch)
             trained = engine.train_one_epoch(run, batches, args, stop, board)
             tested = None
             if trained is not None:

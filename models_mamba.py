@@ -522,7 +522,7 @@ def _reorder(state: TokenState, order: Tensor) -> TokenState:
     old_cls = torch.tensor(state.cls.index, dtype=torch.long)
     cls = state.cls.moved(tuple(int(index) for index in torch.isin(order, old_cls).nonzero()))
     order = order.to(state.hidden.device)
-    batch = len(state.hidden)
+    batch = state.hidden.shape[0]
     positions = state.positions
     if positions is None:
         positions = torch.arange(state.num_patches, device=order.device).expand(batch, -1)

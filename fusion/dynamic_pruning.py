@@ -347,12 +347,12 @@ class DynamicPruning(SiteMethod):
         if choice.is_floating_point():
             order, kept = kept_first(choice)
             state = take(state, order, state.cls.among(kept))
-            ones = choice.new_ones(len(choice), state.num_cls, 1)
+            ones = choice.new_ones(choice.shape[0], state.num_cls, 1)
             mask = join_cls(ones, choice.gather(1, order).unsqueeze(-1), state.cls).squeeze(-1)
             state, decision = state.replace(token_mask=mask), choice
         else:
             state = take(state, choice, state.cls.among(choice.shape[1]))
-            decision = policy.new_zeros(len(policy), self.num_patches)
+            decision = policy.new_zeros(policy.shape[0], self.num_patches)
             decision = decision.scatter(1, state.positions, 1.0)
         return state.with_entry(self.name, chosen._replace(decisions=(*chosen.decisions, decision)))
 
@@ -364,8 +364,8 @@ class DynamicPruning(SiteMethod):
         return scores[..., 0].masked_fill(policy == 0, -math.inf).topk(self.num_kept(stage)).indices.sort().values
 
     def _static_tokens(self, stage: int, tokens: Tensor, policy: Tensor) -> Tensor:
-        order, kept = kept_first(policy)
-        return order[:, evenly_spread(int(kept[0]), self.num_kept(stage)).to(tokens.device)]
+        live = self.num_kept(stage - 1) if stage else self.num_patches
+        return kept_first(policy)[0][:, evenly_spread(live, self.num_kept(stage)).to(tokens.device)]
 
     def _random_tokens(self, stage: int, tokens: Tensor, policy: Tensor) -> Tensor:
         return (torch.rand_like(policy) + policy).topk(self.num_kept(stage)).indices.sort().values

@@ -266,3 +266,13 @@ def methods_of(model: nn.Module) -> list[SiteMethod]:
     """The methods that are on in `model` or in a model inside it, outermost first."""
     found: Iterable[list[SiteMethod]] = (getattr(module, "site_methods", []) for module in model.modules())
     return [method for methods in found for method in methods]
+
+
+def added_parameters(model: nn.Module) -> set[str]:
+    """The names in the state dict of `model` that weights trained without the methods in it lack."""
+    return {
+        f"{place}.{name}" if place else name
+        for place, module in model.named_modules()
+        for method in getattr(module, "site_methods", ())
+        for name in method.added_parameters()
+    }

@@ -46,7 +46,9 @@ class ClassTokens:
 
     def places(self, num_patches: int | Tensor) -> ClassIndex:
         """Where the rule puts them among m patch tokens, or, for a long tensor (B,), among each image's own number."""
-        shared = isinstance(num_patches, int)
+        shared = not isinstance(num_patches, Tensor) or num_patches.ndim == 0
+        if shared and isinstance(num_patches, Tensor):
+            num_patches = int(num_patches)  # where torch.jit traces, sizes are tensors
         if not shared and not self.count:
             return ()
         slots = range(self.count) if shared else torch.arange(self.count, device=num_patches.device)
@@ -177,7 +179,7 @@ def spread(patches: Tensor, state: TokenState) -> Tensor:
     if state.positions is None:
         return patches
     index = state.positions.unsqueeze(-1).expand_as(patches)
-    return patches.new_zeros(len(patches), math.prod(state.grid), patches.shape[-1]).scatter(1, index, patches)
+    return patches.new_zeros(patches.shape[0], math.prod(state.grid), patches.shape[-1]).scatter(1, index, patches)
 
 
 def patch_policy(state: TokenState) -> Tensor:

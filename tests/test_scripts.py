@@ -23,6 +23,7 @@ import torch
 
 import fusion
 import main as program
+from tasks.segment import build_segmenter
 from tests import micro_models, program_data, shapes_data
 from tests.conftest import Result
 
@@ -35,7 +36,7 @@ INSTALLS = {"scripts/setup.sh", "scripts/test.sh"}  # the suite runs inside them
 WHOLE = {"scripts/quickstart.sh", "scripts/compare.sh", "scripts/seg/quickstart.sh", "scripts/det/quickstart.sh"}
 EXPERIMENTS = [script for script in SCRIPTS if script not in SOURCED | INSTALLS | WHOLE]
 # take minutes, or a GPU: that they start is all that is tried here
-LONG = {f"benchmarks.{name}" for name in ("flops", "pruning", "merging", "resolution", "compare")}
+LONG = {f"benchmarks.{name}" for name in ("flops", "pruning", "merging", "resolution", "compare", "segmentation")}
 LONG_SCRIPTS = {"benchmarks/gpu_check.sh"}
 CLASSES = {"CIFAR": 100, "IMNET": 3, "ADE20K": 3, "COCO": 3, "SHAPES": 3}
 TINY = ("--input-size", "32", "--batch-size", "4", "--num_workers", "0")
@@ -98,6 +99,13 @@ class Files:
             torch.save({"model": model.state_dict()}, path)
         return path
 
+    def segmenter(self, family: str) -> Path:
+        """Weights of an untrained micro segmenter for SHAPES."""
+        path = self.root / f"{family}-segmenter.pth"
+        if not path.exists():
+            torch.save({"model": build_segmenter(f"{family}_micro_patch8_32", 6, img_size=32).state_dict()}, path)
+        return path
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
@@ -124,6 +132,8 @@ def substitute(flags: list[str], files: Files, folder: Path) -> list[str]:
     if data_set in ("", "DIGITS"):
         data_set = "CIFAR"
         flags += ["--data-set", data_set, "--data-path", str(files.data[data_set])]
+    if data_set == "SHAPES" and "--data-path" not in flags:
+        flags += ["--data-path", ""]
     family = family_of(value(flags, "--model", "vim_nano_patch4_32"))
     start = "vim" if family == "dyvm" and "--eval" not in flags else family
     stands = {
@@ -131,6 +141,8 @@ def substitute(flags: list[str], files: Files, folder: Path) -> list[str]:
         **dict.fromkeys(("--output_dir", "--visualize"), folder / "output"),
         **dict.fromkeys(("--resume", "--finetune", "--model-path"), files.weights(start, CLASSES[data_set])),
     }
+    if value(flags, "--task") == "segment":
+        stands["--resume"] = files.segmenter(family)
     return [str(stands.get(before, flag)) for before, flag in zip(["", *flags], flags)]
 
 
