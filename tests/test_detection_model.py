@@ -86,6 +86,34 @@ def test_torchvisions_calling_convention(one_thread: None) -> None:
     assert targets[1]["boxes"].tolist() == [[10, 20, 90, 150]]
 
 
+def test_images_are_fitted_and_padded() -> None:
+    transform = small().transform
+    batch, _ = transform.eval()([torch.ones(3, 30, 60), torch.ones(3, 3, 280), torch.ones(3, 200, 100)])
+    assert batch.tensors.shape == (3, 3, 64, 64)
+    assert batch.image_sizes == [(32, 64), (1, 64), (64, 32)]
+    for image, (height, width) in zip(batch.tensors, batch.image_sizes):
+        assert bool((image[:, :height, :width] != 0).all())
+        assert not image[:, height:].any()
+        assert not image[:, :, width:].any()
+    batch, targets = transform.train()(
+        [torch.ones(3, 30, 60), torch.ones(3, 128, 64)],
+        [objects(CASES["usual"], (30, 60)), objects([[4, 8, 30, 100]], (128, 64))],
+    )
+    assert batch.image_sizes == [(30, 60), (64, 32)]
+    assert targets[1]["boxes"].tolist() == [[2, 4, 15, 50]]
+    assert int(targets[1]["masks"].sum()) == 13 * 46
+
+
+def test_a_run_that_diverges_has_a_loss(one_thread: None) -> None:
+    """It is not finite, which the engine tells, and nothing breaks on the way."""
+    for name in ("vim_micro_patch8_32", "fastvim_micro_patch8_32"):
+        model = small(name).train()
+        with torch.no_grad():
+            model.roi_heads.box_predictor[0].bbox_pred.bias.fill_(float("nan"))
+        losses = model([torch.rand(3, 64, 64)], [objects(CASES["usual"], (64, 64))])
+        assert not bool(sum(losses.values()).isfinite())
+
+
 def test_detections_do_not_depend_on_the_batch(one_thread: None) -> None:
     model = small("fastvim_micro_patch8_32").eval()
     images = [torch.rand(3, 64, 40), torch.rand(3, 32, 64)]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
@@ -54,10 +55,17 @@ class FitAndPad(GeneralizedRCNNTransform):
         return batch, targets
 
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
-        """An image (3, H, W) and its target, fitted."""
-        if self.training and max(image.shape[-2:]) <= self.size:
+        """An image (3, H, W) and its target, fitted; at least one pixel is left of a side."""
+        sides = image.shape[-2:]
+        if self.training and max(sides) <= self.size:
             return image, target
-        return super().resize(image, target)
+        fitted = [max(1, int(side * self.size / max(sides) + 0.5)) for side in sides]
+        image = F.interpolate(image[None], fitted, mode="bilinear", align_corners=False)[0]
+        if target is not None:
+            target["boxes"] = resize_boxes(target["boxes"], sides, fitted)
+            if "masks" in target:
+                target["masks"] = F.interpolate(target["masks"][:, None].float(), fitted)[:, 0].byte()
+        return image, target
 
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
         """Images (3, H, W) -> one padded batch."""
