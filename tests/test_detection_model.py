@@ -11,6 +11,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 import models_mamba  # noqa: F401 (registers the models)
+from benchmarks import detection
 from tasks.detect import Detector, build_detector
 from tasks.detect.proposals import Anchors
 from tasks.detect.regions import AlignedPool, box_levels, pool_masks
@@ -183,3 +184,15 @@ def test_mask_targets_of_many_objects() -> None:
     matched = torch.tensor([39, 0, 17, 16])
     targets = pool_masks(masks, torch.tensor([[0.0, 0, 56, 56]]).expand(4, 4), matched)
     assert targets[:, 0].sum(1).tolist() == [(number + 8 + 1) // 2 for number in matched.tolist()]
+
+
+def test_benchmark(one_thread: None) -> None:
+    rows = detection.measure(["vim_micro_patch8_32"], 64, "vim", torch.device("cpu"), 0.0, proposals=5)
+    (row,) = rows
+    assert row["body_seconds"] + row["heads_seconds"] > 0
+    assert row["whole_peak_bytes"] >= max(row["body_peak_bytes"], 4 * row["parameters"])
+    assert "vim_micro_patch8_32" in detection.table(rows)
+    # the untrained heads are sure enough to have something to draw masks of
+    with torch.no_grad():
+        found = detection.build("vim_micro_patch8_32", 64, "vim")([torch.rand(3, 64, 64)])
+    assert len(found[0]["scores"]) > 20
