@@ -48,14 +48,18 @@ LONG = {
     for name in ("flops", "pruning", "merging", "resolution", "compare", "mae", "segmentation", "detection", "cells")
 }
 LONG_SCRIPTS = {"benchmarks/gpu_check.sh"}
-CLASSES = {"CIFAR": 100, "IMNET": 3, "ADE20K": 3, "SHAPES": 3}
+CLASSES = {"CIFAR": 100, "IMNET": 3, "ADE20K": 3, "COCO": 3, "SHAPES": 3}
 TINY = ("--input-size", "32", "--batch-size", "4", "--num_workers", "0")
 SMALL = {
     "classify": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
     "pretrain": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
     "segment": (*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0"),
+    "detect": (
+        *(*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0"),
+        *("--det-channels", "8", "--det-fc-channels", "16", "--det-boxes", "16", "--det-proposals", "20"),
+    ),
 }
-TOLD = {"classify": "top-1", "pretrain": "loss", "segment": "mIoU"}
+TOLD = {"classify": "top-1", "pretrain": "loss", "segment": "mIoU", "detect": "box AP"}
 
 
 # --- reading the pages ---
@@ -96,7 +100,7 @@ class Files:
             "CIFAR": program_data.write_cifar100(root / "cifar", train=8, test=4),
             "IMNET": program_data.write_image_folder(root / "imnet", train=4, test=2),
         }
-        self.data["ADE20K"] = self.data["SHAPES"] = shapes_data.write_shapes(root / "shapes", 4, 2)
+        self.data["ADE20K"] = self.data["COCO"] = self.data["SHAPES"] = shapes_data.write_shapes(root / "shapes", 4, 2)
 
     def weights(self, family: str, classes: int) -> Path:
         """Weights of an untrained micro model."""
