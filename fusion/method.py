@@ -204,6 +204,9 @@ class SiteMethod:
         """Once, when the model is built: learn its sizes, and add the parameters that the method owns. Raises
         ValueError for a model that it does not fit."""
 
+    def resize(self, model: nn.Module) -> None:
+        """Learn the sizes of `model` again, whose image size has changed."""
+
     def __call__(self, index: int, state: TokenState, run: Callable[..., TokenState]) -> TokenState:
         """Wrap site `index`: `run(state, **mixer_args)` runs it, handing `mixer_args` to its mixers."""
         return run(state)

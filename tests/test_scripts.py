@@ -126,6 +126,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 def family_of(model: str) -> str:
     """The micro model's family that stands for `model`."""
+    if model.startswith(("mambareg", "mambar_")):
+        return "mambareg"
+    if model.startswith(("dyvm_mambareg", "MambaReg-")):
+        return "dyvm_mambareg"
     if model.startswith(("dyvm", "Vim-", "VideoMamba-")):
         return "dyvm"
     if model.startswith("mae_"):
@@ -149,7 +153,8 @@ def substitute(flags: list[str], files: Files, folder: Path) -> list[str]:
     if data_set == "SHAPES" and "--data-path" not in flags:
         flags += ["--data-path", ""]
     family = family_of(value(flags, "--model", "vim_nano_patch4_32"))
-    start = "vim" if family == "dyvm" and "--eval" not in flags else family
+    plain = {"dyvm": "vim", "dyvm_mambareg": "mambareg"}
+    start = plain.get(family, family) if "--eval" not in flags else family
     stands = {
         "--data-path": files.data[data_set],
         **dict.fromkeys(("--output_dir", "--visualize"), folder / "output"),
@@ -211,7 +216,8 @@ def program_flags(words: list[str]) -> list[str]:
 @pytest.mark.parametrize("script", EXPERIMENTS)
 def test_experiment_script(script: str, files: Files, program: Callable[..., Result], tmp_path: Path) -> None:
     asks = "--model-path" in (ROOT / script).read_text()
-    extra = ["--model-path", str(files.weights("vim", 3))] if asks else []
+    start = "mambareg" if "mambareg" in script else "vim"
+    extra = ["--model-path", str(files.weights(start, 3))] if asks else []
     (command,) = run_script(ROOT / script, [str(tmp_path), *extra], tmp_path)
     assert Path(command[0]) == ROOT / "main.py"
     assert value(command, "--data-path") == str(tmp_path), "the first argument is the data path"
