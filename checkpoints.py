@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from embeddings import resize_pos_embed
+from fusion.registry import accept as accept_by_methods
 from fusion.token_state import join_cls
 from utils import UsageError, first_line
 from utils.files import download, is_url, write_atomically
@@ -313,6 +314,14 @@ def saved_flags(checkpoint: Any) -> dict[str, Any]:
     flags = checkpoint.get("args") if isinstance(checkpoint, dict) else None
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
     return flags if isinstance(flags, dict) else {}
+
+
+def accept(args: argparse.Namespace, model: nn.Module, checkpoint: Any, path: str) -> None:
+    """Let the methods of `model` see what it starts from: settings follow from it, or contradict it (UsageError)."""
+    try:
+        accept_by_methods(model, args, find_weights(checkpoint, path)[0], saved_flags(checkpoint), path)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def main(argv: list[str] | None = None) -> None:
