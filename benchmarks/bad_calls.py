@@ -28,7 +28,7 @@ from mamba_ssm.ops.selective_scan_interface import (
 from mamba_ssm.ops.triton.layernorm import layer_norm_fn, rms_norm_fn
 from torch import Tensor
 
-from benchmarks.bad_inputs import ACCEPTED, REFUSED, alarm
+from benchmarks.bad_inputs import ACCEPTED, REFUSED, SECONDS, alarm
 
 # letters are sizes: batch, dim, seqlen l, L = a multiple of it, n = dstate, width, rank of dt, E = 2*dim, p = r + 2n,
 # model; "?" marks what may be None; "/" parts layouts that are alike good
