@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from mamba_ssm.modules.mamba_simple import Mamba
+from mamba_ssm.modules.parts import is_plain
 from mamba_ssm.ops.triton.layernorm import RMSNorm, layer_norm_fn
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -39,8 +40,9 @@ class Block(nn.Module):
 def add_norm(
     norm: nn.Module, hidden: Tensor, residual: Tensor | None, fused: bool, residual_in_fp32: bool
 ) -> tuple[Tensor, Tensor]:
-    """residual + hidden, and its norm: in one operator if `fused`, else step by step in the dtypes that torch gives."""
-    if fused:
+    """residual + hidden, and its norm: in one operator if `fused` and the norm is as it was made, else step by step in
+    the dtypes that torch gives, the norm as the module that it is."""
+    if fused and is_plain(norm):
         is_rms = isinstance(norm, RMSNorm)
         return layer_norm_fn(
             hidden, norm.weight, norm.bias, residual, norm.eps, True, residual_in_fp32, is_rms_norm=is_rms
