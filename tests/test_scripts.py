@@ -23,6 +23,7 @@ import torch
 
 import fusion
 import main as program
+from tasks import TASKS
 from tests import micro_models, program_data, shapes_data
 from tests.conftest import Result
 
@@ -351,7 +352,7 @@ def run_module(name: str, arguments: list[str], files: Files, folder: Path, monk
 
 
 def test_flags_in_code_spans_exist() -> None:
-    known = set(program.get_args_parser()._option_string_actions)
+    known = {flag for task in TASKS.values() for flag in program.get_args_parser(task)._option_string_actions}
     for page in PAGES:
         text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
         for span in re.findall(r"`(--[^`\n]+)`", text):
