@@ -1,4 +1,4 @@
-"""The mixer's modules are modules: what is done to one of them is done to the mixer, and costs nothing where nothing is."""
+"""The mixer's modules are modules: what is done to one of them is done to the mixer, and plain ones cost nothing."""
 
 import copy
 
