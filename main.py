@@ -28,7 +28,7 @@ import loading
 import run as runs
 from loading import EvalBatches, TrainBatches
 from run import Run
-from tasks import TASKS, backbone
+from tasks import TASKS, backbone, implied_task
 from tasks.task import Data, Task
 from utils import PeerError, RunError, UsageError, nearest, processes
 from utils.flags import Parser
@@ -60,10 +60,10 @@ def get_args_parser(task: type[Task] | None = None) -> Parser:
 
 
 def choose_task(argv: list[str] | None = None) -> type[Task]:
-    """The task that the flags name."""
+    """The task that the flags name, or imply."""
     parser = Parser(prog="main.py", add_help=False, allow_abbrev=False)
-    parser.add_argument("--task", default="classify")
-    name = parser.parse_known_args(argv)[0].task
+    parser.add_argument("--task")
+    name = parser.parse_known_args(argv)[0].task or implied_task(argv)
     if name not in TASKS:
         raise UsageError(f"--task {name!r} is unknown; wanted {', '.join(TASKS)}{nearest(name, TASKS)}.")
     return TASKS[name]
@@ -76,6 +76,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     _refuse_others_flags(parser, task, argv)
     args, typed = parser.parse(argv)
     args.data_path = os.path.expanduser(args.data_path)
+    args.with_teacher = task.with_teacher
     task.set_defaults(args, typed)
     backbone.check(args, typed)
     cpu = args.device == "cpu" or (args.device is None and not torch.cuda.is_available())
@@ -125,16 +126,17 @@ def load_weights(args: argparse.Namespace, task: type[Task], model: nn.Module, d
     Returns the teacher of a method that wants one, which --model-path holds unless it is all that --eval is given.
     """
     teacher, may_miss = None, set()
-    learners = [method for method in fusion.methods_of(model) if method.needs_teacher]
+    learners = [method for method in fusion.methods_of(model) if method.needs_teacher and task.with_teacher]
     if learners and args.model_path and not (args.eval and not args.resume and not args.finetune):
         teacher = task.plain_model(args, model, data)
         weights, _ = checkpoints.find_weights(checkpoints.read(args.model_path), args.model_path)
         checkpoints.load_strictly(teacher, weights, args.model_path, f"the model that {args.model} starts from")
     if not args.eval:
-        may_miss = set().union(*(method.added_parameters() for method in fusion.methods_of(model)))
+        may_miss = fusion.added_parameters(model)
     path = args.finetune or ("" if args.eval and args.resume else args.model_path)
     if path:
-        checkpoints.start(model, path, args.model, fit=bool(args.finetune), may_miss=may_miss)
+        checkpoint = checkpoints.start(model, path, args.model, fit=bool(args.finetune), may_miss=may_miss)
+        checkpoints.accept(args, model, checkpoint, path)
     return teacher
 
 
@@ -171,6 +173,7 @@ def evaluate_only(args: argparse.Namespace, task: Task, batches: EvalBatches) ->
     if args.resume:
         path, checkpoint = runs.find(args)
         versions = [("", checkpoints.find_weights(checkpoint, path)[0])]
+        checkpoints.accept(args, task.model, checkpoint, path)
         if isinstance(checkpoint, dict):
             task.load_task_state(checkpoint.get("task_state"))
             if args.model_ema and checkpoint.get("model_ema"):

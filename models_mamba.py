@@ -36,7 +36,7 @@ from fusion.token_state import (
     reorder,
     split_cls,
 )
-from models_layers import Block, add_norm
+from models_layers import Block, add_norm, init_linears
 from models_registry import (
     ALIASES,
     FASTVIM,
@@ -187,17 +187,10 @@ class VisionMamba(nn.Module):
             if parameter is None:
                 continue
             trunc_normal_(parameter, std=0.02)
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            if module is self.head or module is self.neck:
-                trunc_normal_(module.weight, std=0.02)
-            elif name.endswith("out_proj"):
-                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-                with torch.no_grad():
-                    module.weight /= math.sqrt(self.depth)
-            if module.bias is not None and not getattr(module.bias, "_no_reinit", False):
-                nn.init.zeros_(module.bias)
+        init_linears(self, self.depth)
+        for linear in (self.neck, self.head):
+            if isinstance(linear, nn.Linear):
+                trunc_normal_(linear.weight, std=0.02)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -107,12 +107,14 @@ VIM = dict(
     use_middle_cls_token=True,
 )
 FASTVIM = VIM | dict(if_cls_token=False, use_middle_cls_token=False, spatial_pool=True)
+_VIM_NORM = VIM | dict(use_norm_after_ssm=True)  # the Vim that FastVim's authors pre-train and fine-tune
 _FAMBAV = VIM | dict(if_bidirectional=True, use_middle_cls_token=False)
 _DYVM = dict(pruning="both")
 _MAMBAREG = VIM | dict(use_middle_cls_token=False, num_cls_tokens=12)
 _VIDEOMAMBA = VIM | dict(use_middle_cls_token=False, if_divide_out=False)
 
 _TINY, _SMALL, _BASE = (dict(embed_dim=dim, depth=24) for dim in (192, 384, 768))
+_LARGE = dict(embed_dim=1024, depth=48)
 _NANO = dict(img_size=32, patch_size=4, embed_dim=64, depth=8, num_classes=10, drop_path_rate=0.0)
 _STRIDE8 = dict(stride=8)
 _MAMBAREG_SIZES = {
@@ -139,7 +141,7 @@ REGISTRY: dict[str, dict[str, Any]] = {
     "fastvim_tiny_patch16_224": FASTVIM | _TINY,
     "fastvim_small_patch16_224": FASTVIM | _SMALL,
     "fastvim_base_patch16_224": FASTVIM | _BASE,
-    "fastvim_large_patch16_224": FASTVIM | dict(embed_dim=1024, depth=48),
+    "fastvim_large_patch16_224": FASTVIM | _LARGE,
     "fastvim_huge_patch14_224": FASTVIM | dict(embed_dim=1280, depth=64, patch_size=14),
     "dyvm_tiny_patch16_224": VIM | _TINY | _DYVM,
     "dyvm_small_patch16_224": VIM | _SMALL | _DYVM,
@@ -157,6 +159,11 @@ for _size, _keywords in _MAMBAREG_SIZES.items():
     _stages = dict(pruning_loc=(2, 4, 6)) if _size.startswith("nano") else {}
     REGISTRY[f"mambareg_{_size}"] = _MAMBAREG | _keywords
     REGISTRY[f"dyvm_mambareg_{_size}"] = _MAMBAREG | _keywords | _DYVM | _stages
+
+REGISTRY |= {
+    f"vim_{size}_patch16_224_final_pool_mean_abs_pos_embed_with_midclstok_div2": _VIM_NORM | settings
+    for size, settings in (("tiny", _TINY), ("small", _SMALL), ("base", _BASE), ("large", _LARGE))
+}
 
 _LONG = "bimambav2_final_pool_mean_abs_pos_embed_with"
 ALIASES = (

@@ -4,10 +4,11 @@ Methods know no model, task or program: those ask the registry and the methods t
 """
 
 from fusion.dynamic_pruning import DynamicPruning
-from fusion.method import Meter, Settings, SiteMethod, methods_of, option
+from fusion.method import Meter, Settings, SiteMethod, added_parameters, methods_of, option
 from fusion.registry import (
     METHODS,
     Methods,
+    accept,
     add_arguments,
     build_site_methods,
     check,
@@ -28,7 +29,9 @@ __all__ = [
     "Methods",
     "Settings",
     "SiteMethod",
+    "accept",
     "add_arguments",
+    "added_parameters",
     "build_site_methods",
     "check",
     "describe",

@@ -235,6 +235,12 @@ class SiteMethod:
     def check(self, args: argparse.Namespace, typed: set[str]) -> None:
         """At the start, the model built without memory: ValueError (one sentence) for flags that do not fit."""
 
+    def accept(
+        self, args: argparse.Namespace, weights: Mapping[str, Tensor], saved: Mapping[str, Any], path: str
+    ) -> Any:
+        """See what the model starts from: the `weights` of file `path`, and the flags `saved` with them. Returns the
+        settings that follow from them, None where they stay; ValueError (one sentence) for what contradicts them."""
+
     def describe(self) -> None:
         """Log once, when a program starts, what the method will do."""
 
@@ -269,3 +275,13 @@ def methods_of(model: nn.Module) -> list[SiteMethod]:
     """The methods that are on in `model` or in a model inside it, outermost first."""
     found: Iterable[list[SiteMethod]] = (getattr(module, "site_methods", []) for module in model.modules())
     return [method for methods in found for method in methods]
+
+
+def added_parameters(model: nn.Module) -> set[str]:
+    """The names in the state dict of `model` that weights trained without the methods in it lack."""
+    return {
+        f"{place}.{name}" if place else name
+        for place, module in model.named_modules()
+        for method in getattr(module, "site_methods", ())
+        for name in method.added_parameters()
+    }

@@ -6,6 +6,7 @@ A *site* is one encoder layer (in paired models two). What acts there is a `fusi
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -168,6 +169,17 @@ def mean_of_cls(x: Tensor, cls: ClassTokens | ClassIndex) -> Tensor:
     if len(index) == 1:
         return x[:, index[0]]
     return _cat([x[:, first:last] for first, last in _runs(index)], x).mean(1)
+
+
+def spread(patches: Tensor, state: TokenState) -> Tensor:
+    """What the patch tokens of `state` have, (B, m, C) -> what all M places of their grid have, (B, M, C): merged
+    patches (`groups`) their group's, absent ones zero."""
+    if state.groups is not None:
+        patches = patches.gather(1, state.groups.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+    if state.positions is None:
+        return patches
+    index = state.positions.unsqueeze(-1).expand_as(patches)
+    return patches.new_zeros(patches.shape[0], math.prod(state.grid), patches.shape[-1]).scatter(1, index, patches)
 
 
 def reorder(state: TokenState, order: Tensor) -> TokenState:

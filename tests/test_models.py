@@ -60,7 +60,7 @@ def published_layout(name: str, model: models_mamba.VisionMamba) -> dict[str, tu
                 f"mixer.dt_proj{b}.weight": (inner, rank),
                 f"mixer.dt_proj{b}.bias": (inner,),
             }
-        if fast:
+        if fast or name.endswith("_final_pool_mean_abs_pos_embed_with_midclstok_div2") and "bimambav2" not in name:
             layer |= {"mixer.layernorm.weight": (inner,), "mixer.layernorm.bias": (inner,)}
         if "dyvm" in name:
             layer |= {"mixer.block_head.weight": (2, 2 * inner), "mixer.block_head.bias": (2,)}

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,9 @@ import torch
 
 import fusion
 import main as program
-from tests import micro_models, program_data
+from tasks import TASKS
+from tasks.segment import build_segmenter
+from tests import micro_models, program_data, shapes_data
 from tests.conftest import Result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,13 +35,32 @@ SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts"
 # not experiments: what each is, and which test runs it
 SOURCED = {"scripts/launch.sh", "scripts/fambav/experiment.sh"}
 INSTALLS = {"scripts/setup.sh", "scripts/test.sh"}  # the suite runs inside them
-WHOLE = {"scripts/quickstart.sh", "scripts/compare.sh"}
+WHOLE = {
+    "scripts/quickstart.sh",
+    "scripts/compare.sh",
+    "scripts/seg/quickstart.sh",
+    "scripts/det/quickstart.sh",
+    "scripts/mae/digits.sh",
+}
 EXPERIMENTS = [script for script in SCRIPTS if script not in SOURCED | INSTALLS | WHOLE]
 # take minutes, or a GPU: that they start is all that is tried here
-LONG = {f"benchmarks.{name}" for name in ("flops", "pruning", "merging", "resolution", "compare")}
+LONG = {
+    f"benchmarks.{name}"
+    for name in ("flops", "pruning", "merging", "resolution", "compare", "mae", "segmentation", "detection", "cells")
+}
 LONG_SCRIPTS = {"benchmarks/gpu_check.sh"}
-CLASSES = {"CIFAR": 100, "IMNET": 3}
-SMALL = ("--input-size", "32", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "4", "--num_workers", "0")
+CLASSES = {"CIFAR": 100, "IMNET": 3, "ADE20K": 3, "COCO": 3, "SHAPES": 3}
+TINY = ("--input-size", "32", "--batch-size", "4", "--num_workers", "0")
+SMALL = {
+    "classify": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
+    "pretrain": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
+    "segment": (*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0"),
+    "detect": (
+        *(*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0"),
+        *("--det-channels", "8", "--det-fc-channels", "16", "--det-boxes", "16", "--det-proposals", "20"),
+    ),
+}
+TOLD = {"classify": "top-1", "pretrain": "loss", "segment": "mIoU", "detect": "box AP"}
 
 
 # --- reading the pages ---
@@ -79,13 +101,22 @@ class Files:
             "CIFAR": program_data.write_cifar100(root / "cifar", train=8, test=4),
             "IMNET": program_data.write_image_folder(root / "imnet", train=4, test=2),
         }
+        self.data["ADE20K"] = self.data["COCO"] = self.data["SHAPES"] = shapes_data.write_shapes(root / "shapes", 4, 2)
 
     def weights(self, family: str, classes: int) -> Path:
         """Weights of an untrained micro model."""
         path = self.root / f"{family}-{classes}.pth"
         if not path.exists():
+            classes = 0 if family.startswith("mae_") else classes
             model = micro_models.timm.create_model(f"{family}_micro_patch8_32", num_classes=classes)
             torch.save({"model": model.state_dict()}, path)
+        return path
+
+    def segmenter(self, family: str) -> Path:
+        """Weights of an untrained micro segmenter for SHAPES."""
+        path = self.root / f"{family}-segmenter.pth"
+        if not path.exists():
+            torch.save({"model": build_segmenter(f"{family}_micro_patch8_32", 6, img_size=32).state_dict()}, path)
         return path
 
 
@@ -102,6 +133,8 @@ def family_of(model: str) -> str:
         return "dyvm_mambareg"
     if model.startswith(("dyvm", "Vim-", "VideoMamba-")):
         return "dyvm"
+    if model.startswith("mae_"):
+        return "mae_fastvim" if "fastvim" in model.lower() else "mae_vim"
     return "fastvim" if model.startswith("fastvim") or "noclstok" in model else "vim"
 
 
@@ -118,6 +151,8 @@ def substitute(flags: list[str], files: Files, folder: Path) -> list[str]:
     if data_set in ("", "DIGITS"):
         data_set = "CIFAR"
         flags += ["--data-set", data_set, "--data-path", str(files.data[data_set])]
+    if data_set == "SHAPES" and "--data-path" not in flags:
+        flags += ["--data-path", ""]
     family = family_of(value(flags, "--model", "vim_nano_patch4_32"))
     plain = {"dyvm": "vim", "dyvm_mambareg": "mambareg"}
     start = plain.get(family, family) if "--eval" not in flags else family
@@ -126,6 +161,8 @@ def substitute(flags: list[str], files: Files, folder: Path) -> list[str]:
         **dict.fromkeys(("--output_dir", "--visualize"), folder / "output"),
         **dict.fromkeys(("--resume", "--finetune", "--model-path"), files.weights(start, CLASSES[data_set])),
     }
+    if value(flags, "--task") == "segment":
+        stands["--resume"] = files.segmenter(family)
     return [str(stands.get(before, flag)) for before, flag in zip(["", *flags], flags)]
 
 
@@ -134,12 +171,13 @@ def check_and_run(flags: list[str], files: Files, folder: Path, run: Callable[..
     flags = substitute(flags, files, folder)
     program.parse(flags)
     model = value(flags, "--model", "vim_nano_patch4_32")
-    small = [*flags, "--model", f"{family_of(model)}_micro_patch8_32", *SMALL, "--device", "cpu"]
+    task = program.choose_task(flags).name
+    small = [*flags, "--model", f"{family_of(model)}_micro_patch8_32", *SMALL[task], "--device", "cpu"]
     if value(flags, "--fusion-strategy", "no") != "no":
         small += ["--fusion-layer", "1", "--fusion-token", "2"]
     result = run(*small)
     assert result.code == 0, result.err
-    assert "top-1" in result.out
+    assert TOLD[task] in result.out
 
 
 # --- scripts ---
@@ -242,6 +280,21 @@ def test_quickstart_installs_trains_and_evaluates(
     assert lines[-1][:2] == ["-m", "benchmarks.summary"]
 
 
+def test_digits_pretrains_fine_tunes_and_probes(
+    clone: Path, files: Files, program: Callable[..., Result], tmp_path: Path
+) -> None:
+    environment = dict(EPOCHS="1", FEW_EPOCHS="1", SEEDS="0 1", OUTPUT_DIR=str(tmp_path / "digits"))
+    lines = run_script(clone / "scripts/mae/digits.sh", [], clone, **environment)
+    runs = [without(line[1:], "--resume") for line in lines if line[0] == "main.py"]
+    assert [Path(value(flags, "--output_dir")).name for flags in runs] == [
+        *("pretrain", "finetuned-0", "scratch-0", "finetuned-1", "scratch-1", "probe")
+    ]
+    for flags in (runs[0], runs[1], runs[2], runs[5]):
+        # CIFAR stands for the digits, with too few images for a tenth of them
+        check_and_run(without(flags, "--label-share"), files, tmp_path, program)
+    assert lines[-1] == ["-m", "benchmarks.few_labels", str(tmp_path / "digits")]
+
+
 def without(flags: list[str], name: str) -> list[str]:
     """`flags` without `name` and its value."""
     return [flag for before, flag in zip(["", *flags], flags) if name not in (before, flag)]
@@ -325,7 +378,7 @@ def run_module(name: str, arguments: list[str], files: Files, folder: Path, monk
 
 
 def test_flags_in_code_spans_exist() -> None:
-    known = set(program.get_args_parser()._option_string_actions)
+    known = set().union(*(program.get_args_parser(TASKS[name])._option_string_actions for name in TASKS))
     for page in PAGES:
         text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
         for span in re.findall(r"`(--[^`\n]+)`", text):
@@ -334,10 +387,12 @@ def test_flags_in_code_spans_exist() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_run(page: Path) -> None:
+def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         if "register_model" not in block:  # the worked example is tests/test_examples.py's
-            exec(compile(block, str(page), "exec"), {"__name__": "page"})
+            module = types.ModuleType("page")  # which dataclasses look up
+            monkeypatch.setitem(sys.modules, "page", module)
+            exec(compile(block, str(page), "exec"), vars(module))
 
 
 def test_pages_hold_commands() -> None:
