@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from causal_conv1d.ops.convolution import WIDTHS
 from mamba_ssm.modules.linear import Linear
 from mamba_ssm.modules.parts import is_plain
 from mamba_ssm.ops.directions import Direction
@@ -61,7 +62,8 @@ class _Branch(NamedTuple):
             u = F.silu(self.conv(seen)[..., : x.shape[1]]).transpose(1, 2)
             return u.flip(1) if self.reverse_conv else u
         weight, bias = self.conv.weight.squeeze(1), self.conv.bias
-        return causal_conv1d_fn(x.transpose(1, 2), weight, bias, "silu", reverse=self.reverse_conv).transpose(1, 2)
+        u = causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu", reverse=self.reverse_conv)
+        return u.transpose(1, 2)
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         dstate = self.A_log.shape[1]
@@ -198,7 +200,7 @@ class Mamba(nn.Module):
         """Forward first, then backward where there is one."""
         parts = self.conv1d, self.x_proj, self.dt_proj
         backward = (self.conv1d_b, self.x_proj_b, self.dt_proj_b) if self.bimamba_type == "v2" else ()
-        plain = self.use_fast_path and is_plain(*parts, *backward, self.layernorm)
+        plain = self.use_fast_path and self.d_conv in WIDTHS and is_plain(*parts, *backward, self.layernorm)
         forward = _Branch(*parts, self.A_log, self.D, self.dt_rank, plain)
         if self.bimamba_type == "v1":
             return forward, forward._replace(A_log=self.A_b_log, reverse=True)
@@ -320,10 +322,12 @@ class Mamba(nn.Module):
         x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)
         x = causal_conv1d_update(x.contiguous(), conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt = F.softplus(self.dt_proj(dt).float())
-        A = -torch.exp(self.A_log.float())
-        ssm_state.copy_(ssm_state * torch.exp(dt.unsqueeze(-1) * A) + (dt * x).unsqueeze(-1) * B.unsqueeze(1))
-        y = torch.einsum("bdn,bn->bd", ssm_state.float(), C.float()) + self.D.float() * x
+        dt, (branch,) = F.softplus(_wide(self.dt_proj(dt))), self.directions
+        # gradients of a step reach what it was given, not the steps before it: the states kept are numbers
+        before = ssm_state.clone() if torch.is_grad_enabled() else ssm_state
+        kept = before.detach() * torch.exp(dt.unsqueeze(-1) * branch.A) + (dt * x).unsqueeze(-1) * B.unsqueeze(1)
+        ssm_state.copy_(kept.detach())
+        y = torch.einsum("bdn,bn->bd", kept, _wide(C)) + branch.D * x
         return self._project(y.to(x.dtype) * F.silu(z)).unsqueeze(1), conv_state, ssm_state
 
     @property

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_ref
 from causal_conv1d.checks import check_device, check_ndim, check_tensor
+from causal_conv1d.ops.convolution import WIDTHS
 from mamba_ssm.ops.directions import Direction, directions_fn
 from mamba_ssm.ops.scan import selective_scan_fn, selective_scan_ref
 from torch import Tensor
@@ -71,14 +72,19 @@ class _Inner(NamedTuple):
         """Whether `directions_fn` computes it: the usual mixer, whose B and C come from x_proj as they are."""
         given = self.A_b, self.B, self.C, self.B_proj_bias, self.C_proj_bias
         width = self.delta_proj_weight.shape[1] + 2 * self.A.shape[-1]
-        usual = self.delta_softplus and not self.A.is_complex() and self.x_proj_weight.shape[0] == width
+        usual = (
+            self.conv1d_weight.shape[2] in WIDTHS
+            and self.delta_softplus
+            and not self.A.is_complex()
+            and self.x_proj_weight.shape[0] == width
+        )
         return usual and all(tensor is None for tensor in given)
 
     def composed(self, conv, scan) -> Tensor:
         """(batch, dim, seqlen): the gated scan, plus the backward scan with A_b if there is one."""
         dstate, dt_rank = self.A.shape[1], self.delta_proj_weight.shape[1]
         x, z = self.xz.chunk(2, dim=1)
-        x = conv(x, self.conv1d_weight.squeeze(1), self.conv1d_bias, "silu")
+        x = conv(x, self.conv1d_weight.squeeze(1), self.conv1d_bias, activation="silu")
         x_dbl = F.linear(x.transpose(1, 2), self.x_proj_weight)
         delta = F.linear(x_dbl[..., :dt_rank], self.delta_proj_weight).transpose(1, 2)
         B = _matrix(x_dbl, slice(dt_rank, dt_rank + dstate), self.B_proj_bias) if self.B is None else self.B
