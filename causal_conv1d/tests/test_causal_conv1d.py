@@ -304,7 +304,7 @@ def test_states_carry_a_sequence_on(width, kernels):
 @pytest.mark.parametrize("ring", [False, True])
 @pytest.mark.parametrize("chosen", [False, True])
 def test_update_of_longer_states(length, steps, ring, chosen):
-    """A state of width - 1 or more, several steps at once, a ring, some of many sequences: all go on as one pass does."""
+    """A state of width - 1 or more, several steps at once, a ring, some of many: all go on as one pass does."""
     x, weight, bias = arguments(2, 6, 12, 4, True)
     whole = causal_conv1d_ref(x, weight, bias, "silu")
     store = torch.zeros(5 if chosen else 2, 6, length)

@@ -7,6 +7,7 @@ Gu and Dao 2023 (arXiv:2312.00752), section 3.4; Zhu et al. 2024 (arXiv:2401.094
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from causal_conv1d.ops.convolution import WIDTHS
+from mamba_ssm.modules.block import Block  # noqa: F401  (published here too)
 from mamba_ssm.modules.linear import Linear
 from mamba_ssm.modules.parts import is_plain
 from mamba_ssm.ops.directions import Direction
@@ -95,12 +97,13 @@ def _by_directions(gates: Tensor) -> tuple[Tensor, list[int]]:
 class Mamba(nn.Module):
     """Selective state-space mixer, (B, L, d_model) -> (B, L, d_model).
 
-    `bimamba_type` "none" scans forward only; "v1" adds a backward scan that shares every parameter but A; "v2" gives
-    the backward direction its own convolution, projections, A and D. `if_divide_out` halves the sum of the two (also
-    accepted under its published spelling `if_devide_out`). `dt_rank="auto"` is ceil(d_model / 16). `init_layer_scale`
-    adds a learned scale on the output, `use_norm_after_ssm` a LayerNorm on the summed scans before the gate silu(z), as
-    FastVim has. The operators that do the work bypass the mixer's modules, but only while those are as they were made:
-    with an adapter, a hook, a parametrisation or pruning on any of them, or without `use_fast_path`, each is called.
+    `bimamba_type` "none" (also if it is not given) scans forward only; "v1" adds a backward scan that shares every
+    parameter but A; "v2" gives the backward direction its own convolution, projections, A and D; `bimamba` True is
+    "v2", False "none". `if_divide_out` halves the sum of the two (also accepted under its published spelling
+    `if_devide_out`). `dt_rank="auto"` is ceil(d_model / 16). `init_layer_scale` adds a learned scale on the output,
+    `use_norm_after_ssm` a LayerNorm on the summed scans before the gate silu(z), as FastVim has. The operators that do
+    the work bypass the mixer's modules, but only while those are as they were made: with an adapter, a hook, a
+    parametrisation or pruning on any of them, or without `use_fast_path`, each is called.
     """
 
     def __init__(
@@ -121,15 +124,25 @@ class Mamba(nn.Module):
         layer_idx: int | None = None,
         device=None,
         dtype=None,
-        bimamba_type: str = "none",
+        bimamba_type: str | None = None,
         if_divide_out: bool = False,
         init_layer_scale: float | None = None,
         if_devide_out: bool | None = None,
         use_norm_after_ssm: bool = False,
+        bimamba: bool | None = None,
     ) -> None:
         super().__init__()
+        if bimamba is not None:
+            if bimamba_type not in (None, "v2" if bimamba else "none"):
+                raise ValueError(f"bimamba is {bimamba} beside bimamba_type {bimamba_type!r}; wanted one of them.")
+            bimamba_type = "v2" if bimamba else "none"
+        if bimamba_type is None:
+            bimamba_type = "none"
+            if if_divide_out or if_devide_out or use_norm_after_ssm:
+                message = "this mixer scans one way, since bimamba_type is not given; Vision Mambas want 'v2'"
+                warnings.warn(message, UserWarning, stacklevel=2)
         if bimamba_type not in ("none", "v1", "v2"):
-            raise ValueError(f"bimamba_type is {bimamba_type!r}; wanted 'none', 'v1' or 'v2'.")
+            raise ValueError(f"bimamba_type is {bimamba_type!r}; wanted 'none', 'v1' or 'v2', which are all there are.")
         factory = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
