@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +70,8 @@ def test_masks_belong_to_the_image_in_evaluation_and_to_its_place_in_training() 
 
 def test_streams_are_refused() -> None:
     class Stream(IterableDataset):
-        pass
+        def __iter__(self) -> Iterator[None]:
+            return iter(())
 
     with pytest.raises(UsageError, match="stream"):
         SeededImages(Stream(), True)
