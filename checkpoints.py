@@ -37,6 +37,8 @@ EMA_ENTRIES = ("model_ema", "state_dict_ema", "ema_state_dict")
 WEIGHT_ENTRIES = ("model", "state_dict", "model_state_dict")
 EMA_PREFIXES = ("model_ema.", "ema_model.", "ema.")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "encoder.")
+# beside these a backbone is a part of the model, and its prefix no wrapper's
+DENSE_HEADS = ("decode_head.", "roi_head.", "roi_heads.", "rpn.", "rpn_head.", "proposal_generator.")
 # Checkpoints carry settings and figures of these packages beside the weights; they are read as inert stand-ins.
 INERT_PACKAGES = (
     *("omegaconf", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "pathlib"),
@@ -44,6 +46,7 @@ INERT_PACKAGES = (
 )
 # what is beside an encoder in the weights of self-supervised training
 DECODER_PREFIXES = ("decoder", "mask_token")
+REGISTER_KEYS = ("cls_token", "neck.weight", "norm_neck.weight", "pos_embed_cls")  # MambaReg's
 
 
 def read(path: str) -> Any:
@@ -172,7 +175,9 @@ def find_weights(checkpoint: Any, path: str, *, ema: bool = False) -> tuple[dict
             break
     stripped = ""
     while True:
-        counts = {prefix: sum(name.startswith(prefix) for name in weights) for prefix in WRAPPER_PREFIXES}
+        is_dense = any(name.startswith(DENSE_HEADS) for name in weights)
+        wrappers = [prefix for prefix in WRAPPER_PREFIXES if not (is_dense and prefix == "backbone.")]
+        counts = {prefix: sum(name.startswith(prefix) for name in weights) for prefix in wrappers}
         prefix = max(counts, key=counts.__getitem__)
         if counts[prefix] * 2 <= len(weights):
             break
@@ -186,8 +191,10 @@ def load_strictly(
 ) -> None:
     """Load `weights` into `model`; raises UsageError with the first differences unless every key and shape agrees.
 
-    Keys for which `may_miss` is true keep their initial value if `weights` lack them.
+    Keys for which `may_miss` is true keep their initial value if `weights` lack them. A model with a method `renamed`
+    gives published weights its own names by it.
     """
+    weights = model.renamed(weights) if hasattr(model, "renamed") else weights
     own = model.state_dict()
     shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]
     fitting = {key: divided(value, own.get(key, value)) for key, value in weights.items() if key not in shapes}
@@ -211,17 +218,18 @@ def load_strictly(
 
 
 def class_positions(model: nn.Module, num_patches: int) -> tuple[int, ...]:
-    """Where class tokens stand in a sequence of `num_patches` patch tokens; timm's models hold them in front."""
-    if hasattr(model, "class_token_positions"):
-        return tuple(model.class_token_positions(num_patches))
+    """Which rows of `pos_embed` are class tokens', for `num_patches` patch tokens; timm's models hold them in front."""
+    if hasattr(model, "class_row_positions"):
+        return tuple(model.class_row_positions(num_patches))
     return tuple(range(getattr(model, "num_prefix_tokens", 0)))
 
 
 def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict[str, Tensor], Callable[[str], bool]]:
     """Fit `weights` to `model`'s image size and class count; those of a masked autoencoder to a classifier too.
 
-    The position embedding is resized; a head for another number of classes, or none at all, and a decoder beside the
-    encoder are left out; all of it is said. Returns the weights and a test for the keys that may be missing from them.
+    The position embedding is resized; a head for another number of classes, or none at all, registers of another number
+    or width, and a decoder beside the encoder are left out; all of it is said. Returns the weights and a test for the
+    keys that may be missing from them.
     """
     own, weights = model.state_dict(), dict(weights)
     decoder = [key for key in weights if key not in own and key.startswith(DECODER_PREFIXES)]
@@ -242,6 +250,14 @@ def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict
         weights = {key: value for key, value in weights.items() if key not in others}
         dropped = in_head
     _place_masked_rows(weights, own, bool(decoder), model)
+    # registers, and what reads them, of another number or width start afresh
+    registers = [] if "pos_embed_cls" not in own or "pos_embed_cls" not in weights else REGISTER_KEYS
+    shapes = [{key: value.shape for key, value in entries.items() if key in registers} for entries in (own, weights)]
+    others = sorted(key for key in {*shapes[0], *shapes[1]} if shapes[0].get(key) != shapes[1].get(key))
+    if others:
+        _logger.info("%s: %s are left out, of another shape; the new ones start afresh.", path, ", ".join(others))
+        weights = {key: value for key, value in weights.items() if key not in others}
+        dropped = [*dropped, *others]
     name = "pos_embed"
     if name in own and name in weights and own[name].shape[1] != weights[name].shape[1]:
         new_grid = tuple(getattr(model, "pos_embed_grid", None) or model.patch_embed.grid_size)
@@ -285,7 +301,9 @@ def start(model: nn.Module, path: str, name: str, *, fit: bool, may_miss: set[st
     _logger.info("Weights from %s (%s).", path, origin)
     is_left_out: Callable[[str], bool] = may_miss.__contains__
     if fit:
-        weights, is_dropped = adapt(weights, model, path)
+        # a model around a backbone knows which part of it a classifier fills
+        fitted = model.adapt(weights, path) if hasattr(model, "adapt") else adapt(weights, model, path)
+        weights, is_dropped = fitted
         is_left_out = lambda key: key in may_miss or is_dropped(key)  # noqa: E731
     load_strictly(model, weights, path, name, may_miss=is_left_out)
     return checkpoint

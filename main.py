@@ -76,6 +76,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     _refuse_others_flags(parser, task, argv)
     args, typed = parser.parse(argv)
     args.data_path = os.path.expanduser(args.data_path)
+    args.with_teacher = task.with_teacher
     task.set_defaults(args, typed)
     backbone.check(args, typed)
     cpu = args.device == "cpu" or (args.device is None and not torch.cuda.is_available())
@@ -125,13 +126,13 @@ def load_weights(args: argparse.Namespace, task: type[Task], model: nn.Module, d
     Returns the teacher of a method that wants one, which --model-path holds unless it is all that --eval is given.
     """
     teacher, may_miss = None, set()
-    learners = [method for method in fusion.methods_of(model) if method.needs_teacher]
+    learners = [method for method in fusion.methods_of(model) if method.needs_teacher and task.with_teacher]
     if learners and args.model_path and not (args.eval and not args.resume and not args.finetune):
         teacher = task.plain_model(args, model, data)
         weights, _ = checkpoints.find_weights(checkpoints.read(args.model_path), args.model_path)
         checkpoints.load_strictly(teacher, weights, args.model_path, f"the model that {args.model} starts from")
     if not args.eval:
-        may_miss = set().union(*(method.added_parameters() for method in fusion.methods_of(model)))
+        may_miss = fusion.added_parameters(model)
     path = args.finetune or ("" if args.eval and args.resume else args.model_path)
     if path:
         checkpoint = checkpoints.start(model, path, args.model, fit=bool(args.finetune), may_miss=may_miss)
@@ -205,6 +206,7 @@ def train(args: argparse.Namespace, run: Run, batches: TrainBatches, tests: Eval
     is_saved = True
     try:
         while run.epoch < args.epochs:
+            task.begin_epoch(run.epoch)
             trained = engine.train_one_epoch(run, batches, args, stop, board)
             tested = None
             if trained is not None:

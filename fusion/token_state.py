@@ -6,6 +6,7 @@ A *site* is one encoder layer (in paired models two). What acts there is a `fusi
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -168,6 +169,30 @@ def mean_of_cls(x: Tensor, cls: ClassTokens | ClassIndex) -> Tensor:
     if len(index) == 1:
         return x[:, index[0]]
     return _cat([x[:, first:last] for first, last in _runs(index)], x).mean(1)
+
+
+def spread(patches: Tensor, state: TokenState) -> Tensor:
+    """What the patch tokens of `state` have, (B, m, C) -> what all M places of their grid have, (B, M, C): merged
+    patches (`groups`) their group's, absent ones zero."""
+    if state.groups is not None:
+        patches = patches.gather(1, state.groups.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+    if state.positions is None:
+        return patches
+    index = state.positions.unsqueeze(-1).expand_as(patches)
+    return patches.new_zeros(patches.shape[0], math.prod(state.grid), patches.shape[-1]).scatter(1, index, patches)
+
+
+def reorder(state: TokenState, order: Tensor) -> TokenState:
+    """The same tokens in another order (L,), for the whole batch; the patches' positions are written down."""
+    old_cls = torch.tensor(state.cls.index, dtype=torch.long)
+    cls = state.cls.moved(tuple(int(index) for index in torch.isin(order, old_cls).nonzero()))
+    order = order.to(state.hidden.device)
+    batch = state.hidden.shape[0]
+    positions = state.positions
+    if positions is None:
+        positions = torch.arange(state.num_patches, device=order.device).expand(batch, -1)
+    slots = join_cls(positions.new_full((batch, cls.count, 1), -1), positions.unsqueeze(-1), state.cls)[:, order]
+    return state.replace(hidden=state.hidden[:, order], cls=cls, positions=split_cls(slots, cls)[1].squeeze(-1))
 
 
 def patch_policy(state: TokenState) -> Tensor:

@@ -34,7 +34,14 @@ class _Tasks(Mapping[str, "type[Task]"]):
         return task
 
 
-TASKS = _Tasks({"classify": "tasks.classify.task:Classify", "pretrain": "tasks.pretrain.task:Pretrain"})
+TASKS = _Tasks(
+    {
+        "classify": "tasks.classify.task:Classify",
+        "pretrain": "tasks.pretrain.task:Pretrain",
+        "segment": "tasks.segment.task:Segment",
+        "detect": "tasks.detect.task:Detect",
+    }
+)
 
 
 def implied_task(argv: list[str] | None = None) -> str:

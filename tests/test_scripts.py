@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,8 @@ import torch
 import fusion
 import main as program
 from tasks import TASKS
-from tests import micro_models, program_data
+from tasks.segment import build_segmenter
+from tests import micro_models, program_data, shapes_data
 from tests.conftest import Result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,13 +35,32 @@ SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts"
 # not experiments: what each is, and which test runs it
 SOURCED = {"scripts/launch.sh", "scripts/fambav/experiment.sh"}
 INSTALLS = {"scripts/setup.sh", "scripts/test.sh"}  # the suite runs inside them
-WHOLE = {"scripts/quickstart.sh", "scripts/compare.sh", "scripts/mae/digits.sh"}
+WHOLE = {
+    "scripts/quickstart.sh",
+    "scripts/compare.sh",
+    "scripts/seg/quickstart.sh",
+    "scripts/det/quickstart.sh",
+    "scripts/mae/digits.sh",
+}
 EXPERIMENTS = [script for script in SCRIPTS if script not in SOURCED | INSTALLS | WHOLE]
 # take minutes, or a GPU: that they start is all that is tried here
-LONG = {f"benchmarks.{name}" for name in ("flops", "pruning", "merging", "resolution", "compare", "mae")}
+LONG = {
+    f"benchmarks.{name}"
+    for name in ("flops", "pruning", "merging", "resolution", "compare", "mae", "segmentation", "detection", "cells")
+}
 LONG_SCRIPTS = {"benchmarks/gpu_check.sh"}
-CLASSES = {"CIFAR": 100, "IMNET": 3}
-SMALL = ("--input-size", "32", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "4", "--num_workers", "0")
+CLASSES = {"CIFAR": 100, "IMNET": 3, "ADE20K": 3, "COCO": 3, "SHAPES": 3}
+TINY = ("--input-size", "32", "--batch-size", "4", "--num_workers", "0")
+SMALL = {
+    "classify": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
+    "pretrain": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
+    "segment": (*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0"),
+    "detect": (
+        *(*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0"),
+        *("--det-channels", "8", "--det-fc-channels", "16", "--det-boxes", "16", "--det-proposals", "20"),
+    ),
+}
+TOLD = {"classify": "top-1", "pretrain": "loss", "segment": "mIoU", "detect": "box AP"}
 
 
 # --- reading the pages ---
@@ -80,6 +101,7 @@ class Files:
             "CIFAR": program_data.write_cifar100(root / "cifar", train=8, test=4),
             "IMNET": program_data.write_image_folder(root / "imnet", train=4, test=2),
         }
+        self.data["ADE20K"] = self.data["COCO"] = self.data["SHAPES"] = shapes_data.write_shapes(root / "shapes", 4, 2)
 
     def weights(self, family: str, classes: int) -> Path:
         """Weights of an untrained micro model."""
@@ -90,6 +112,13 @@ class Files:
             torch.save({"model": model.state_dict()}, path)
         return path
 
+    def segmenter(self, family: str) -> Path:
+        """Weights of an untrained micro segmenter for SHAPES."""
+        path = self.root / f"{family}-segmenter.pth"
+        if not path.exists():
+            torch.save({"model": build_segmenter(f"{family}_micro_patch8_32", 6, img_size=32).state_dict()}, path)
+        return path
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
@@ -98,6 +127,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 def family_of(model: str) -> str:
     """The micro model's family that stands for `model`."""
+    if model.startswith(("mambareg", "mambar_")):
+        return "mambareg"
+    if model.startswith(("dyvm_mambareg", "MambaReg-")):
+        return "dyvm_mambareg"
     if model.startswith(("dyvm", "Vim-", "VideoMamba-")):
         return "dyvm"
     if model.startswith("mae_"):
@@ -118,13 +151,18 @@ def substitute(flags: list[str], files: Files, folder: Path) -> list[str]:
     if data_set in ("", "DIGITS"):
         data_set = "CIFAR"
         flags += ["--data-set", data_set, "--data-path", str(files.data[data_set])]
+    if data_set == "SHAPES" and "--data-path" not in flags:
+        flags += ["--data-path", ""]
     family = family_of(value(flags, "--model", "vim_nano_patch4_32"))
-    start = "vim" if family == "dyvm" and "--eval" not in flags else family
+    plain = {"dyvm": "vim", "dyvm_mambareg": "mambareg"}
+    start = plain.get(family, family) if "--eval" not in flags else family
     stands = {
         "--data-path": files.data[data_set],
         **dict.fromkeys(("--output_dir", "--visualize"), folder / "output"),
         **dict.fromkeys(("--resume", "--finetune", "--model-path"), files.weights(start, CLASSES[data_set])),
     }
+    if value(flags, "--task") == "segment":
+        stands["--resume"] = files.segmenter(family)
     return [str(stands.get(before, flag)) for before, flag in zip(["", *flags], flags)]
 
 
@@ -133,12 +171,13 @@ def check_and_run(flags: list[str], files: Files, folder: Path, run: Callable[..
     flags = substitute(flags, files, folder)
     program.parse(flags)
     model = value(flags, "--model", "vim_nano_patch4_32")
-    small = [*flags, "--model", f"{family_of(model)}_micro_patch8_32", *SMALL, "--device", "cpu"]
+    task = program.choose_task(flags).name
+    small = [*flags, "--model", f"{family_of(model)}_micro_patch8_32", *SMALL[task], "--device", "cpu"]
     if value(flags, "--fusion-strategy", "no") != "no":
         small += ["--fusion-layer", "1", "--fusion-token", "2"]
     result = run(*small)
     assert result.code == 0, result.err
-    assert ("loss" if program.choose_task(flags).name == "pretrain" else "top-1") in result.out
+    assert TOLD[task] in result.out
 
 
 # --- scripts ---
@@ -178,7 +217,8 @@ def program_flags(words: list[str]) -> list[str]:
 @pytest.mark.parametrize("script", EXPERIMENTS)
 def test_experiment_script(script: str, files: Files, program: Callable[..., Result], tmp_path: Path) -> None:
     asks = "--model-path" in (ROOT / script).read_text()
-    extra = ["--model-path", str(files.weights("vim", 3))] if asks else []
+    start = "mambareg" if "mambareg" in script else "vim"
+    extra = ["--model-path", str(files.weights(start, 3))] if asks else []
     (command,) = run_script(ROOT / script, [str(tmp_path), *extra], tmp_path)
     assert Path(command[0]) == ROOT / "main.py"
     assert value(command, "--data-path") == str(tmp_path), "the first argument is the data path"
@@ -347,10 +387,12 @@ def test_flags_in_code_spans_exist() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_run(page: Path) -> None:
+def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         if "register_model" not in block:  # the worked example is tests/test_examples.py's
-            exec(compile(block, str(page), "exec"), {"__name__": "page"})
+            module = types.ModuleType("page")  # which dataclasses look up
+            monkeypatch.setitem(sys.modules, "page", module)
+            exec(compile(block, str(page), "exec"), vars(module))
 
 
 def test_pages_hold_commands() -> None:
