@@ -10,6 +10,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.command import command, parser
 from benchmarks.summary import markdown, read_log
@@ -23,6 +24,11 @@ COLUMNS = {
 }
 
 
+def flags_of(folder: Path) -> dict[str, Any]:
+    """The flags of the run in `folder`."""
+    return json.loads((folder / "args.json").read_text())
+
+
 def row(name: str, folders: Sequence[Path]) -> dict[str, object]:
     """One line for runs that differ in their seed: mean and deviation of their last accuracy."""
     logs = [read_log(folder) for folder in folders]
@@ -30,7 +36,7 @@ def row(name: str, folders: Sequence[Path]) -> dict[str, object]:
     spread = f" ± {statistics.stdev(accuracies):.2f}" if len(logs) > 1 else ""
     return {
         "name": name,
-        "labels": f"{json.loads((folders[0] / 'args.json').read_text())['label_share']:.0%}",
+        "labels": f"{flags_of(folders[0])['label_share']:.0%}",
         "seeds": len(logs),
         "accuracy": f"{statistics.mean(accuracies):.2f}{spread}",
         "seconds": statistics.mean(sum(line["seconds"] for line in log) for log in logs),
@@ -48,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "from scratch": sorted(folder.glob("scratch-*")),
         "pre-trained, linear probe": sorted(folder.glob("probe")),
     }
-    masked = read_log(folder / "pretrain")
+    masked, steps = read_log(folder / "pretrain"), flags_of(folder / "pretrain")["iterations"]
     rows = [row(name, folders) for name, folders in kinds.items() if folders]
     seconds, last = sum(line["seconds"] for line in masked), masked[-1]
     print(
-        f"Loss of hidden patches after {len(masked)} epochs and {seconds:.0f} s without labels: "
+        f"Loss of hidden patches after {steps} steps and {seconds:.0f} s without labels: "
         f"{last['test_loss']:.4f}; of predicting each patch's mean: {last['test_loss_of_means']:.4f}.\n"
     )
     print(markdown(rows, COLUMNS))

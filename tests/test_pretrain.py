@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +70,8 @@ def test_masks_belong_to_the_image_in_evaluation_and_to_its_place_in_training() 
 
 def test_streams_are_refused() -> None:
     class Stream(IterableDataset):
-        pass
+        def __iter__(self) -> Iterator[None]:
+            return iter(())
 
     with pytest.raises(UsageError, match="stream"):
         SeededImages(Stream(), True)
@@ -343,10 +344,11 @@ def test_table_of_few_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert few_labels.main([str(tmp_path)]) == 2
     assert "log.txt" in capsys.readouterr().err
     (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "args.json").write_text(json.dumps({"iterations": 7}))
     line = {"epoch": 0, "seconds": 30.0, "test_loss": 0.5, "test_loss_of_means": 0.75}
     (tmp_path / "pretrain" / "log.txt").write_text(json.dumps(line) + "\n")
     assert few_labels.main([str(tmp_path)]) == 0
     told = capsys.readouterr().out
-    assert "0.5000; of predicting each patch's mean: 0.7500" in told
+    assert "7 steps and 30 s without labels: 0.5000; of predicting each patch's mean: 0.7500" in told
     assert "| pre-trained, fine-tuned | 10% | 2 | 91.00 ± 1.41 | 2.0 |" in told
     assert "| pre-trained, linear probe | 100% | 1 | 70.00 | 2.0 |" in told

@@ -51,12 +51,13 @@ LONG = {
 LONG_SCRIPTS = {"benchmarks/gpu_check.sh"}
 CLASSES = {"CIFAR": 100, "IMNET": 3, "ADE20K": 3, "COCO": 3, "SHAPES": 3}
 TINY = ("--input-size", "32", "--batch-size", "4", "--num_workers", "0")
+BY_STEPS = (*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0")
 SMALL = {
     "classify": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
     "pretrain": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
-    "segment": (*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0"),
+    "segment": BY_STEPS,
     "detect": (
-        *(*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0"),
+        *BY_STEPS,
         *("--det-channels", "8", "--det-fc-channels", "16", "--det-boxes", "16", "--det-proposals", "20"),
     ),
 }
@@ -172,7 +173,9 @@ def check_and_run(flags: list[str], files: Files, folder: Path, run: Callable[..
     program.parse(flags)
     model = value(flags, "--model", "vim_nano_patch4_32")
     task = program.choose_task(flags).name
-    small = [*flags, "--model", f"{family_of(model)}_micro_patch8_32", *SMALL[task], "--device", "cpu"]
+    by_steps = task in ("classify", "pretrain") and "--iterations" in flags
+    tiny = BY_STEPS if by_steps else SMALL[task]
+    small = [*flags, "--model", f"{family_of(model)}_micro_patch8_32", *tiny, "--device", "cpu"]
     if value(flags, "--fusion-strategy", "no") != "no":
         small += ["--fusion-layer", "1", "--fusion-token", "2"]
     result = run(*small)
@@ -283,7 +286,7 @@ def test_quickstart_installs_trains_and_evaluates(
 def test_digits_pretrains_fine_tunes_and_probes(
     clone: Path, files: Files, program: Callable[..., Result], tmp_path: Path
 ) -> None:
-    environment = dict(EPOCHS="1", FEW_EPOCHS="1", SEEDS="0 1", OUTPUT_DIR=str(tmp_path / "digits"))
+    environment = dict(STEPS="8", FEW_STEPS="4", SEEDS="0 1", OUTPUT_DIR=str(tmp_path / "digits"))
     lines = run_script(clone / "scripts/mae/digits.sh", [], clone, **environment)
     runs = [without(line[1:], "--resume") for line in lines if line[0] == "main.py"]
     assert [Path(value(flags, "--output_dir")).name for flags in runs] == [
