@@ -237,9 +237,8 @@ def spread_indices(body: nn.Module, count: int = 4) -> tuple[int, ...]:
 
 
 def layer_scales(model: nn.Module, prefix: str, body: nn.Module, decay: float) -> dict[str, float] | None:
-    """The share of the learning rate of every parameter of `model`, whose parameters under `prefix` are those of `body`:
-    decay^(depth - i) for layer i, decay^(depth + 1) for embedding and positions, 1 for all else; None where the body
-    is no Vision Mamba."""
+    """The share of the learning rate of every parameter of `model`, those of `body` under `prefix`: decay^(depth - i)
+    for layer i, decay^(depth + 1) for embedding and positions, 1 for all else; None where it is no Vision Mamba."""
     if not isinstance(body, models_mamba.VisionMamba):
         return None
     scales = {}
