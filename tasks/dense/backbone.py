@@ -235,3 +235,21 @@ def spread_indices(body: nn.Module, count: int = 4) -> tuple[int, ...]:
     """`count` sites of `body`, evenly spread, the last among them: 5, 11, 17, 23 of 24."""
     sites = num_sites(body)
     return tuple(sites * (i + 1) // count - 1 for i in range(count))
+
+
+def layer_scales(model: nn.Module, prefix: str, body: nn.Module, decay: float) -> dict[str, float] | None:
+    """The share of the learning rate of every parameter of `model`, those of `body` under `prefix`: decay^(depth - i)
+    for layer i, decay^(depth + 1) for embedding and positions, 1 for all else; None where it is no Vision Mamba."""
+    if not isinstance(body, models_mamba.VisionMamba):
+        return None
+    scales = {}
+    for name, _ in model.named_parameters():
+        part = name.removeprefix(prefix)
+        first, _, rest = part.partition(".")
+        if part == name or first not in ("layers", "patch_embed", "pos_embed", "pos_embed_cls", "cls_token"):
+            scales[name] = 1.0
+        elif first == "layers":
+            scales[name] = decay ** (body.depth - int(rest.partition(".")[0]))
+        else:
+            scales[name] = decay ** (body.depth + 1)
+    return scales
