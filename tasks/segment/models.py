@@ -31,8 +31,8 @@ class SegmenterOutput(NamedTuple):
     """What a segmenter computes in training, for B images.
 
     `logits` (B, classes, rows, cols) at the finest map's size; `aux` the same of the auxiliary head, at the third
-    map's (both at the image's size where that is no whole number of patches); `decisions` and `block_policy` as in `fusion.pruning_loss.PruningOutput`, empty and None where nothing is
-    pruned.
+    map's; both at the image's size where that is no whole number of patches. `decisions` and `block_policy` are those
+    of `fusion.pruning_loss.PruningOutput`, empty and None where nothing is pruned.
     """
 
     logits: Tensor
