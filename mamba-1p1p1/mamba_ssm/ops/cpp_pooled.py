@@ -8,9 +8,10 @@ import torch
 from causal_conv1d.native import DTYPE_CODES, address, call, channel_last
 from torch import Tensor
 
-CONV_FIELDS = 6 + 3 + 3 + 2 * 3 + 3
+LINES_FIELDS = 3 * 3 + 1
+CONV_FIELDS = 6 + LINES_FIELDS + 3 + 2 * 3 + 3
 SCAN_FIELDS = 7 + 2 * 4 + 3
-GATE_FIELDS = 6 + 3 + 3 + 2 + 3
+GATE_FIELDS = 6 + LINES_FIELDS + 3 + 2 + 3
 
 
 def _bits(value: float) -> int:
@@ -19,6 +20,15 @@ def _bits(value: float) -> int:
 
 def _float32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.float32).contiguous()
+
+
+def _lines(sizes: list[int], strides: list[int], pooled: list[bool]) -> tuple[int, ...]:
+    """The fields of csrc/pooled_abi.h's Lines, the number of groups last."""
+    group_strides, count = [], 1
+    for size, is_pooled in zip(reversed(sizes), reversed(pooled)):
+        group_strides.insert(0, 0 if is_pooled else count)
+        count *= 1 if is_pooled else size
+    return (*sizes, *strides, *group_strides, count)
 
 
 def pooled_conv(
@@ -30,25 +40,27 @@ def pooled_conv(
     weight_b: Tensor,
     bias_b: Tensor | None,
     D_b: Tensor,
-    lines: int,
-    across: bool,
+    sizes: list[int],
+    strides: list[int],
+    pooled: list[bool],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, dim = x.shape
+    batch, _, dim = x.shape
+    lines = _lines(sizes, strides, pooled)
     skip = x.new_empty(x.shape)
-    pooled, pooled_b = (x.new_empty((batch, lines, dim)) for _ in range(2))
+    means, means_b = (x.new_empty((batch, lines[-1], dim)) for _ in range(2))
     if skip.numel():
         x, described = channel_last(x)
         taps = [_float32(parameter) for parameter in (weight, bias, D, weight_b, bias_b, D_b)]
         fields = (
             *(batch, dim, DTYPE_CODES[x.dtype], weight.shape[1], _bits(scale), torch.get_num_threads()),
-            *(lines, tokens // lines, across),
+            *lines,
             *described,
             *(address(parameter) for parameter in taps),
-            *(skip.data_ptr(), pooled.data_ptr(), pooled_b.data_ptr()),
+            *(skip.data_ptr(), means.data_ptr(), means_b.data_ptr()),
         )
         call(library.mamba_pooled_conv, fields)
-    return skip, pooled, pooled_b
+    return skip, means, means_b
 
 
 def pooled_scan(library, groups: Tensor, groups_b: Tensor, *projections: Tensor) -> Tensor:
@@ -74,17 +86,19 @@ def pooled_gate(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    across: bool,
+    sizes: list[int],
+    strides: list[int],
+    pooled: list[bool],
     share: float,
 ) -> Tensor:
-    batch, tokens, dim = skip.shape
+    batch, _, dim = skip.shape
     out = skip.new_empty(skip.shape)
     if out.numel():
-        (z, described), lines = channel_last(z), groups.shape[1]
+        z, described = channel_last(z)
         skip, groups, weight, bias = skip.contiguous(), groups.contiguous(), _float32(weight), _float32(bias)
         fields = (
             *(batch, dim, DTYPE_CODES[skip.dtype], _bits(share), _bits(eps), torch.get_num_threads()),
-            *(lines, tokens // lines, across),
+            *_lines(sizes, strides, pooled),
             *described,
             *(address(weight), address(bias)),
             *(skip.data_ptr(), groups.data_ptr(), out.data_ptr()),

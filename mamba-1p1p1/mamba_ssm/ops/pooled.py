@@ -9,6 +9,8 @@ gradients they are one call. All need a kernel set that has them: `has_kernels`.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,29 +19,64 @@ from mamba_ssm.ops.operators import LIBRARY, backends, has_kernel, register
 from torch import Tensor
 
 _TAG = torch.Tag.pt2_compliant_tag
+_LINES = "int[3] sizes, int[3] strides, bool[3] pooled"
 _TAPS = "Tensor weight, Tensor? bias, Tensor D, Tensor weight_b, Tensor? bias_b, Tensor D_b"
 LIBRARY.define(
-    f"pooled_conv(Tensor x, {_TAPS}, int lines, bool across, float scale) -> (Tensor, Tensor, Tensor)", tags=_TAG
+    f"pooled_conv(Tensor x, {_TAPS}, {_LINES}, float scale) -> (Tensor, Tensor, Tensor)", tags=_TAG
 )
 _PROJECTIONS = ", ".join(f"Tensor x_proj{b}, Tensor dt_proj{b}, Tensor dt_bias{b}, Tensor A_log{b}" for b in ("", "_b"))
 LIBRARY.define(f"pooled_scan(Tensor groups, Tensor groups_b, {_PROJECTIONS}) -> Tensor", tags=_TAG)
 LIBRARY.define(
-    "pooled_gate(Tensor skip, Tensor groups, Tensor z, Tensor? weight, Tensor? bias, float eps, bool across,"
+    f"pooled_gate(Tensor skip, Tensor groups, Tensor z, Tensor? weight, Tensor? bias, float eps, {_LINES},"
     " float share) -> Tensor",
     tags=_TAG,
 )
 
 
 class Lines(NamedTuple):
-    """A token grid cut into `count` lines of equal length, each pooled to `scale` times its mean.
+    """A token grid of three axes, in the order in which they are walked, whose `pooled` ones become one token: `scale`
+    times the mean.
 
-    Token k of line g is number g * length + k of the sequence or, if `across`, number k * count + g. The convolutions
-    run from line to line.
+    `sizes` are the axes' lengths, the last of them 1 where there are fewer, and `strides` how far apart in the
+    sequence two neighbours along each are. The convolutions follow the walk, and groups are numbered as it meets them.
     """
 
-    count: int
-    across: bool
+    sizes: tuple[int, int, int]
+    strides: tuple[int, int, int]
+    pooled: tuple[bool, bool, bool]
     scale: float = 1.0
+
+    @classmethod
+    def of_grid(
+        cls, shape: Sequence[int], axes: Sequence[int] | None = None, pooled: Sequence[int] = (-1,), scale: float = 1.0
+    ) -> Lines | None:
+        """Lines of a grid that tokens fill in raster order, its axes walked in the order `axes`, of which those numbered
+        `pooled`, after that, are pooled. None if that takes more than three axes once neighbours are one where they
+        can be."""
+        walked = range(len(shape)) if axes is None else axes
+        pooled = {place % len(shape) for place in pooled}
+        found: list[tuple[int, int, bool]] = []
+        for place, axis in enumerate(walked):
+            size, stride, is_pooled = shape[axis], math.prod(shape[axis + 1 :]), place in pooled
+            if size == 1:
+                continue
+            if found and found[-1][1:] == (size * stride, is_pooled):
+                size *= found.pop()[0]
+            found.append((size, stride, is_pooled))
+        if len(found) > 3:
+            return None
+        found += [(1, 0, False)] * (3 - len(found))
+        return cls(*zip(*found), scale)
+
+    @property
+    def count(self) -> int:
+        """How many groups there are."""
+        return math.prod(size for size, is_pooled in zip(self.sizes, self.pooled) if not is_pooled)
+
+    @property
+    def length(self) -> int:
+        """How many tokens are one group."""
+        return math.prod(self.sizes) // self.count
 
 
 class Taps(NamedTuple):
@@ -75,8 +112,8 @@ def pooled_conv_fn(x: Tensor, forward: Taps, backward: Taps, lines: Lines) -> tu
         D * u + D_b * u_b (batch, tokens, dim), and the lines' pooled tokens of u and of u_b, (batch, lines, dim) each,
         in the dtype of `x`.
     """
-    if lines.count < 1 or x.dim() != 3 or x.shape[1] % lines.count:
-        raise ValueError(f"x has shape {tuple(x.shape)}, wanted (batch, tokens, dim) that fill {lines.count} lines")
+    if x.dim() != 3 or x.shape[1] != math.prod(lines.sizes):
+        raise ValueError(f"x has shape {tuple(x.shape)}, wanted (batch, tokens, dim) that fill a grid of {lines.sizes}")
     return torch.ops.mamba_ssm.pooled_conv(x, *forward, *backward, *lines)
 
 
@@ -115,73 +152,88 @@ def pooled_gate_fn(
             f"groups and z have shapes {tuple(groups.shape)} and {tuple(z.shape)}, wanted (batch, {lines.count}, dim)"
             f" and {tuple(skip.shape)}"
         )
-    return torch.ops.mamba_ssm.pooled_gate(skip, groups, z, weight, bias, eps, lines.across, share)
+    return torch.ops.mamba_ssm.pooled_gate(skip, groups, z, weight, bias, eps, *lines[:3], share)
 
 
-def _conv(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale):
-    return backends.pick(x).pooled_conv(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale)
+def _conv(x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, scale):
+    return backends.pick(x).pooled_conv(x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, scale)
 
 
 def _scan(groups, groups_b, *projections):
     return backends.pick(groups).pooled_scan(groups, groups_b, *projections)
 
 
-def _gate(skip, groups, z, weight, bias, eps, across, share):
-    return backends.pick(skip).pooled_gate(skip, groups, z, weight, bias, eps, across, share)
+def _gate(skip, groups, z, weight, bias, eps, sizes, strides, pooled, share):
+    return backends.pick(skip).pooled_gate(skip, groups, z, weight, bias, eps, sizes, strides, pooled, share)
 
 
-def _fake_conv(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale):
-    pooled = (x.shape[0], lines, x.shape[2])
-    return x.new_empty(x.shape), x.new_empty(pooled), x.new_empty(pooled)
+def _fake_conv(x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, scale):
+    means = (x.shape[0], Lines(sizes, strides, pooled).count, x.shape[2])
+    return x.new_empty(x.shape), x.new_empty(means), x.new_empty(means)
 
 
 def _fake_scan(groups, groups_b, *projections):
     return groups.new_empty(groups.shape)
 
 
-def _fake_gate(skip, groups, z, weight, bias, eps, across, share):
+def _fake_gate(skip, groups, z, weight, bias, eps, sizes, strides, pooled, share):
     return skip.new_empty(skip.shape)
 
 
-def _in_lines(x: Tensor, lines: int, across: bool) -> Tensor:
-    """(batch, tokens, dim) -> (batch, lines, length, dim), a view."""
-    return x.unflatten(1, (-1, lines)).transpose(1, 2) if across else x.unflatten(1, (lines, -1))
+def _walked(x: Tensor, lines: Lines) -> Tensor:
+    """(batch, tokens, dim) -> (batch, *sizes, dim), a view."""
+    stored = _stored_axes(lines)
+    x = x.unflatten(1, [lines.sizes[axis] for axis in stored])
+    return x.permute(0, *(1 + stored.index(axis) for axis in range(3)), 4)
 
 
-def _in_place(x: Tensor, across: bool) -> Tensor:
-    """Inverse of `_in_lines`."""
-    return (x.transpose(1, 2) if across else x).flatten(1, 2)
+def _in_place(x: Tensor, lines: Lines) -> Tensor:
+    """Inverse of `_walked`."""
+    return x.permute(0, *(1 + axis for axis in _stored_axes(lines)), 4).flatten(1, 3)
+
+
+def _stored_axes(lines: Lines) -> list[int]:
+    """The axes in the order of the sequence, the last one fastest."""
+    return sorted(range(3), key=lambda axis: -lines.strides[axis])
+
+
+def _spread(groups: Tensor, lines: Lines) -> Tensor:
+    """(batch, groups, dim) -> (batch, *sizes, dim), with 1 for the sizes of pooled axes."""
+    return groups.unflatten(1, [1 if is_pooled else size for size, is_pooled in zip(lines.sizes, lines.pooled)])
 
 
 def _save_conv(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.lines, ctx.across, ctx.scale = inputs
+    *tensors, sizes, strides, pooled, scale = inputs
+    ctx.lines = Lines(tuple(sizes), tuple(strides), tuple(pooled), scale)
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate_conv(ctx, dskip: Tensor, dpooled: Tensor, dpooled_b: Tensor) -> tuple:
     x, *taps = ctx.saved_tensors
-    x, dskip = _in_lines(x, ctx.lines, ctx.across), _in_lines(dskip, ctx.lines, ctx.across)
-    share, walked, grads, dx = ctx.scale / x.shape[2], x.flatten(1, 2).transpose(1, 2), [], None
-    for (weight, bias, D), pooled, reverse in ((taps[:3], dpooled, False), (taps[3:], dpooled_b, True)):
+    lines = ctx.lines
+    x, dskip = _walked(x, lines), _walked(dskip, lines)
+    share, walked, grads, dx = lines.scale / lines.length, x.flatten(1, 3).transpose(1, 2), [], None
+    for (weight, bias, D), dmean, reverse in ((taps[:3], dpooled, False), (taps[3:], dpooled_b, True)):
         u = torch.ops.causal_conv1d.forward(walked, weight, bias, True, reverse)
-        du = torch.addcmul((pooled * share).unsqueeze(2), dskip, D.to(dskip.dtype)).flatten(1, 2).transpose(1, 2)
+        du = torch.addcmul(_spread(dmean * share, lines), dskip, D.to(dskip.dtype)).flatten(1, 3).transpose(1, 2)
         part, dweight, dbias = torch.ops.causal_conv1d.backward(du, walked, weight, bias, True, reverse)
-        dD = (dskip.flatten(1, 2) * u.transpose(1, 2)).sum((0, 1), dtype=D.dtype)
+        dD = (dskip.flatten(1, 3) * u.transpose(1, 2)).sum((0, 1), dtype=D.dtype)
         grads += [dweight, None if bias is None else dbias, dD]
         dx = part if dx is None else dx + part
-    dx = _in_place(dx.transpose(1, 2).unflatten(1, (ctx.lines, -1)), ctx.across)
-    return dx, *grads, None, None, None
+    dx = _in_place(dx.transpose(1, 2).unflatten(1, lines.sizes), lines)
+    return dx, *grads, None, None, None, None
 
 
 def _save_gate(ctx, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.eps, ctx.across, ctx.share = inputs
+    *tensors, ctx.eps, sizes, strides, pooled, ctx.share = inputs
+    ctx.lines = Lines(tuple(sizes), tuple(strides), tuple(pooled))
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate_gate(ctx, dout: Tensor) -> tuple:
     skip, groups, z, weight, bias = ctx.saved_tensors
-    lines, across, share = groups.shape[1], ctx.across, ctx.share
-    total = _in_place((_in_lines(skip, lines, across) + groups.unsqueeze(2)) * share, across)
+    lines, share = ctx.lines, ctx.share
+    total = _in_place((_walked(skip, lines) + _spread(groups, lines)) * share, lines)
     dnormed, dweight, dbias = dout * F.silu(z), None, None
     if weight is None:
         dtotal, normed = dnormed, total
@@ -195,7 +247,9 @@ def _differentiate_gate(ctx, dout: Tensor) -> tuple:
         dweight, dbias = dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
     dz = torch.ops.aten.silu_backward(dout * normed, z)
     dskip = dtotal * share
-    return dskip, _in_lines(dskip, lines, across).sum(2), dz, dweight, dbias, None, None, None
+    axes = [1 + axis for axis, is_pooled in enumerate(lines.pooled) if is_pooled]
+    dgroups = _walked(dskip, lines).sum(axes) if axes else _walked(dskip, lines)
+    return dskip, dgroups.reshape(groups.shape), dz, dweight, dbias, None, None, None, None, None
 
 
 register("pooled_conv", _conv, _fake_conv, save=_save_conv, differentiate=_differentiate_conv)
