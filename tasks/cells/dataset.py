@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -261,7 +262,8 @@ class ChannelSetSampler(Sampler[list[Any]]):
     """Batches of one channel set each, the same steps in every process.
 
     In training (`shuffle`) images are shuffled by seed and epoch, and each comes with the seed of its place in the
-    epoch, as (index, seed); batches of all sets are shuffled among each other. The last, partial batch of a set is left
+    epoch, as (index, seed); batches of all sets are shuffled among each other. With `steps` an epoch is so many batches
+    of an endless row of passes. The last, partial batch of a set is left
     out, but for sets with fewer images than a batch, which make one batch of as many as all processes can share. In
     evaluation every image comes once, in the order of the sets, and processes may get a batch more or less.
     """
@@ -274,6 +276,7 @@ class ChannelSetSampler(Sampler[list[Any]]):
         rank: int = 0,
         world_size: int = 1,
         shuffle: bool = False,
+        steps: int | None = None,
     ) -> None:
         self.batch_size, self.seed, self.rank, self.world_size, self.shuffle = (
             batch_size,
@@ -289,7 +292,12 @@ class ChannelSetSampler(Sampler[list[Any]]):
         rare = [channels for channels, members in self.members.items() if len(members) < world_size]
         if shuffle and rare:
             _logger.warning("%d channel sets have fewer images than there are processes, and are left out.", len(rare))
-        self.steps = len(self._bounds()) if shuffle else math.ceil(len(self._bounds()) / world_size)
+        count = len(self._bounds())
+        if shuffle and not count:
+            raise UsageError(
+                f"No channel set has an image for each of the {world_size} processes; wanted fewer of them."
+            )
+        self.steps = steps or (count if shuffle else math.ceil(count / world_size))
 
     def _bounds(self) -> list[tuple[ChannelSet, int, int]]:
         """Every batch (of all processes together, in training) as a channel set and its first and last image's
@@ -314,19 +322,20 @@ class ChannelSetSampler(Sampler[list[Any]]):
         return self.steps - self.start if self.shuffle else len(self._bounds()[self.rank :: self.world_size])
 
     def __iter__(self) -> Iterator[list[Any]]:
-        bounds = self._bounds()
         if not self.shuffle:
-            for channels, first, last in bounds[self.rank :: self.world_size]:
+            for channels, first, last in self._bounds()[self.rank :: self.world_size]:
                 yield self.members[channels][first:last]
             return
-        generator = np.random.default_rng([self.seed, self.epoch])
+        number, skipped = divmod(self.epoch * self.steps + self.start, len(self._bounds()))
+        batches = itertools.chain.from_iterable(map(self._pass, itertools.count(number)))
+        yield from itertools.islice(batches, skipped, skipped + len(self))
+
+    def _pass(self, number: int) -> Iterator[list[tuple[int, int]]]:
+        """This process's share of every batch of pass `number` through the whole set."""
+        generator, bounds = np.random.default_rng([self.seed, number]), self._bounds()
         orders = {channels: generator.permutation(members) for channels, members in self.members.items()}
-        batches = [bounds[place] for place in generator.permutation(len(bounds))]
-        seeds = generator.integers(2**32, size=sum(last - first for _, first, last in batches))
-        at = 0
-        for number, (channels, first, last) in enumerate(batches):
-            chosen, drawn = orders[channels][first:last], seeds[at : at + last - first]
-            at += last - first
-            if number >= self.start:
-                own = slice(self.rank, None, self.world_size)
-                yield [(int(index), int(seed)) for index, seed in zip(chosen[own], drawn[own])]
+        own = slice(self.rank, None, self.world_size)
+        for place in generator.permutation(len(bounds)):
+            channels, first, last = bounds[place]
+            seeds = generator.integers(2**32, size=last - first)
+            yield [(int(index), int(seed)) for index, seed in zip(orders[channels][first:last][own], seeds[own])]
