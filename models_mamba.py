@@ -24,7 +24,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from embeddings import PatchEmbed, RotaryEmbedding2d, resize_pos_embed
+from embeddings import SCAN_ORDERS, ChannelPatchEmbed, PatchEmbed, RotaryEmbedding2d, resize_pos_embed
 from fusion import Methods, build_site_methods, method_keywords
 from fusion.dynamic_pruning import PruningOutput, pruning_output
 from fusion.token_state import (
@@ -90,6 +90,10 @@ class VimSettings:
     `pair_residual` says whether the two residuals, equal but for drop-path, are summed (published: it doubles the
     residual at every site) or averaged. `flip_img_sequences_ratio` is the chance that training reverses the sequence.
     `use_norm_after_ssm` puts a LayerNorm between scan and gate; None does so with spatial pooling only.
+
+    `channel_tokens` makes every patch of every channel a token (ChannelVim; `ChannelPatchEmbed`, whose keywords are
+    `hcs`, `sort_channels` and `scan_order`); `channels` is then another name of `in_chans`, how many the model knows.
+    Class tokens have no positions there.
     """
 
     img_size: int | tuple[int, int] = 224
@@ -124,6 +128,11 @@ class VimSettings:
     use_double_cls_token: bool = False
     use_middle_cls_token: bool = False
     use_norm_after_ssm: bool | None = None
+    channel_tokens: bool = False
+    channels: int | None = None
+    hcs: bool = True
+    sort_channels: bool = True
+    scan_order: str = SCAN_ORDERS[0]
     if_devide_out: bool | None = None  # the published spelling
 
     def __post_init__(self) -> None:
@@ -135,15 +144,20 @@ class VimSettings:
             )
         if self.pair_residual not in ("sum", "mean"):
             raise ValueError(f"pair_residual is {self.pair_residual!r}; wanted 'sum' or 'mean'.")
+        if self.scan_order not in SCAN_ORDERS:
+            raise ValueError(f"scan_order is {self.scan_order!r}; wanted {' or '.join(map(repr, SCAN_ORDERS))}.")
+        if self.channel_tokens and self.if_rope:
+            raise ValueError("Channels of a patch share its position: wanted channel_tokens without if_rope.")
 
     @property
     def class_tokens(self) -> ClassTokens:
         """How many class tokens there are, and their places."""
         if not self.if_cls_token:
             return ClassTokens()
+        positions = "none" if self.channel_tokens else "shared"
         if self.use_double_cls_token:
-            return ClassTokens(2, "ends")
-        return ClassTokens(1, "middle" if self.use_middle_cls_token else "front")
+            return ClassTokens(2, "ends", positions)
+        return ClassTokens(1, "middle" if self.use_middle_cls_token else "front", positions)
 
 
 class VisionMamba(nn.Module):
@@ -160,7 +174,17 @@ class VisionMamba(nn.Module):
         if unknown:
             raise TypeError(f"VisionMamba does not know {', '.join(unknown)}; wanted its own or a method's keywords.")
         settings = VimSettings(**{name: value for name, value in keywords.items() if name in own})
-        self.methods = Methods.from_keywords(**{name: value for name, value in keywords.items() if name not in own})
+        others = {name: value for name, value in keywords.items() if name not in own}
+        if settings.channel_tokens and settings.scan_order == "Spatial-First":
+            others.setdefault("spatial_axes", (1, 2))
+        self.methods = Methods.from_keywords(**others)
+        pooling = self.methods.get("pooling")
+        if pooling is not None and pooling.pool_dims == 2 and not settings.channel_tokens:
+            raise ValueError("pool_dims is 2; wanted it with channel_tokens, whose grid has a third axis.")
+        if self.methods.get("pruning") is not None and settings.channel_tokens:
+            raise ValueError(
+                "Learned pruning keeps a share of one channel's patches: wanted it without channel_tokens."
+            )
 
         self.num_classes, self.drop_rate = settings.num_classes, settings.drop_rate
         self.embed_dim = self.num_features = self.head_hidden_size = settings.embed_dim
@@ -186,11 +210,16 @@ class VisionMamba(nn.Module):
         """Patches, class tokens, positions."""
         pooling, dim = self.methods.get("pooling"), settings.embed_dim
         self._colwise = pooling is not None and pooling.scanpath_type == "colwise"
-        self.patch_embed = PatchEmbed(
+        embed: Callable[..., PatchEmbed] = PatchEmbed
+        self.knows_channels = settings.channel_tokens
+        if settings.channel_tokens:
+            names = ("hcs", "sort_channels", "scan_order")
+            embed = partial(ChannelPatchEmbed, **{name: getattr(settings, name) for name in names})
+        self.patch_embed = embed(
             settings.img_size,
             settings.patch_size,
             settings.patch_size if settings.stride is None else settings.stride,
-            settings.in_chans,
+            settings.in_chans if settings.channels is None else settings.channels,
             dim,
             dynamic=pooling is not None and not settings.if_rope,
         )
@@ -200,7 +229,8 @@ class VisionMamba(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(1, 1, dim)))
         self.pos_embed = None
         if settings.if_abs_pos_embed:
-            num_tokens = self.patch_embed.num_patches + self.class_tokens.count
+            num_patches = self.patch_embed.num_patches
+            num_tokens = num_patches + len(self.class_token_positions(num_patches))
             self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, dim))
         self.pos_drop = nn.Dropout(settings.drop_rate)
         self.rope, self.if_rope_residual = None, settings.if_rope_residual
@@ -250,8 +280,9 @@ class VisionMamba(nn.Module):
     def init_weights(self) -> None:
         """Initialise as Vim does: LeCun-normal patch convolution, truncated normal (0.02) head, tokens and positions;
         linear biases zero but for dt_proj's; out_proj Kaiming-uniform over sqrt(depth), one residual branch a layer."""
-        lecun_normal_(self.patch_embed.proj.weight)
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        if not self.knows_channels:  # those start as torch has it
+            lecun_normal_(self.patch_embed.proj.weight)
+            nn.init.zeros_(self.patch_embed.proj.bias)
         tokens = [getattr(self, name) for name in self.cls_token_names]
         for parameter in [*tokens, *([] if self.pos_embed is None else [self.pos_embed])]:
             trunc_normal_(parameter, std=0.02)
@@ -269,11 +300,13 @@ class VisionMamba(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone: A, D of every direction, positions, class tokens."""
+        """Names of the parameters that weight decay leaves alone: A, D of every direction, positions, class tokens,
+        channels."""
         scan = {
             name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("A_log", "A_b_log", "D", "D_b")
         }
-        return scan | {"pos_embed", *self.cls_token_names}
+        channels = {"patch_embed.channel_embed.weight"} if self.knows_channels else set()
+        return scan | channels | {"pos_embed", *self.cls_token_names}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -305,8 +338,8 @@ class VisionMamba(nn.Module):
         self.head = head.to(self.norm_f.weight.device)
 
     def class_token_positions(self, num_patches: int) -> tuple[int, ...]:
-        """Where the class tokens stand among `num_patches` patch tokens."""
-        return self.class_tokens.places(num_patches)
+        """Which rows of the position embedding are class tokens', beside those of `num_patches` patch tokens."""
+        return self.class_tokens.places(num_patches) if self.class_tokens.positions == "shared" else ()
 
     # --- forward ---
 
@@ -316,13 +349,16 @@ class VisionMamba(nn.Module):
         random_cls_position: bool = False,
         random_token_rank: bool = False,
         keep: Tensor | None = None,
+        channels: Any = None,
     ) -> TokenState:
-        """Images (B, C, H, W) -> the token sequence before the first site.
+        """Images (B, C, H, W) -> the token sequence before the first site; `channels` as in `forward`.
 
         `keep` (B, V), long, rising in every row: the raster indices of the patch tokens that are left, as masked
         autoencoding needs; positions are those of the full grid, and class tokens stand among the V by their rule.
         """
-        patches, grid = self.patch_embed(x)
+        if channels is not None and not self.knows_channels:
+            raise ValueError("This model takes its channels together: wanted one with channel_tokens for `channels`.")
+        patches, grid = self.patch_embed(x, channels) if self.knows_channels else self.patch_embed(x)
         batch, num_patches, _ = patches.shape
         if keep is not None and (keep.ndim != 2 or len(keep) != batch or keep.dtype != torch.long):
             raise ValueError(f"keep is {tuple(keep.shape)} of {keep.dtype}; wanted ({batch}, V) of torch.int64.")
@@ -354,11 +390,14 @@ class VisionMamba(nn.Module):
             state = _reorder(state, torch.arange(state.num_tokens - 1, -1, -1))
         return state
 
-    def position_rows(self, grid: tuple[int, int], index: ClassIndex) -> tuple[Tensor | None, Tensor | None]:
+    def position_rows(self, grid: tuple[int, ...], index: ClassIndex) -> tuple[Tensor | None, Tensor | None]:
         """The position embeddings of the class tokens (1, K, D), which stand at `index` of the full sequence, and of
         the patch tokens of `grid` (1, M, D); None where there are none."""
         if self.pos_embed is None:
             return None, None
+        if self.knows_channels:
+            rows_cols = tuple(grid[axis] for axis in self.patch_embed.spatial_axes)
+            return None, self.patch_embed.spread(self.pos_embed_for(rows_cols), grid)
         return split_cls(self.pos_embed_for(grid), index)
 
     @property
@@ -432,10 +471,15 @@ class VisionMamba(nn.Module):
         return hidden
 
     def forward_features(
-        self, x: Tensor, if_random_cls_token_position: bool = False, if_random_token_rank: bool = False
+        self,
+        x: Tensor,
+        if_random_cls_token_position: bool = False,
+        if_random_token_rank: bool = False,
+        channels: Any = None,
     ) -> Tensor:
         """Images (B, C, H, W) -> normalised tokens (B, `num_prefix_tokens` + M, D), class tokens first."""
-        return self.finish(self.encode(self.embed(x, if_random_cls_token_position, if_random_token_rank)))
+        state = self.embed(x, if_random_cls_token_position, if_random_token_rank, channels=channels)
+        return self.finish(self.encode(state))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, token_policy: Tensor | None = None) -> Tensor:
         """Tokens of `forward_features` -> logits (B, num_classes), or with `pre_logits` the features (B, D) they are
@@ -452,10 +496,12 @@ class VisionMamba(nn.Module):
         return_features: bool = False,
         if_random_cls_token_position: bool = False,
         if_random_token_rank: bool = False,
+        channels: Any = None,
     ) -> Any:
         """Images (B, C, H, W) -> logits (B, num_classes), or with `return_features` the features (B, D) under the
-        head. In training mode a method may return something of its own instead (`SiteMethod.output`)."""
-        state, tokens, features = self._features(x, if_random_cls_token_position, if_random_token_rank)
+        head. In training mode a method may return something of its own instead (`SiteMethod.output`). A model with
+        `channel_tokens` is told by `channels` which of those that it knows x holds; see `ChannelPatchEmbed`."""
+        state, tokens, features = self._features(x, if_random_cls_token_position, if_random_token_rank, channels)
         if return_features:
             return features
         output = self.head(features)
@@ -474,9 +520,9 @@ class VisionMamba(nn.Module):
         return pruning_output(state, tokens, self.head(features))
 
     def _features(
-        self, x: Tensor, random_cls_position: bool, random_token_rank: bool
+        self, x: Tensor, random_cls_position: bool, random_token_rank: bool, channels: Any = None
     ) -> tuple[TokenState, Tensor, Tensor]:
-        state = self.encode(self.embed(x, random_cls_position, random_token_rank))
+        state = self.encode(self.embed(x, random_cls_position, random_token_rank, channels=channels))
         tokens = self.finish(state)
         policy = None if state.token_mask is None else patch_policy(state)
         return state, tokens, self.forward_head(tokens, pre_logits=True, token_policy=policy)
@@ -490,12 +536,13 @@ class VisionMamba(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         return_prefix_tokens: bool = False,
+        channels: Any = None,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Token maps after chosen sites, as timm's models give them: (B, D, rows, cols), or (B, M, D) for output_fmt
         "NLC".
 
         With `return_prefix_tokens` each map comes with its class tokens (B, K, D). Needs models that keep their full
-        token grid.
+        token grid. Maps of a model with `channel_tokens` are means over the channels.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; wanted 'NCHW' or 'NLC'.")
@@ -509,11 +556,17 @@ class VisionMamba(nn.Module):
                 raise ValueError("Token maps need the full grid: wanted a model without token merging or pruning.")
             tokens = state.hidden + state.residual
             classes, patches = split_cls(self.norm_f(tokens) if norm else tokens, state.cls)
+            grid = state.grid
+            if self.knows_channels:
+                patches = self.patch_embed.mean(patches, grid)
+                grid = tuple(grid[axis] for axis in self.patch_embed.spatial_axes)
             if output_fmt == "NCHW":
-                patches = patches.transpose(1, 2).unflatten(2, state.grid).contiguous()
+                patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
             maps.append((patches, classes) if return_prefix_tokens else patches)
 
-        state = self.encode(self.embed(x), visit, last + 1 if stop_early and intermediates_only else None)
+        state = self.encode(
+            self.embed(x, channels=channels), visit, last + 1 if stop_early and intermediates_only else None
+        )
         return maps if intermediates_only else (self.finish(state), maps)
 
 
@@ -535,7 +588,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VisionMamba) -> d
     pos_embed = state_dict.get("pos_embed")
     if pos_embed is None or model.pos_embed is None or pos_embed.shape[1] == model.pos_embed.shape[1]:
         return state_dict
-    num_patches = pos_embed.shape[1] - model.num_prefix_tokens
+    num_patches = pos_embed.shape[1] - len(model.class_token_positions(model.patch_embed.num_patches))
     side = math.isqrt(max(num_patches, 0))
     if side * side != num_patches:
         raise ValueError(
@@ -554,7 +607,7 @@ def _pretrained_cfg(name: str) -> dict[str, Any]:
     return dict(
         url="",
         num_classes=settings.get("num_classes", 1000),
-        input_size=(3, size, size),
+        input_size=(settings.get("in_chans", 3), size, size),
         fixed_input_size=not settings.get("spatial_pool", False),
         pool_size=None,
         crop_pct=0.875,

@@ -19,6 +19,8 @@ VIM = dict(
     use_middle_cls_token=True,
 )
 FASTVIM = VIM | dict(if_cls_token=False, use_middle_cls_token=False, spatial_pool=True)
+_CHANNELS = dict(channel_tokens=True, in_chans=8, use_norm_after_ssm=True)
+_CHANNELVIM, _FASTCHANNELVIM = VIM | _CHANNELS, FASTVIM | _CHANNELS
 _FAMBAV = VIM | dict(if_bidirectional=True, use_middle_cls_token=False)
 _DYVM = dict(pruning="both")
 _VIDEOMAMBA = VIM | dict(use_middle_cls_token=False, if_divide_out=False)
@@ -56,7 +58,17 @@ REGISTRY: dict[str, dict[str, Any]] = {
     "dyvm_videomamba_small_patch16_224": _VIDEOMAMBA | _SMALL | _DYVM,
     "dyvm_videomamba_middle_patch16_224": _VIDEOMAMBA | dict(embed_dim=576, depth=32) | _DYVM,
     "dyvm_videomamba_base_patch16_224": _VIDEOMAMBA | _BASE | _DYVM,
+    "channelvim_nano_patch4_32": _CHANNELVIM | _NANO | dict(in_chans=5),
+    "fastchannelvim_nano_patch4_32": _FASTCHANNELVIM | _NANO | dict(in_chans=5),
 }
+for _patch in (16, 8):
+    _fast = _FASTCHANNELVIM | _SMALL | dict(patch_size=_patch)
+    REGISTRY |= {
+        f"channelvim_small_patch{_patch}_224": _CHANNELVIM | _SMALL | dict(patch_size=_patch),
+        f"fastchannelvim_small_patch{_patch}_224": _fast,
+        f"fastchannelvim_small_patch{_patch}_224_maxpool": _fast | dict(collapse_method="max"),
+        f"fastchannelvim_small_patch{_patch}_224_2dcompress": _fast | dict(pool_dims=2),
+    }
 
 _LONG = "bimambav2_final_pool_mean_abs_pos_embed_with"
 ALIASES = {
@@ -68,6 +80,11 @@ ALIASES = {
 } | {
     f"vim_{size}_final_pool_mean_abs_pos_embed_with_noclstok_div2": f"fastvim_{size}"
     for size in ("tiny_patch16_224", "small_patch16_224", "base_patch16_224", "large_patch16_224", "huge_patch14_224")
+}
+_LONG_CHANNELS = "channelvim_small_patch16_224_final_pool_mean_abs_pos_embed_with"
+ALIASES |= {
+    f"{_LONG_CHANNELS}_noclstok_div2": "fastchannelvim_small_patch16_224",
+    f"{_LONG_CHANNELS}_midclstok_div2": "channelvim_small_patch16_224",
 }
 
 # How `--model` is spelt in DyVM's release, and what each is here.
