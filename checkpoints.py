@@ -82,11 +82,17 @@ def _kind(file: Path, path: str) -> str:
         raise UsageError(f"{path} is a pointer of git-lfs; wanted the file itself, by `git lfs pull`.")
     if head.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
         raise UsageError(f"{path} is a web page; wanted the checkpoint that it links to.")
-    if zipfile.is_zipfile(file):
-        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                raise UsageError(f"{path} is a compressed archive; wanted a checkpoint as torch.save writes it.")
+    if head.startswith(b"PK") and _is_compressed(file):
+        raise UsageError(f"{path} is a compressed archive; wanted a checkpoint as torch.save writes it.")
     return "safetensors" if head[8:9] == b"{" and not head.startswith(b"PK") else ""
+
+
+def _is_compressed(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
+    except Exception:  # a broken archive: torch's reader says how
+        return False
 
 
 def _check_tensors(value: Any, path: str) -> None:

@@ -29,12 +29,13 @@ from utils.processes import once_per_node
 
 _logger = logging.getLogger(__name__)
 
+Image.init()  # all of Pillow's readers, of which `FORMATS` are used
 Image.MAX_IMAGE_PIXELS = None  # `load_image` counts them itself, and names the flag
 MAX_PIXELS = 2 * 89_478_485  # what Pillow refuses by default
 MOST_ASPECT = 100
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
 WHITES = (1.0, 255.0, 4095.0, 65535.0)
-DATA_SETS = ("CIFAR", "CIFAR10", "IMNET", "IMNET_100", "INAT", "INAT19", "DIGITS")
+DATA_SETS = ("CIFAR", "CIFAR10", "IMNET", "INAT", "INAT19", "DIGITS", "IMNET_100")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 

@@ -130,7 +130,8 @@ def load_weights(args: argparse.Namespace, task: type[Task], model: nn.Module, d
         teacher = task.plain_model(args, model, data)
         weights, _ = checkpoints.find_weights(checkpoints.read(args.model_path), args.model_path)
         checkpoints.load_strictly(teacher, weights, args.model_path, f"the model that {args.model} starts from")
-        may_miss = set() if args.eval else set().union(*(method.added_parameters() for method in learners))
+    if not args.eval:
+        may_miss = set().union(*(method.added_parameters() for method in fusion.methods_of(model)))
     path = args.finetune or ("" if args.eval and args.resume else args.model_path)
     if path:
         checkpoints.start(model, path, args.model, fit=bool(args.finetune), may_miss=may_miss)
@@ -272,13 +273,10 @@ def work(args: argparse.Namespace, stop: StopRequest) -> None:
     if run.epoch and run.scheduler is not None:
         run.scheduler.step(run.epoch)
     with contextlib.ExitStack() as held:
-        writes = args.output_dir and is_main_process()
-        if writes:
+        last = runs.resume(run, args) if args.resume else None
+        if args.output_dir and is_main_process():
             held.enter_context(runs.claim_output(args))
-        if args.resume:
-            runs.resume(run, args)
-        if writes:
-            runs.prepare_output(args)
+            runs.prepare_output(args, run.epoch, last)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         _logger.info("%s: %.3f M parameters, %d process(es) on %s.", args.model, parameters / 1e6, world_size(), device)
         train(args, run, batches, tests, stop)

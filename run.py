@@ -329,12 +329,15 @@ def _check_run(checkpoint: dict[str, Any]) -> None:
             raise ValueError(f"{name} is a {type(value).__name__}")
 
 
-def resume(run: Run, args: argparse.Namespace) -> None:
-    """Go on from the checkpoint that --resume names, in the middle of an epoch if it was saved there."""
+def resume(run: Run, args: argparse.Namespace) -> dict[str, Any] | None:
+    """Go on from the checkpoint that --resume names, in the middle of an epoch if it was saved there.
+
+    Returns the line of the last whole epoch, for the log. Nothing is written.
+    """
     path, checkpoint = find(args)
     if checkpoint is None:
         _logger.info("--resume auto: no checkpoint in %s yet, starting from the beginning.", args.output_dir)
-        return
+        return None
     if not isinstance(checkpoint, dict):
         raise UsageError(f"{path} holds a {type(checkpoint).__name__}; wanted the checkpoint of a run.")
     before = checkpoint.get("args") or {}
@@ -361,9 +364,8 @@ def resume(run: Run, args: argparse.Namespace) -> None:
     if run.step and total != own:
         run.step = run.step * total // own
         _logger.warning("The total batch was %d and is %d: the epoch goes on at step %d.", total, own, run.step)
-    if args.output_dir and is_main_process():
-        repair_log(Path(args.output_dir, "log.txt"), run.epoch, checkpoint.get("log"))
     _logger.info("Resumed %s at epoch %d step %d.", path, run.epoch, run.step)
+    return checkpoint.get("log")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,7 +405,6 @@ def repair_log(file: Path, epoch: int, last: dict[str, Any] | None) -> None:
         lines.append(last)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     if text or file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, lambda stream: stream.write(text.encode()))
 
 
@@ -422,8 +423,9 @@ def claim_output(args: argparse.Namespace) -> contextlib.AbstractContextManager:
     return lock
 
 
-def prepare_output(args: argparse.Namespace) -> None:
-    """Put an earlier run's files aside, unless this run goes on from them, and keep the flags."""
+def prepare_output(args: argparse.Namespace, epoch: int, last: dict[str, Any] | None) -> None:
+    """Put an earlier run's files aside, or make its log end with epoch `epoch` - 1, whose line is `last`, if this run
+    goes on from them; and keep the flags."""
     output = Path(args.output_dir)
     text = json.dumps(vars(args), indent=2, default=str)
     try:
@@ -433,6 +435,8 @@ def prepare_output(args: argparse.Namespace) -> None:
                 aside = file.with_name(f"{file.stem}_before{file.suffix}")
                 os.replace(file, aside)
                 _logger.warning("%s has a run already: its %s is now %s.", output, name, aside.name)
+        if args.resume:
+            repair_log(output / "log.txt", epoch, last)
         write_atomically(output / "args.json", lambda file: file.write(text.encode()))
     except OSError as error:
         raise UsageError(f"--output_dir {output} cannot be written: {error}.") from error

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import timm
 import torch
 from causal_conv1d import _nvrtc, backend
-from mamba_ssm.ops import cuda as scan_cuda
+from mamba_ssm.kernels.cuda import scan as scan_cuda
 from torch import Tensor
 
 from benchmarks.cases import model_spec

@@ -3,7 +3,7 @@
 #
 #     benchmarks/gpu_check.sh [--output FILE.json] [further options of benchmarks.gpu_check]
 #
-# Wants torch with CUDA, timm, pytest, cuda-core and cuda-bindings; nothing is installed and nothing is built ahead.
+# Wants torch with CUDA, timm, pytest, cuda-bindings; nothing is installed and nothing is built ahead.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}

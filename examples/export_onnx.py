@@ -13,7 +13,7 @@ import sys
 
 import timm
 import torch
-from mamba_ssm.ops.torch_norm import norm_forward
+from mamba_ssm.kernels.torch import norm_forward
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.nn import functional as F

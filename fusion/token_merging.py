@@ -280,15 +280,20 @@ def _moved_cls(cls: ClassTokens, num_patches: int, num_left: int, order: str) ->
 def _patch_slots(matching: Matching, old: ClassIndex, new: ClassIndex) -> Tensor:
     """Where each patch token goes among the patch tokens left, (B, M); class tokens go from `old` to `new`."""
     slot = split_cls(matching.slot.unsqueeze(-1), old)[1].squeeze(-1)
-    for place in reversed(new.split(1, 1) if isinstance(new, Tensor) else new):
+    for place in reversed(_places(new)):
         slot = slot - (slot > place).long()
     return slot
+
+
+def _places(index: ClassIndex) -> list[int | Tensor]:
+    """One class token's place after the other: an index, or (B, 1)."""
+    return [at.unsqueeze(1) for at in index.unbind(1)] if isinstance(index, Tensor) else list(index)
 
 
 def _with_cls(slot: Tensor, kept: Tensor, num_left: int, old: ClassIndex, new: ClassIndex) -> Matching:
     """The matching of a sequence whose patch tokens go to `slot`, and whose class tokens, each a group of its own, go
     from the indices `old` to `new`."""
-    places = new.split(1, 1) if isinstance(new, Tensor) else [slot.new_full((slot.shape[0], 1), at) for at in new]
+    places = [slot.new_full((slot.shape[0], 1), at) if isinstance(at, int) else at for at in _places(new)]
     for place in places:
         slot = slot + (slot >= place)
     if places:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from causal_conv1d import native
-from causal_conv1d.operators import backends as conv_backends
-from mamba_ssm.ops.operators import backends as scan_backends
+from causal_conv1d.kernels.registry import backends as conv_backends
+from mamba_ssm.kernels.registry import backends as scan_backends
 
 # float32 numbers in a vector of each instruction set
 LANES = {"none": 1, "plain": 4, "avx2": 8, "avx512": 16}

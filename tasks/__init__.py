@@ -33,4 +33,4 @@ class _Tasks(Mapping[str, "type[Task]"]):
         return task
 
 
-TASKS = _Tasks({"classify": "tasks.classify.task:Classify"})
+TASKS = _Tasks({"classify": "tasks.classify.task:Classify", "cells": "tasks.cells.task:ClassifyCells"})

@@ -120,3 +120,9 @@ def write_jumpcp(
                 rows.append({"ID": len(rows), "well_loc": well, "path": path, "plate_id": plate})
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), root / f"{plate}.pq")
     return root
+
+
+def read(path: Path) -> np.ndarray:
+    """The pages of a TIFF of `write_cell`."""
+    with tifffile.TiffFile(path) as file:
+        return np.stack([page.asarray() for page in file.pages])

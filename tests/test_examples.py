@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ import timm
 import torch
 from PIL import Image
 
+import fusion
 import main as program
-from examples import classify, export_onnx, merge_in_other_vim, new_strategy
+from examples import classify, export_onnx, merge_in_other_vim, new_method, new_operator, new_strategy, new_task
 from tests import conftest, micro_models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +32,8 @@ def _keep_logging(one_thread: None):
 
 def test_every_example_is_tested() -> None:
     files = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert files == {"classify", "export_onnx", "merge_in_other_vim", "new_strategy"}
+    wanted = {"classify", "export_onnx", "merge_in_other_vim", "new_method", "new_operator", "new_strategy", "new_task"}
+    assert files == wanted
 
 
 @pytest.fixture
@@ -100,8 +104,25 @@ def test_merging_from_outside_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "[65, 65, 65, 65, 57, 49, 41, 33] with merging" in capsys.readouterr().out
 
 
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """Both methods from outside, as their own programs register them."""
+    for method in (new_strategy.RampMerging, new_method.EarlyReadout):
+        fusion.register(method)
+    yield
+    for method in (new_strategy.RampMerging, new_method.EarlyReadout):
+        fusion.unregister(method.name)
+
+
+def code_lines(module: ModuleType, start: str) -> int:
+    code = Path(module.__file__).read_text().partition(start)[2]
+    return len([line for line in code.splitlines() if line.strip()])
+
+
+@pytest.mark.usefixtures("registered")
 def test_new_strategy_merges_more_and_more() -> None:
-    model = timm.create_model("vim_nano_ramp", most=10, depth=5, embed_dim=DIM).eval()
+    model = timm.create_model("vim_nano_patch4_32", ramp=10, depth=5, embed_dim=DIM).eval()
+    assert model.methods.ramp.most == 10
     lengths: list[int] = []
     with torch.no_grad():
         model.encode(model.embed(torch.randn(1, 3, 32, 32)), lambda index, state: lengths.append(state.num_tokens))
@@ -109,18 +130,78 @@ def test_new_strategy_merges_more_and_more() -> None:
     assert merged == [0, 2, 5, 8, 10]
 
 
+@pytest.mark.usefixtures("registered")
 def test_new_strategy_is_thirty_lines_and_trains(cifar: Path, tmp_path: Path) -> None:
-    code = Path(new_strategy.__file__).read_text().partition("class RampMerging")[2]
-    assert len([line for line in code.splitlines() if line.strip()]) < 30
+    assert code_lines(new_strategy, "@dataclass") < 30
     data = ("--data-set", "CIFAR", "--data-path", str(cifar), "--output_dir", str(tmp_path))
-    flags = ("--batch-size", "8", "--num_workers", "0", "--device", "cpu", "--epochs", "1", "--warmup-epochs", "0")
-    assert program.main(["--model", "vim_nano_ramp", *flags, *data]) == 0
+    assert program.main([*conftest.QUICK, "--ramp", "3", *data]) == 0
     assert (tmp_path / "checkpoint.pth").exists()
 
 
-def test_new_strategy_is_the_page_s_example() -> None:
+@pytest.mark.usefixtures("registered")
+def test_new_method_has_a_flag_a_loss_and_a_parameter(cifar: Path, vim_weights: Path, tmp_path: Path) -> None:
+    assert code_lines(new_method, "@dataclass") < 60
+    data = ("--data-set", "CIFAR", "--data-path", str(cifar), "--output_dir", str(tmp_path))
+    flags = ("--early-readout", "1", "--early-readout-weight", "0.5", "--finetune", str(vim_weights))
+    assert program.main([*conftest.QUICK, *flags, *data]) == 0
+    line = conftest.lines(tmp_path)[0]
+    assert line["train_last"] + line["train_early"] == pytest.approx(line["train_loss"], rel=1e-4)
+    assert line["train_early"] == pytest.approx(0.5 * line["train_last"], rel=0.2)  # the untrained heads know nothing
+    saved = torch.load(tmp_path / "checkpoint.pth")["model"]
+    assert saved["early_head.weight"].shape == (100, DIM)
+    assert not torch.equal(saved["head.weight"], torch.load(vim_weights)["model"]["head.weight"])
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--ramp 3 --fusion-strategy all --fusion-token 2", "--ramp merges tokens itself: wanted it without another"),
+        ("--early-readout 1 --pruning block", "--early-readout and pruning both replace what training returns"),
+        ("--early-readout 4", "early_readout is 4; wanted a site, 0 to 3."),
+    ],
+)
+def test_conflicts_of_methods_from_outside_are_refused_at_start(
+    flags: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program.main([*conftest.QUICK, *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_methods_from_outside_are_gone_and_names_are_taken_once() -> None:
+    with pytest.raises(TypeError, match="does not know ramp"):
+        timm.create_model("vim_nano_patch4_32", ramp=10)
+    with pytest.raises(ValueError, match="'merging' has fusion_layer, fusion_order"):
+        fusion.register(type("Copy", (fusion.METHODS["merging"],), {"name": "copy"}))
+
+
+def test_examples_are_the_page_s() -> None:
     page = (ROOT / "docs" / "add_a_method.md").read_text()
-    assert Path(new_strategy.__file__).read_text() in page
+    for module in (new_strategy, new_method):
+        assert Path(module.__file__).read_text() in page
+
+
+def test_new_task_trains_resumes_and_is_the_page_s_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_lines(new_task, "@TASKS.add") < 60
+    flags = [
+        *("--task", "rotate", "--model", "vim_micro_patch8_32", "--num_workers", "0", "--batch-size", "128"),
+        *("--warmup-epochs", "0", "--output_dir", str(tmp_path), "--turns", "2", "--device", "cpu"),
+    ]
+    assert program.main([*flags, "--epochs", "1"]) == 0
+    assert program.main([*flags, "--epochs", "2", "--resume"]) == 0
+    assert [line["epoch"] for line in conftest.lines(tmp_path)] == [0, 1]
+    assert 0 < conftest.lines(tmp_path)[1]["test_top1"] <= 100
+    capsys.readouterr()
+    assert program.main(["--turns", "2"]) == 2
+    assert capsys.readouterr().err == "main.py: error: --turns belongs to --task rotate; this run is --task classify.\n"
+    assert Path(new_task.__file__).read_text() in (ROOT / "docs" / "add_a_task.md").read_text()
+
+
+def test_new_operator_keeps_torch_s_rules_and_is_the_page_s_example() -> None:
+    new_operator.check()
+    assert Path(new_operator.__file__).read_text() in (ROOT / "docs" / "add_an_operator.md").read_text()
 
 
 def test_onnx_export_runs(tmp_path: Path) -> None:

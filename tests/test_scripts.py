@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fusion
 import main as program
 from tests import micro_models, program_data
 from tests.conftest import Result
@@ -297,7 +298,7 @@ def run_module(name: str, arguments: list[str], files: Files, folder: Path, monk
     """Run `python -m name` in this process, small where it would take minutes."""
     small = {
         "benchmarks.throughput": ["--img-size", "32", "--batch-size", "1", "--seconds", "0"],
-        "examples.new_strategy": ["--data-set", "CIFAR", "--data-path", str(files.data["CIFAR"]), *SMALL],
+        "examples.new_method": ["--data-set", "CIFAR", "--data-path", str(files.data["CIFAR"]), *SMALL],
     }
     if name == "benchmarks.plot":  # the folders of runs that are yet to be made
         arguments = [str(logged_run(folder / word)) if word.startswith("output/") else word for word in arguments]
@@ -306,11 +307,14 @@ def run_module(name: str, arguments: list[str], files: Files, folder: Path, monk
     monkeypatch.setattr(sys, "argv", [name, *arguments, *(["--help"] if help_only else small.get(name, []))])
     monkeypatch.chdir(ROOT)
     monkeypatch.delitem(sys.modules, name, raising=False)
-    code = 0
+    code, methods = 0, set(fusion.METHODS)
     try:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         code = end.code or 0
+    finally:  # an example registers its method for the rest of its process
+        for added in set(fusion.METHODS) - methods:
+            fusion.unregister(added)
     assert code == 0
 
 

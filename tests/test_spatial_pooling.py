@@ -20,7 +20,8 @@ from torch import Tensor
 import checkpoints
 import models_mamba
 from fusion import Methods
-from fusion.spatial_pooling import GridPooling, VisiblePooling
+from fusion.spatial_pooling import GridPooling, PoolingSettings, SpatialPooling, VisiblePooling
+from fusion.token_state import split_cls
 from tests.golden_rules import fill_model, images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +51,7 @@ def literal_mixer(mixer: Mamba, hidden: Tensor, cols: int, method: str, scale: f
         delta = torch.einsum("dr,brl->bdl", direction.dt_proj.weight, dt)
         A, bias = -torch.exp(direction.A_log), direction.dt_proj.bias
         y = selective_scan_ref(pooled, delta, A, B, C, delta_bias=bias, delta_softplus=True)
-        y = y.repeat_interleave(cols, dim=2) + direction.D[:, None] * u
+        y = y.repeat_interleave(cols, dim=2) + direction.skip[:, None] * u
         total = total + (y.flip(-1) if number else y)
     y = total.transpose(1, 2) / 2
     y = y if mixer.layernorm is None else mixer.layernorm(y)
@@ -173,6 +174,10 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         GridPooling((3, 5, 2), pooled=1),
         GridPooling((3, 5, 2), axes=(1, 0, 2), pooled=1, method="max"),
         GridPooling((2, 3, 5), axes=(0, 2, 1)),
+        GridPooling((3, 5, 2), pooled=(1, 2)),
+        GridPooling((3, 5, 2), axes=(1, 0, 2), pooled=(2, 0), scale=0.5),
+        GridPooling((3, 5, 2), pooled=(0, 1), method="max"),
+        GridPooling((3, 5), pooled=(0, 1)),
     ],
     ids=str,
 )
@@ -185,14 +190,79 @@ def test_grid_pooling_by_its_definition(pooling: GridPooling) -> None:
     ordered = pooling.order(x)
     torch.testing.assert_close(ordered, tokens.flatten(1, -2))
     torch.testing.assert_close(pooling.restore(ordered), x)
-    axis = pooling.pooled % len(shape) + 1
-    lines = tokens.movedim(axis, -2).flatten(1, -3)
+    given = (pooling.pooled,) if isinstance(pooling.pooled, int) else pooling.pooled
+    pooled = sorted(axis % len(shape) + 1 for axis in given)
+    last = list(range(-1 - len(pooled), -1))
+    lines = (
+        tokens.movedim(pooled, last).flatten(-1 - len(pooled), -2).reshape(2, -1, math.prod(pooled_sizes(pooling)), 4)
+    )
     groups = pooling.reduce(ordered)
     wanted = lines.amax(2) if pooling.method == "max" else lines.mean(2) * pooling.scale
     torch.testing.assert_close(groups, wanted)
     spread = pooling.expand_add(ordered, groups) - ordered
-    spread = spread.unflatten(1, pooling.walked).movedim(axis, -2).flatten(1, -3)
+    spread = spread.unflatten(1, pooling.walked).movedim(pooled, last).reshape(lines.shape)
     torch.testing.assert_close(spread, groups.unsqueeze(2).expand_as(spread))
+
+
+def pooled_sizes(pooling: GridPooling) -> list[int]:
+    given = (pooling.pooled,) if isinstance(pooling.pooled, int) else pooling.pooled
+    return [pooling.walked[axis] for axis in given]
+
+
+def test_sites_of_a_grid_with_channels() -> None:
+    """One axis in turns; or two, and every third site both spatial ones."""
+    one = SpatialPooling(PoolingSettings())
+    assert [one.grid_pooling(index, (3, 5, 2)) for index in range(2)] == [
+        GridPooling((3, 5, 2), None, (1,)),
+        GridPooling((3, 5, 2), (1, 0, 2), (1,)),
+    ]
+    two = SpatialPooling(PoolingSettings(pool_dims=2, spatial_axes=(1, 2)))
+    assert [two.grid_pooling(index, (2, 3, 5)) for index in range(4)] == [
+        GridPooling((2, 3, 5), None, (0, 2)),
+        GridPooling((2, 3, 5), (0, 2, 1), (0, 2)),
+        GridPooling((2, 3, 5), None, (1, 2)),
+        GridPooling((2, 3, 5), None, (0, 2)),
+    ]
+    walked = SpatialPooling(PoolingSettings(rotate_every_block=False, scanpath_type="colwise"))
+    assert {walked.grid_pooling(index, (3, 5)) for index in range(3)} == {GridPooling((3, 5), (1, 0), (1,))}
+    assert GridPooling((3, 5), (1, 0), (1,)).lines == GridPooling((3, 5), (1, 0)).lines is not None
+
+
+def test_models_on_a_subset_of_the_tokens() -> None:
+    """All tokens kept is the full grid; fewer go through the mixers as visible ones; and each walk is sorted once."""
+    model = small_model(depth=4)
+    x, keep = images((2, 3, 24, 40), 5), torch.tensor([[0, 3, 4, 9, 14], [1, 2, 5, 6, 7]])
+    with torch.no_grad():
+        everything = model.encode(model.embed(x, keep=torch.arange(15).expand(2, -1)))
+        assert everything.fills_grid
+        assert torch.equal(model.finish(everything), model.forward_features(x))
+        start = model.embed(x, keep=keep)
+        assert start.grid == (3, 5)
+        torch.testing.assert_close(start.hidden, take(model.embed(x).hidden, keep))
+        walks: list[Any] = []
+        state = model.encode(start, lambda index, state: walks.append(state.entry("pooling")))
+        assert torch.equal(state.positions, keep)
+        assert sorted(walks[-1]) == [False, True]
+        assert walks[1][False] is walks[3][False]
+        hidden, residual = start.hidden, None
+        for index, layer in enumerate(model.layers):
+            pooling = VisiblePooling(keep, (3, 5), index % 2 == 1)
+            hidden, residual = layer(hidden, residual, pooling=pooling)
+        torch.testing.assert_close(state.hidden, hidden)
+    model.train().set_grad_checkpointing()
+    model.finish(model.encode(model.embed(x, keep=keep))).sum().backward()
+    assert model.pos_embed.grad.isfinite().all()
+
+
+def test_a_subset_keeps_class_tokens_by_their_rule() -> None:
+    model = timm.create_model("vim_nano_patch4_32", depth=1).eval()
+    x, keep = images((2, 3, 32, 32), 5), torch.tensor([[0, 3, 4, 60, 63], [1, 2, 5, 6, 7]])
+    state, full = model.embed(x, keep=keep), model.embed(x)
+    assert state.cls.index == (2,)
+    assert torch.equal(split_cls(state.hidden, state.cls)[0], split_cls(full.hidden, full.cls)[0])
+    assert torch.equal(split_cls(state.hidden, state.cls)[1], take(split_cls(full.hidden, full.cls)[1], keep))
+    with pytest.raises(ValueError, match=r"keep is \(5,\) of torch.int64; wanted \(2, V\)"):
+        model.embed(x, keep=keep[0])
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -298,6 +368,10 @@ def test_bad_images_are_refused() -> None:
         model(torch.randn(1, 3, 24, 5))
     with pytest.raises(ValueError, match=r"wanted \(batch, 3, height, width\)"):
         model(torch.randn(1, 4, 24, 40))
+    largest = small_model(collapse_method="max")
+    state = largest.embed(torch.randn(1, 3, 24, 40), keep=torch.tensor([[0, 2]]))
+    with pytest.raises(ValueError, match="wanted pooling by 'mean'"):
+        largest.encode(state)
     with pytest.raises(ValueError, match="without reordered tokens"):
         model(torch.randn(1, 3, 24, 40), if_random_token_rank=True)
     mixer = model.layers[0].mixer

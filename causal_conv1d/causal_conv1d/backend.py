@@ -83,6 +83,16 @@ class Backends:
             return self._load_forced(device_type)
         return self._loaded.get(device_type) or self._load(device_type)
 
+    def has(self, tensor: torch.Tensor, function: str) -> bool:
+        """Whether the kernel set for `tensor` has `function`, which not all have. Not while a graph is exported, whose
+        reader knows the plain operators only."""
+        exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+        if torch.jit.is_tracing() or exporting():
+            return False
+        if torch.compiler.is_compiling():
+            _load_before_compiling(self, tensor.device.type)
+        return hasattr(self.pick(tensor), function)
+
     def _load(self, device_type: str) -> Any:
         if device_type not in self._loaded:
             name, load = self._loaders.get(device_type, ("torch", lambda: self.fallback))
@@ -97,3 +107,9 @@ class Backends:
     def _load_forced(self, device_type: str) -> Any:
         name, load = self._loaders.get(device_type, ("torch", None))
         return load() if name == _forced else self.fallback
+
+
+@torch.compiler.assume_constant_result
+def _load_before_compiling(backends: Backends, device_type: str) -> str:
+    """Load the kernel set for a kind of device, which a compiler cannot follow."""
+    return backends.available(device_type)

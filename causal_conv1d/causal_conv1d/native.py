@@ -1,16 +1,22 @@
-"""Loading of the packages' C++ libraries and the layout of what is handed to them.
+"""The packages' C++ libraries, and how tensors are described to them.
 
 A library is a plain shared object with a C interface, found beside its package and opened with ctypes. Each of its
-functions takes the address of one struct of 64-bit integers: addresses, sizes, and strides in elements.
+functions takes the address of one struct of 64-bit integers: addresses, sizes, strides in elements, and the bits of
+doubles. The structs are those of the package's `csrc/*_abi.h`: they are read from there, so that Python names fields
+and never counts them, and a library says which headers it was built from.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import re
+import struct
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -19,6 +25,51 @@ ISA_LEVELS = ("plain", "avx2", "avx512")
 ENVIRONMENT_VARIABLE = "KERNEL_ISA"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _libraries: list[ctypes.CDLL] = []
+
+# --- structs ---------------------------------------------------------------------------------------------------------
+
+_STRUCT = re.compile(r"^struct (\w+) \{\n(.*?)^\};", re.MULTILINE | re.DOTALL)
+# a member function, on one line or up to a brace at its own depth
+_FUNCTION = re.compile(r"^    [^\n;]*\([^\n]*\{(?:[^\n]*\}\n|\n.*?^    \}\n)", re.MULTILINE | re.DOTALL)
+_FIELD = re.compile(r"(\w+)(?:\[(\d+)\])?")
+
+
+def read_structs(headers: dict[str, str]) -> dict[str, type[ctypes.Structure]]:
+    """The structs of `headers`, text by name, as ctypes types whose fields have the names that they have there.
+
+    Raises:
+        ValueError: a field is neither of a struct before it nor an int64_t.
+    """
+    types: dict[str, type] = {"int64_t": ctypes.c_int64}
+    ordered: dict[str, str] = {}
+
+    def order(name: str) -> None:
+        for included in re.findall(r'^#include "(\w+_abi\.h)"', headers[name], re.MULTILINE):
+            order(included)
+        ordered[name] = re.sub(r"//.*", "", headers[name])
+
+    for name in headers:
+        order(name)
+    for text in ordered.values():
+        for name, body in _STRUCT.findall(text):
+            types[name] = type(name, (ctypes.Structure,), {"__slots__": (), "_fields_": _fields(body, types)})
+    return {name: found for name, found in types.items() if found is not ctypes.c_int64}
+
+
+def _fields(body: str, types: dict[str, type]) -> list[tuple[str, type]]:
+    fields = []
+    for statement in _FUNCTION.sub("", body).split(";"):
+        if statement.strip():
+            kind, _, names = statement.strip().partition(" ")
+            for name in names.split(","):
+                found = _FIELD.fullmatch(name.strip())
+                if kind not in types or found is None:
+                    raise ValueError(f"{statement.strip()!r} is no field of 64-bit integers")
+                fields.append((found[1], types[kind] * int(found[2]) if found[2] else types[kind]))
+    return fields
+
+
+# --- libraries -------------------------------------------------------------------------------------------------------
 
 
 def _level(name: str) -> int:
@@ -30,28 +81,38 @@ def _level(name: str) -> int:
 _most = _level(os.environ.get(ENVIRONMENT_VARIABLE) or ISA_LEVELS[-1])
 
 
-def load_library(package_file: str, struct_sizes: dict[str, int]) -> ctypes.CDLL:
-    """The C++ library beside `package_file`.
-
-    Args:
-        package_file: `__file__` of a module in the package's folder.
-        struct_sizes: function name -> number of 64-bit fields that it must say its arguments have.
+class Library:
+    """The C++ library in a package's folder; `structs` has the types that its functions take, by name.
 
     Raises:
-        ImportError: no library was built, or one of another version.
+        ImportError: no library was built, or one from other headers.
     """
-    folder = Path(package_file).resolve().parent
-    paths = sorted(path for path in folder.glob("_cpu*") if path.suffix in (".so", ".dylib", ".pyd"))
-    if not paths:
-        raise ImportError(f"no C++ library in {folder}: install the package again where a C++ compiler is at hand")
-    library = ctypes.CDLL(str(paths[-1]))
-    for name, fields in struct_sizes.items():
-        function = getattr(library, name, None)
-        if function is None or function() != 8 * fields:
+
+    def __init__(self, folder: Path):
+        paths = sorted(path for path in folder.glob("_cpu*") if path.suffix in (".so", ".dylib", ".pyd"))
+        if not paths:
+            raise ImportError(f"no C++ library in {folder}: install the package again where a C++ compiler is at hand")
+        headers = {path.name: path.read_bytes() for path in sorted(folder.glob("csrc/*_abi.h"))}
+        self._library = ctypes.CDLL(str(paths[-1]))
+        built_from = getattr(self._library, "kernel_abi", None)
+        if built_from is not None:
+            built_from.restype = ctypes.c_char_p
+        if built_from is None or built_from().decode() != hashlib.sha256(b"".join(headers.values())).hexdigest():
             raise ImportError(f"{paths[-1]} is of another version: install the package again")
-    library.kernel_isa(_most)
-    _libraries.append(library)
-    return library
+        self.structs = SimpleNamespace(**read_structs({name: text.decode() for name, text in headers.items()}))
+        self._library.kernel_isa(_most)
+        _libraries.append(self._library)
+
+    def call(self, function: str, arguments: ctypes.Structure) -> int:
+        """Hand `arguments` to a function of the library; returns its code, 0 or one of its own above 1.
+
+        Raises:
+            MemoryError: the function found no memory to work in.
+        """
+        code = getattr(self._library, function)(ctypes.byref(arguments))
+        if code == 1:
+            raise MemoryError("no memory for a kernel's working buffers")
+        return code
 
 
 @contextmanager
@@ -67,32 +128,19 @@ def isa(name: str) -> Iterator[str]:
             library.kernel_isa(_most)
 
 
-def call(function, fields: Sequence[int]) -> int:
-    """Hand `fields` to a library function; returns its code, 0 or one of its own above 1.
-
-    Raises:
-        MemoryError: the function found no memory to work in.
-    """
-    code = function((ctypes.c_int64 * len(fields))(*fields))
-    if code == 1:
-        raise MemoryError("no memory for a kernel's working buffers")
-    return code
+# --- what structs hold -----------------------------------------------------------------------------------------------
 
 
-ABSENT_SIGNAL = (0, 0, 0, 0, 0)
+def bits(value: float) -> int:
+    """The bits of a double as an integer."""
+    return struct.unpack("q", struct.pack("d", value))[0]
 
 
-def signal(x: Tensor | None) -> tuple[int, ...]:
+def signal(x: Tensor) -> tuple[int, ...]:
     """(batch, dim, seqlen) tensor -> address, dtype, strides."""
-    return ABSENT_SIGNAL if x is None else (x.data_ptr(), DTYPE_CODES[x.dtype], *x.stride())
+    return x.data_ptr(), DTYPE_CODES[x.dtype], *x.stride()
 
 
-def channel_last(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """`x` (batch, tokens, dim), copied only if its stride along dim is not 1, and its address and other strides."""
-    x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
-    return x, (x.data_ptr(), x.stride(0), x.stride(1))
-
-
-def address(x: Tensor | None) -> int:
-    """Address of a contiguous float32 tensor; 0 for None."""
-    return 0 if x is None else x.data_ptr()
+def tokens_of(x: Tensor) -> tuple[int, int, int]:
+    """(batch, tokens, dim) tensor with stride 1 along dim -> address, other strides."""
+    return x.data_ptr(), x.stride(0), x.stride(1)

@@ -15,7 +15,7 @@ from causal_conv1d import (
     causal_conv1d_update_ref,
     native,
 )
-from causal_conv1d.operators import backends
+from causal_conv1d.kernels.registry import backends
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("conv_*.npz"))
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 5e-3}

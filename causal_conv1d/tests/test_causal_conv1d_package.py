@@ -8,8 +8,9 @@ from pathlib import Path
 import causal_conv1d
 import pytest
 import torch
-from causal_conv1d import causal_conv1d_fn, torch_kernels
+from causal_conv1d import causal_conv1d_fn
 from causal_conv1d.backend import Backends
+from causal_conv1d.kernels import torch as torch_kernels
 
 
 def test_not_shadowed_by_folder(tmp_path):

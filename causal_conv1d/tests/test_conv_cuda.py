@@ -14,8 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from causal_conv1d import _nvrtc, backend, causal_conv1d_fn, cuda, torch_kernels
+from causal_conv1d import _nvrtc, backend, causal_conv1d_fn
 from causal_conv1d._reduce import Sum, add_up, dense_sum
+from causal_conv1d.kernels import cuda as cuda_kernels
+from causal_conv1d.kernels import torch as torch_kernels
+from causal_conv1d.kernels.cuda import convolution as cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -377,7 +380,7 @@ def test_without_a_compiler_the_torch_path_runs_and_one_warning_says_why(monkeyp
     monkeypatch.setattr(_nvrtc, "_nvrtc", lambda: (_ for _ in ()).throw(ImportError("cuda")))
     monkeypatch.setattr(_nvrtc, "compiler_version", _nvrtc.compiler_version.__wrapped__)
     backends = backend.Backends("causal_conv1d", torch_kernels)
-    backends.add("cuda", "cuda", cuda.load)
+    backends.add("cuda", "cuda", cuda_kernels.load)
     with pytest.warns(RuntimeWarning, match="pip install .*cuda-bindings") as caught:
         assert [backends.available("cuda"), backends.available("cuda")] == ["torch", "torch"]
     assert len(caught) == 1

@@ -5,8 +5,8 @@ from contextlib import ExitStack
 
 import pytest
 from causal_conv1d import backend, native
-from causal_conv1d.operators import backends as conv_backends
-from mamba_ssm.ops.operators import backends
+from causal_conv1d.kernels.registry import backends as conv_backends
+from mamba_ssm.kernels.registry import backends
 
 
 @pytest.fixture(params=["torch", "plain", "avx2", "avx512"])

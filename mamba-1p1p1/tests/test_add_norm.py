@@ -3,7 +3,7 @@
 import pytest
 import torch
 from causal_conv1d import backend
-from mamba_ssm.ops.operators import backends
+from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.triton.layernorm import RMSNorm, layer_norm_fn, rms_norm_fn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

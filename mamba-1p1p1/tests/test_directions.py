@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from causal_conv1d import backend, causal_conv1d_ref
+from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.directions import Direction, directions_fn
-from mamba_ssm.ops.operators import backends
 from mamba_ssm.ops.selective_scan_interface import (
     bimamba_inner_fn,
     bimamba_inner_ref,

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from causal_conv1d import backend, native
+from mamba_ssm.kernels import products
+from mamba_ssm.kernels.registry import backends
 from mamba_ssm.modules.linear import Linear
 from mamba_ssm.ops import linear as module
-from mamba_ssm.ops.linear import linear, linear_into, weight_gradient
-from mamba_ssm.ops.operators import backends
+from mamba_ssm.ops.linear import linear
 
 compiled = pytest.mark.skipif(backends.available("cpu") != "cpp", reason="no C++ kernels")
 
@@ -15,8 +16,14 @@ compiled = pytest.mark.skipif(backends.available("cpu") != "cpp", reason="no C++
 @pytest.fixture
 def own(monkeypatch):
     """Every product is the package's."""
-    monkeypatch.setattr(module, "_PREFER_OWN", True)
-    monkeypatch.setattr(module, "_MIN_MULTIPLICATIONS", 0)
+    for place, prefix in ((module, "_"), (products, "")):
+        monkeypatch.setattr(place, f"{prefix}PREFER_OWN", True)
+        monkeypatch.setattr(place, f"{prefix}MIN_MULTIPLICATIONS", 0)
+
+
+def is_own(out: torch.Tensor) -> bool:
+    """Whether `out` is the product of the package's operator."""
+    return "mamba_ssm" in type(out.grad_fn).__name__
 
 
 def spread(rows: int, columns: int, layout: str) -> torch.Tensor:
@@ -76,7 +83,7 @@ def test_values_and_gradients(bias, layout, own):
     ours = [None if t is None else t.detach().requires_grad_() for t in tensors]
     wanted = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
     out, reference = linear(*ours), F.linear(*wanted)
-    assert "_Linear" in type(out.grad_fn).__name__
+    assert is_own(out)
     dout = torch.randn_like(out)
     grads = torch.autograd.grad(out, [t for t in ours if t is not None], dout)
     reference_grads = torch.autograd.grad(reference, [t for t in wanted if t is not None], dout.double())
@@ -86,37 +93,41 @@ def test_values_and_gradients(bias, layout, own):
         torch.testing.assert_close(linear(*tensors), F.linear(*tensors), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["torch", "auto"])
-def test_into_and_weight_gradients(name, own):
+@compiled
+@pytest.mark.parametrize("prefer", [False, True])
+def test_into_and_weight_gradients(prefer, own, monkeypatch):
     """A slice of a wider tensor takes the result; narrow and wide inputs both have their weight's gradient."""
-    with backend.use(name):
-        for features in (12, 40):
-            x, dout, whole = torch.randn(2, 9, features), torch.randn(2, 9, 48), torch.zeros(2, 9, 60)
-            weight = torch.randn(48, features)
-            linear_into(whole[..., 6:54], x, weight)
-            linear_into(whole[..., 6:54], x, weight, accumulate=True)
-            torch.testing.assert_close(whole[..., 6:54], 2 * F.linear(x, weight), rtol=1e-4, atol=1e-4)
-            assert not whole[..., :6].any()
-            assert not whole[..., 54:].any()
-            wanted = torch.einsum("blo,bli->oi", dout, x)
-            torch.testing.assert_close(weight_gradient(dout, x), wanted, rtol=1e-4, atol=1e-4)
+    from mamba_ssm.kernels.cpp.linear import product, product_into, weight_gradient
+
+    monkeypatch.setattr(products, "PREFER_OWN", prefer)
+    for features in (12, 40):
+        x, dout, whole = torch.randn(2, 9, features), torch.randn(2, 9, 48), torch.zeros(2, 9, 60)
+        weight = torch.randn(48, features)
+        product_into(whole[..., 6:54], x, weight)
+        product_into(whole[..., 6:54], x, weight, accumulate=True)
+        torch.testing.assert_close(whole[..., 6:54], 2 * product(x, weight), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(whole[..., 6:54], 2 * F.linear(x, weight), rtol=1e-4, atol=1e-4)
+        assert not whole[..., :6].any()
+        assert not whole[..., 54:].any()
+        wanted = torch.einsum("blo,bli->oi", dout, x)
+        torch.testing.assert_close(weight_gradient(dout, x), wanted, rtol=1e-4, atol=1e-4)
 
 
 @compiled
 def test_only_float32_products_worth_it_in_eager_mode(monkeypatch):
     monkeypatch.setattr(module, "_PREFER_OWN", True)
     layer = Linear(1024, 1024)
-    assert "_Linear" in type(layer(torch.randn(2, 1, 1024)).grad_fn).__name__
+    assert is_own(layer(torch.randn(2, 1, 1024)))
     monkeypatch.setattr(module, "_MIN_MULTIPLICATIONS", 1 << 40)
-    assert "_Linear" not in type(layer(torch.randn(2, 1024)).grad_fn).__name__
+    assert not is_own(layer(torch.randn(2, 1024)))
     monkeypatch.setattr(module, "_MIN_MULTIPLICATIONS", 0)
     assert layer.double()(torch.randn(2, 1024).double()).dtype == torch.float64
     with torch.autocast("cpu", torch.bfloat16):
         assert layer.float()(torch.randn(2, 1024)).dtype == torch.bfloat16
     with backend.use("torch"):
-        assert "_Linear" not in type(layer(torch.randn(2, 1024)).grad_fn).__name__
+        assert not is_own(layer(torch.randn(2, 1024)))
     exported = torch.export.export(layer, (torch.randn(2, 1, 1024),))
-    assert not any("_Linear" in str(node.target) for node in exported.graph.nodes)
+    assert not any("mamba_ssm" in str(node.target) for node in exported.graph.nodes)
     frozen = layer.requires_grad_(False)
     x = torch.randn(4, 1024, requires_grad=True)
     frozen(x).sum().backward()

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from causal_conv1d import backend, native
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.merging import has_kernels, match_tokens_fn, merge_tokens_fn
-from mamba_ssm.ops.operators import backends
 
 pytestmark = pytest.mark.skipif(backends.available("cpu") != "cpp", reason="no C++ kernels")
 
@@ -18,8 +20,8 @@ def match_one(metric, fused, cls, moved, odd_first, raster, sort):
     ranking = sorted(a_tokens, key=lambda a: (-best[a][0], a))
     chosen, others = ranking[:fused], ranking[fused:]
     order = sorted(others + b_tokens) if raster else (sorted(others) if sort else others) + b_tokens
-    if moved == [-1]:
-        moved = [sum(token < cls[0] for token in order)]
+    if moved and set(moved) == {-1}:
+        moved = [sum(token < at for token in order) + number for number, at in enumerate(cls)]
     for index, place in zip(cls, moved):
         order.insert(place, index)
     slot = [order.index(-best[t][1] if t in chosen else t) for t in range(len(metric))]
@@ -36,6 +38,9 @@ CASES = {
     "both ends": (18, [0, 17], [0, 13], False),
     "smallest": (3, [1], [1], False),
     "more than a tile": (83, [82], [78], False),
+    "twelve": (40, list(range(1, 37, 3)), list(range(0, 36, 3)), False),
+    "twelve, own places": (40, list(range(1, 37, 3)), [-1] * 12, False),
+    "neighbours, own places": (20, [0, 1, 2, 9, 10, 19], [-1] * 6, True),
 }
 
 
@@ -68,6 +73,29 @@ def test_class_tokens_of_each_image_their_own():
     got = match_tokens_fn(metric, 5, cls, [-1], raster=True)
     for image in range(3):
         wanted = match_one(metric[image], 5, cls[image].tolist(), [-1], False, True, True)
+        assert [part[image].tolist() for part in got] == [list(part) for part in wanted]
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_any_number_of_class_tokens_anywhere(data):
+    classes, patches = data.draw(st.integers(0, 12)), data.draw(st.integers(2, 20))
+    fused = data.draw(st.integers(1, patches // 2))
+
+    def places(length):
+        indices = st.sampled_from(range(length))
+        return sorted(data.draw(st.lists(indices, min_size=classes, max_size=classes, unique=True))) if classes else []
+
+    cls = [places(classes + patches) for _ in range(data.draw(st.sampled_from([1, 2])))]
+    moved = data.draw(st.sampled_from([[-1] * classes, places(classes + patches - fused)]))
+    odd_first, raster, sort = (data.draw(st.booleans()) for _ in range(3))
+    metric = torch.randn(2, classes + patches, 8)
+    got = match_tokens_fn(
+        *(metric, fused, torch.tensor(cls, dtype=torch.long).view(len(cls), -1), moved),
+        **dict(odd_first=odd_first, raster=raster, sort=sort),
+    )
+    for image in range(2):
+        wanted = match_one(metric[image], fused, cls[image % len(cls)], list(moved), odd_first, raster, sort)
         assert [part[image].tolist() for part in got] == [list(part) for part in wanted]
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from causal_conv1d import backend, causal_conv1d_ref, native
+from mamba_ssm.kernels.registry import backends
 from mamba_ssm.modules.mamba_simple import Mamba
-from mamba_ssm.ops.operators import backends
 from mamba_ssm.ops.pooled import (
     Lines,
     Projections,

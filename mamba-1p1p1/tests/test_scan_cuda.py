@@ -15,13 +15,16 @@ import numpy as np
 import pytest
 import torch
 from causal_conv1d import _nvrtc, backend
-from causal_conv1d import cuda as conv_cuda
-from causal_conv1d import operators as conv_operators
+from causal_conv1d.kernels import cuda as conv_cuda
+from causal_conv1d.kernels import registry as conv_registry
+from mamba_ssm.kernels import cuda as cuda_kernels
+from mamba_ssm.kernels import registry
+from mamba_ssm.kernels import torch as torch_kernels
+from mamba_ssm.kernels.cuda import norm as cuda_norm
+from mamba_ssm.kernels.cuda import scan as cuda
 from mamba_ssm.modules.mamba_simple import Mamba
-from mamba_ssm.ops import cuda, cuda_norm, operators, torch_kernels
 from mamba_ssm.ops.bidirectional import bidirectional_scan_fn
-from mamba_ssm.ops.reference import selective_scan_ref
-from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+from mamba_ssm.ops.selective_scan_interface import selective_scan_fn, selective_scan_ref
 from mamba_ssm.ops.triton.layernorm import layer_norm_fn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -254,7 +257,7 @@ def test_emulated_bidirectional_scan(device, monkeypatch):
         torch.testing.assert_close(wanted[1], one)
         douts = [torch.randn_like(out) for out in wanted]
         wanted_grads = torch.autograd.grad(wanted, [*first, *second], douts)
-    monkeypatch.setattr(operators.backends, "pick", lambda tensor: cuda)
+    monkeypatch.setattr(registry.backends, "pick", lambda tensor: cuda_kernels)
     got = bidirectional_scan_fn(first, second, True)
     grads = torch.autograd.grad(got, [*first, *second], douts)
     assert [name for name, _ in used.launched] == ["scan_forward", "scan_backward", "reduce"]
@@ -275,8 +278,8 @@ def test_emulated_mixer(kind, device, monkeypatch):
         wanted = mixer(x)
         dout = torch.randn_like(wanted)
         wanted_grads = torch.autograd.grad(wanted, [x, *mixer.parameters()], dout)
-    monkeypatch.setattr(operators.backends, "pick", lambda tensor: cuda)
-    monkeypatch.setattr(conv_operators.backends, "pick", lambda tensor: conv_cuda)
+    monkeypatch.setattr(registry.backends, "pick", lambda tensor: cuda_kernels)
+    monkeypatch.setattr(conv_registry.backends, "pick", lambda tensor: conv_cuda)
     got = mixer(x)
     assert [name for name, _ in used.launched].count("scan_forward") == 1
     assert_near(got.detach(), wanted.detach(), 1e-5, "out")
@@ -287,13 +290,13 @@ def test_emulated_mixer(kind, device, monkeypatch):
 @emulated
 @pytest.mark.parametrize("ways", [("torch", "cuda"), ("cuda", "torch")])
 def test_backward_on_another_kernel_set_than_forward(ways, device, monkeypatch):
-    kernels, tensors = {"torch": torch_kernels, "cuda": cuda}, as_arguments(arguments(1, 8, 100, 16))
+    kernels, tensors = {"torch": torch_kernels, "cuda": cuda_kernels}, as_arguments(arguments(1, 8, 100, 16))
     with backend.use("torch"):
         out = selective_scan_fn(*tensors, delta_softplus=True)
         wanted = torch.autograd.grad(out.square().sum(), tensors)
-    monkeypatch.setattr(operators.backends, "pick", lambda tensor: kernels[ways[0]])
+    monkeypatch.setattr(registry.backends, "pick", lambda tensor: kernels[ways[0]])
     out = selective_scan_fn(*tensors, delta_softplus=True)
-    monkeypatch.setattr(operators.backends, "pick", lambda tensor: kernels[ways[1]])
+    monkeypatch.setattr(registry.backends, "pick", lambda tensor: kernels[ways[1]])
     for name, grad, want in zip(NAMES, torch.autograd.grad(out.square().sum(), tensors), wanted):
         assert_near(grad, want, 1e-5, f"d{name}")
 
@@ -302,7 +305,7 @@ def test_backward_on_another_kernel_set_than_forward(ways, device, monkeypatch):
 def test_operators_meet_torch_library_on_the_emulated_kernels(device, monkeypatch):
     """Schema, fake results, gradients: `torch.library.opcheck`."""
     device(1)
-    monkeypatch.setattr(operators.backends, "pick", lambda tensor: cuda)
+    monkeypatch.setattr(registry.backends, "pick", lambda tensor: cuda_kernels)
     tensors = [t.detach().requires_grad_() for t in arguments(1, 8, 40, 16)]
     torch.library.opcheck(torch.ops.mamba_ssm.selective_scan, (*tensors, True, True, True))
     torch.library.opcheck(torch.ops.mamba_ssm.scan_both, (*tensors, *tensors, True, True))
@@ -427,7 +430,7 @@ def test_without_a_compiler_the_torch_path_runs_and_one_warning_says_why(monkeyp
     monkeypatch.setattr(_nvrtc, "_nvrtc", lambda: (_ for _ in ()).throw(ImportError("cuda")))
     monkeypatch.setattr(_nvrtc, "compiler_version", _nvrtc.compiler_version.__wrapped__)
     backends = backend.Backends("mamba_ssm", torch_kernels)
-    backends.add("cuda", "cuda", cuda.load)
+    backends.add("cuda", "cuda", cuda_kernels.load)
     with pytest.warns(RuntimeWarning, match="pip install .*cuda-bindings") as caught:
         assert [backends.available("cuda"), backends.available("cuda")] == ["torch", "torch"]
     assert len(caught) == 1
@@ -446,9 +449,9 @@ NORMS = {
 @pytest.mark.parametrize("shape", [(0, 16), (2, 1025)], ids=["no rows", "long rows"])
 def test_norms_no_kernel_covers_run_on_torch(shape, device):
     used, x, weight = device(), torch.randn(shape), torch.randn(shape[1])
-    out, total, mean, scale = cuda.norm_forward(x, None, weight, None, 1e-5, False, torch.float32)
+    out, total, mean, scale = cuda_norm.norm_forward(x, None, weight, None, 1e-5, False, torch.float32)
     torch.testing.assert_close(out, torch.nn.functional.layer_norm(x, weight.shape, weight))
-    grads = cuda.norm_backward(out, None, total, mean, scale, weight, None, False, None)
+    grads = cuda_norm.norm_backward(out, None, total, mean, scale, weight, None, False, None)
     assert [grad.shape for grad in grads] == [x.shape, (0,), weight.shape, (0,)]
     assert used.launched == []
 

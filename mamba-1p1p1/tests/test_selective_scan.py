@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from causal_conv1d import backend
-from mamba_ssm.ops.operators import backends
+from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.selective_scan_interface import (
     pooled_selective_scan_fn,
     pooled_selective_scan_ref,

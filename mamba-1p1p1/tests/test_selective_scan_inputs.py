@@ -3,7 +3,7 @@
 import pytest
 import torch
 from causal_conv1d import backend
-from mamba_ssm.ops.operators import backends
+from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.selective_scan_interface import pooled_selective_scan_fn, selective_scan_fn, selective_scan_ref
 
 

@@ -22,8 +22,8 @@ class Targets(NamedTuple):
 class CellsEvaluator:
     """Adds up answers; all figures are exact for any number of processes.
 
-    `loss`, the mean cross-entropy; in percent `acc1`, of all cells, `balanced_acc1`, the mean over the classes that come
-    up, and, where wells are known, `well_acc1`, of wells, whose answer is the mean of their cells' probabilities.
+    `loss`, the mean cross-entropy; in percent `acc1`, of all cells, `balanced_acc1`, the mean over the classes that
+    come up, and, where wells are known, `well_acc1`, of wells, whose answer is the mean of their cells' probabilities.
     """
 
     def __init__(self, num_classes: int) -> None:

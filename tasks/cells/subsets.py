@@ -69,7 +69,8 @@ def table(results: Sequence[SubsetResult], names: Sequence[str]) -> list[str]:
     for size, group in by_size(results).items():
         accuracies = [result.accuracy for result in group]
         low, high = (pick(group, key=lambda result: result.accuracy) for pick in (min, max))
-        told = f"{size:8d}  {len(group):7d}  {sum(accuracies) / len(group):6.2f}  {low.accuracy:6.2f}  {high.accuracy:7.2f}"
+        mean = sum(accuracies) / len(group)
+        told = f"{size:8d}  {len(group):7d}  {mean:6.2f}  {low.accuracy:6.2f}  {high.accuracy:7.2f}"
         if low is not high:
             low_names, high_names = (" ".join(names[each] for each in result.channels) for result in (low, high))
             told += f"  ({low_names}; {high_names})"

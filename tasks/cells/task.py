@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models_mamba
+from embeddings import SCAN_ORDERS, sample_places
 from fusion import Meter
 from loading import EvalBatches, TrainBatches
 from models_mamba import VisionMamba
@@ -26,6 +27,7 @@ from tasks.task import Data, Metric, Task
 from utils import UsageError
 from utils.processes import rank, sum_over_processes, world_size
 
+_DEFAULT_MODELS = {"CELLS_DIGITS": "fastchannelvim_nano_patch4_32"}
 NUM_PICTURES = 4
 IMPORTANCE_IMAGES = 512  # a channel's worth is measured on at most so many
 
@@ -71,7 +73,7 @@ class ClassifyCells(Task):
         group.add_argument(
             "--scan-order",
             default=None,
-            choices=models_mamba.SCAN_ORDERS,
+            choices=SCAN_ORDERS,
             help="whether a patch's channels or a channel's patches stand together (default: the model's)",
         )
         group.add_argument(
@@ -85,9 +87,7 @@ class ClassifyCells(Task):
     def set_defaults(cls, args: argparse.Namespace, typed: set[str]) -> None:
         """The published recipe; its warm-up of 10 in 100 epochs is a tenth of any number."""
         published = dict(
-            model="fastchannelvim_nano_patch4_32"
-            if args.data_set == "CELLS_DIGITS"
-            else "fastchannelvim_small_patch16_224",
+            model=_DEFAULT_MODELS.get(args.data_set, "fastchannelvim_small_patch16_224"),
             epochs=100,
             batch_size=32,
             lr=2e-3,
@@ -239,7 +239,7 @@ class ClassifyCells(Task):
         if self.knows_channels:
             return model(images, channels=channels)
         if self.training and self.args.channel_sampling == "hcs":
-            places = models_mamba.sample_places(len(channels))
+            places = sample_places(len(channels))
             images, channels = images[:, places], tuple(channels[place] for place in places)
         return model(spread(images, channels, self.data.in_chans))
 
@@ -305,7 +305,7 @@ class ClassifyCells(Task):
 
 
 def spread(images: Tensor, channels: Sequence[int], num_channels: int) -> Tensor:
-    """Images (B, k, H, W) of some of `num_channels` = n channels -> (B, n, H, W), the others zero, these times n / k."""
+    """Images (B, k, H, W) of k of the n `num_channels` -> (B, n, H, W), the others zero, these times n / k."""
     whole = images.new_zeros(len(images), num_channels, *images.shape[2:])
     whole[:, list(channels)] = images * (num_channels / len(channels))
     return whole

@@ -13,6 +13,4 @@
 // Zero, or not zero where there was no memory.
 EXPORT int causal_conv1d(const ConvArgs *args) { return ISA_CALL(convolution, *args); }
 EXPORT int causal_conv1d_one_step(const ConvUpdateArgs *args) { return ISA_CALL(convolution_update, *args); }
-EXPORT int causal_conv1d_args_bytes() { return sizeof(ConvArgs); }
-EXPORT int causal_conv1d_one_step_args_bytes() { return sizeof(ConvUpdateArgs); }
 EXPORT int kernel_isa(int level) { return isa::limit(level); }

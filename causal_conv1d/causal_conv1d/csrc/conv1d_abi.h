@@ -1,5 +1,5 @@
 // The C interface of the convolution: one argument, a struct of 64-bit integers (addresses, sizes, strides in elements).
-// causal_conv1d/cpp_kernels.py writes the same fields in the same order.
+// Python reads the structs from here (causal_conv1d/native.py).
 #pragma once
 
 #include <cstdint>

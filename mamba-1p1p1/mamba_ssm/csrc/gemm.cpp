@@ -11,4 +11,3 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT int mamba_gemm(const GemmArgs *args) { return ISA_CALL(gemm, *args); }
-EXPORT int mamba_gemm_args_bytes() { return sizeof(GemmArgs); }

@@ -92,5 +92,3 @@ int match_tokens(const MatchArgs &s) {
 
 EXPORT int mamba_match_tokens(const MatchArgs *args) { return match_tokens(*args); }
 EXPORT int mamba_merge_tokens(const MergeArgs *args) { return ISA_CALL(merge_tokens, *args); }
-EXPORT int mamba_match_args_bytes() { return sizeof(MatchArgs); }
-EXPORT int mamba_merge_args_bytes() { return sizeof(MergeArgs); }

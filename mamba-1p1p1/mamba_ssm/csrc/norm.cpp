@@ -11,4 +11,3 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT int mamba_norm(const NormArgs *args) { return ISA_CALL(norm, *args); }
-EXPORT int mamba_norm_args_bytes() { return sizeof(NormArgs); }

@@ -1,5 +1,5 @@
 // The C interface of residual addition and normalisation: one argument, a struct of 64-bit integers (addresses, sizes,
-// strides in elements; eps as the bits of a double). mamba_ssm/ops/cpp_norm.py writes the same fields in the same order.
+// strides in elements; eps as the bits of a double). Python reads the structs from here (causal_conv1d/native.py).
 #pragma once
 
 #include <cstdint>

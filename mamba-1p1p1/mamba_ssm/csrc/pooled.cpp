@@ -16,6 +16,3 @@
 EXPORT int mamba_pooled_conv(const PooledConvArgs *args) { return ISA_CALL(pooled_conv, *args); }
 EXPORT int mamba_pooled_scan(const PooledScanArgs *args) { return ISA_CALL(pooled_scan, *args); }
 EXPORT int mamba_pooled_gate(const PooledGateArgs *args) { return ISA_CALL(pooled_gate, *args); }
-EXPORT int mamba_pooled_conv_args_bytes() { return sizeof(PooledConvArgs); }
-EXPORT int mamba_pooled_scan_args_bytes() { return sizeof(PooledScanArgs); }
-EXPORT int mamba_pooled_gate_args_bytes() { return sizeof(PooledGateArgs); }

@@ -1,6 +1,6 @@
 // The C interface of the mixer over pooled lines: per function one argument, a struct of 64-bit integers (addresses, sizes,
-// strides in elements; factors as the bits of a double). mamba_ssm/ops/cpp_pooled.py writes the same fields in the same
-// order.
+// strides in elements; factors as the bits of a double). Python reads the structs from here
+// (causal_conv1d/native.py).
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,6 @@ struct Lines {
     // The token at a place of the walk, and its group.
     int64_t walked(int64_t place) const { return sum_along(place, strides); }
     int64_t group_at(int64_t place) const { return sum_along(place, group_strides); }
-
-   private:
     int64_t sum_along(int64_t place, const int64_t *along) const {
         const int64_t line = place / sizes[2];
         return place % sizes[2] * along[2] + line % sizes[1] * along[1] + line / sizes[1] * along[0];

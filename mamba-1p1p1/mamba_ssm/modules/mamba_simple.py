@@ -9,57 +9,65 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.modules.linear import Linear
-from mamba_ssm.ops import bidirectional
-from mamba_ssm.ops.directions import Direction, directions_fn, run_as_one
+from mamba_ssm.ops.directions import Direction
 from mamba_ssm.ops.linear import linear
-from mamba_ssm.ops.pooled import Lines, Projections, Taps, has_kernels, pooled_conv_fn, pooled_gate_fn, pooled_scan_fn
+from mamba_ssm.ops.mixer import ScanObserver, TokenPooling, mix, mix_pooled
+from mamba_ssm.ops.pooled import Projections, Taps
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor, nn
 
-
-class TokenPooling(Protocol):
-    """A map from tokens to scan groups and back, handed to the mixer; every tensor is channel-last.
-
-    `lines` says so where the groups are the means over the lines of a full grid, for which there are kernels; the
-    methods do for any map what the kernels do for those.
-    """
-
-    lines: Lines | None
-
-    def order(self, x: Tensor) -> Tensor:
-        """(B, L, C) tokens in the order the convolution and the groups run in."""
-
-    def restore(self, x: Tensor) -> Tensor:
-        """Inverse of `order`."""
-
-    def reduce(self, x: Tensor) -> Tensor:
-        """(B, L, C) ordered tokens -> (B, G, C) groups."""
-
-    def expand_add(self, x: Tensor, groups: Tensor) -> Tensor:
-        """(B, L, C) ordered tokens, each plus its group's value out of (B, G, C)."""
-
-
 DirectionGate = Callable[[Tensor], Tensor]
-# called with (delta (B, L, d_inner) after softplus, B (B, L, d_state), images (B,) long or None for all)
-ScanObserver = Callable[..., None]
 
 
-class _Direction(NamedTuple):
-    """The parameters one scan direction runs with. v1 shares all but A, and convolves forward in both."""
+def _wide(parameter: Tensor) -> Tensor:
+    """A parameter of the scan in float32, or in float64 if it is."""
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+class _Branch(NamedTuple):
+    """One scan direction: a `Branch` of `mamba_ssm.ops.mixer`. v1 shares all but A, and convolves forward in both."""
 
     conv: nn.Conv1d
     x_proj: nn.Linear
     dt_proj: nn.Linear
     A_log: Tensor
-    D: Tensor
+    skip: Tensor
     reverse_conv: bool
-    reverse_scan: bool
+    reverse: bool
+
+    @property
+    def A(self) -> Tensor:
+        return -torch.exp(_wide(self.A_log))
+
+    @property
+    def D(self) -> Tensor:
+        return _wide(self.skip)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        weight, bias = self.conv.weight.squeeze(1), self.conv.bias
+        return causal_conv1d_fn(x.transpose(1, 2), weight, bias, "silu", reverse=self.reverse_conv).transpose(1, 2)
+
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rank, dstate = self.dt_proj.in_features, self.A_log.shape[1]
+        dt, B, C = self.x_proj(u).split([rank, dstate, dstate], dim=-1)
+        return linear(dt, self.dt_proj.weight), B, C, _wide(self.dt_proj.bias)
+
+    def direction(self) -> Direction:
+        """The parameters as `directions_fn` takes them; not for v1, which shares a convolution between both."""
+        weights = self.conv.weight.squeeze(1), self.conv.bias, self.x_proj.weight, self.dt_proj.weight
+        return Direction(*weights, _wide(self.dt_proj.bias), self.A, self.D, self.reverse)
+
+    def taps(self) -> Taps:
+        return Taps(self.conv.weight.squeeze(1), self.conv.bias, self.skip)
+
+    def projections(self) -> Projections:
+        return Projections(self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias, self.A_log)
 
 
 def _by_directions(gates: Tensor) -> tuple[Tensor, list[int]]:
@@ -173,21 +181,14 @@ class Mamba(nn.Module):
         proj.bias._no_reinit = True
 
     @property
-    def directions(self) -> tuple[_Direction, ...]:
+    def directions(self) -> tuple[_Branch, ...]:
         """Forward first, then backward where there is one."""
-        forward = _Direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, False, False)
+        forward = _Branch(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, False, False)
         if self.bimamba_type == "v1":
-            return forward, forward._replace(A_log=self.A_b_log, reverse_scan=True)
+            return forward, forward._replace(A_log=self.A_b_log, reverse=True)
         if self.bimamba_type == "v2":
-            return forward, _Direction(
-                self.conv1d_b,
-                self.x_proj_b,
-                self.dt_proj_b,
-                self.A_b_log,
-                self.D_b,
-                reverse_conv=True,
-                reverse_scan=True,
-            )
+            backward = self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
+            return forward, _Branch(*backward, reverse_conv=True, reverse=True)
         return (forward,)
 
     def forward(
@@ -213,7 +214,10 @@ class Mamba(nn.Module):
         if pooling is not None:
             if direction_gate is not None:
                 raise ValueError("Pooled groups mix both directions: wanted pooling without direction_gate.")
-            return self._pooled(hidden_states, token_mask, pooling)
+            options = {"shared": self.bimamba_type == "v1", "norm": self.layernorm, "token_mask": token_mask}
+            return mix_pooled(
+                hidden_states, self.directions, pooling, self.in_proj, self._project, self._share, **options
+            )
         gates = None if direction_gate is None else direction_gate(hidden_states)
         if gates is not None and not self.training:
             order, counts = _by_directions(gates)
@@ -225,21 +229,17 @@ class Mamba(nn.Module):
     def _mixed(
         self,
         xz: Tensor,
-        directions: Sequence[_Direction],
+        branches: Sequence[_Branch],
         token_mask: Tensor | None,
         gates: Tensor | None,
         observe: ScanObserver | None,
     ) -> Tensor:
         """All after in_proj, with some or all of the directions: xz (B, L, 2 * d_inner) -> (B, L, d_model)."""
-        plain = token_mask is None and gates is None and observe is None and self.layernorm is None
-        if plain and self.bimamba_type != "v1" and run_as_one(xz):
-            return self._project(directions_fn(xz, self._operands(directions), self._share), None)
-        x, z = xz.chunk(2, dim=-1)
-        # A LayerNorm stands between scan and gate; without it the scan applies the gate itself.
-        y = self._summed(x, z if self.layernorm is None else None, directions, token_mask, gates, observe)
-        if self.layernorm is not None:
-            return self._project(self.layernorm(y * self._share), z)
-        return self._project(y, None, self._share)
+        shared, gated = self.bimamba_type == "v1", self.layernorm is None
+        options = {"shared": shared, "gated": gated, "token_mask": token_mask, "gates": gates, "observe": observe}
+        y = mix(xz, branches, self._share, **options)
+        # a LayerNorm stands between scan and gate; without it the scan applies the gate itself
+        return self._project(y if gated else self.layernorm(y) * F.silu(xz.chunk(2, dim=-1)[1]))
 
     def _skipping(
         self,
@@ -255,166 +255,16 @@ class Mamba(nn.Module):
         that each kind is a slice, by a copy that is as narrow as tokens get.
         """
         out, xz = None, self.in_proj(hidden_states[order[: sum(counts[:3])]])
-        kinds = self.directions[:1], self.directions, self.directions[1:]
-        for directions, images, part in zip(kinds, order.split(counts), xz.split(counts[:3])):
+        both = self.directions
+        for branches, images, part in zip((both[:1], both, both[1:]), order.split(counts), xz.split(counts[:3])):
             if not len(images):
                 continue
             mask = None if token_mask is None else token_mask[images]
             seen = None if observe is None else partial(observe, images=images)
-            mixed = self._mixed(part, directions, mask, None, seen)
+            mixed = self._mixed(part, branches, mask, None, seen)
             out = mixed.new_zeros(*hidden_states.shape[:2], mixed.shape[2]) if out is None else out
             out.index_copy_(0, images, mixed)
         return torch.zeros_like(hidden_states) if out is None else out
-
-    def _operands(self, directions: Sequence[_Direction]) -> list[Direction]:
-        """The directions as `directions_fn` takes them; not for v1, which shares a convolution between both."""
-        return [
-            Direction(
-                each.conv.weight.squeeze(1),
-                each.conv.bias,
-                each.x_proj.weight,
-                each.dt_proj.weight,
-                each.dt_proj.bias.float(),
-                -torch.exp(each.A_log.float()),
-                each.D.float(),
-                each.reverse_scan,
-            )
-            for each in directions
-        ]
-
-    def _summed(
-        self,
-        x: Tensor,
-        z: Tensor | None,
-        directions: Sequence[_Direction],
-        token_mask: Tensor | None,
-        gates: Tensor | None,
-        observe: ScanObserver | None,
-    ) -> Tensor:
-        """The sum of the directions, each times its gate (B, directions)."""
-        y = None
-        if len(directions) == 2 and bidirectional.shares_launch(x):
-            parts = self._run_both(x, z, token_mask, observe)
-        else:
-            parts = (self._run(direction, x, z, token_mask, observe) for direction in directions)
-        for number, part in enumerate(parts):
-            if gates is not None:
-                part = part * gates[:, number].view(-1, 1, 1).to(part.dtype)
-            y = part if y is None else y + part
-        return y
-
-    def _run(
-        self,
-        direction: _Direction,
-        x: Tensor,
-        z: Tensor | None,
-        token_mask: Tensor | None,
-        observe: ScanObserver | None,
-    ) -> Tensor:
-        """One direction, channel-last: x, z (B, L, d_inner) -> (B, L, d_inner), before the sum."""
-        return self._scan(direction, self._convolve(direction, x, token_mask), direction.D.float(), z, observe)
-
-    def _run_both(
-        self, x: Tensor, z: Tensor | None, token_mask: Tensor | None, observe: ScanObserver | None
-    ) -> list[Tensor]:
-        """`_run` of both directions, their scans in one launch."""
-        scans = [
-            self._scan_arguments(each, self._convolve(each, x, token_mask), each.D.float(), z, observe)
-            for each in self.directions
-        ]
-        return [y.transpose(1, 2) for y in bidirectional.bidirectional_scan_fn(*scans, delta_softplus=True)]
-
-    def _pooled(self, hidden_states: Tensor, token_mask: Tensor | None, pooling: TokenPooling) -> Tensor:
-        """The mixer with its scans over groups of tokens.
-
-        D * u needs no scan, so it stays with the tokens; the scans meet it once, as the sum of both over the groups.
-        """
-        plain = token_mask is None and self.bimamba_type == "v2"
-        if plain and pooling.lines is not None and has_kernels(hidden_states):
-            return self._pooled_lines(hidden_states, pooling.lines)
-        # every projection is position-wise, so the narrowest tensors are the ones to reorder
-        x, z = self.in_proj(pooling.order(hidden_states)).chunk(2, dim=-1)
-        directions, skip, groups = self.directions, None, []
-        for direction in directions:
-            u = self._convolve(direction, x, token_mask)
-            D = direction.D.to(u.dtype)
-            skip = u * D if skip is None else torch.addcmul(skip, u, D)
-            groups.append(pooling.reduce(u))
-        y = pooling.expand_add(skip, self._scan_groups(directions, groups)) * self._share
-        return pooling.restore(self._project(y if self.layernorm is None else self.layernorm(y), z))
-
-    def _pooled_lines(self, hidden_states: Tensor, lines: Lines) -> Tensor:
-        """`_pooled` for v2 and the lines of a full grid, in two passes over the tokens."""
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        directions = self.directions
-        taps = [Taps(each.conv.weight.squeeze(1), each.conv.bias, each.D) for each in directions]
-        skip, *groups = pooled_conv_fn(x, *taps, lines)
-        norm = (None, None, 0.0)
-        if self.layernorm is not None:
-            norm = self.layernorm.weight, self.layernorm.bias, self.layernorm.eps
-        scanned = self._scan_groups(directions, groups)
-        return self._project(pooled_gate_fn(skip, scanned, z, *norm, lines, self._share), None)
-
-    def _scan_groups(self, directions: Sequence[_Direction], groups: Sequence[Tensor]) -> Tensor:
-        """The sum of the directions' scans, each over its own groups (B, G, d_inner), without D and z."""
-        if self.bimamba_type == "v2" and not torch.is_grad_enabled() and has_kernels(groups[0]):
-            projections = [
-                Projections(each.x_proj.weight, each.dt_proj.weight, each.dt_proj.bias, each.A_log)
-                for each in directions
-            ]
-            return pooled_scan_fn(*groups, *projections)
-        if len(directions) == 2 and bidirectional.shares_launch(groups[0]):
-            scans = [self._scan_arguments(each, u, None, None, None) for each, u in zip(directions, groups)]
-            parts = bidirectional.bidirectional_scan_fn(*scans, delta_softplus=True)
-            return (parts[0] + parts[1]).transpose(1, 2)
-        parts = [self._scan(each, u, None, None) for each, u in zip(directions, groups)]
-        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
-
-    def _convolve(self, direction: _Direction, x: Tensor, token_mask: Tensor | None) -> Tensor:
-        """Causal convolution and silu of x (B, L, d_inner); token_mask (B, L) before and after."""
-        if token_mask is not None:
-            token_mask = token_mask.unsqueeze(-1).to(x.dtype)
-            x = x * token_mask
-        weight = direction.conv.weight.squeeze(1)
-        u = causal_conv1d_fn(x.transpose(1, 2), weight, direction.conv.bias, "silu", reverse=direction.reverse_conv)
-        u = u.transpose(1, 2)
-        return u if token_mask is None else u * token_mask
-
-    def _scan(
-        self,
-        direction: _Direction,
-        u: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        observe: ScanObserver | None = None,
-    ) -> Tensor:
-        """Projections and scan of u (B, L, d_inner), in the direction's order."""
-        arguments = self._scan_arguments(direction, u, D, z, observe)
-        return selective_scan_fn(*arguments, delta_softplus=True, reverse=direction.reverse_scan).transpose(1, 2)
-
-    def _scan_arguments(
-        self,
-        direction: _Direction,
-        u: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        observe: ScanObserver | None,
-    ) -> bidirectional.Direction:
-        """The projections of u (B, L, d_inner), as the scan takes them."""
-        dt, B, C = direction.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        delta = linear(dt, direction.dt_proj.weight)
-        if observe is not None:
-            observe(F.softplus(delta + direction.dt_proj.bias), B)
-        return bidirectional.Direction(
-            u.transpose(1, 2),
-            delta.transpose(1, 2),
-            -torch.exp(direction.A_log.float()),
-            B.transpose(1, 2),
-            C.transpose(1, 2),
-            D,
-            None if z is None else z.transpose(1, 2),
-            direction.dt_proj.bias.float(),
-        )
 
     def _decode(self, hidden_states: Tensor, inference_params) -> Tensor:
         """Causal inference with cached states: the whole prompt first, then one token at a time through `step`."""
@@ -426,22 +276,23 @@ class Mamba(nn.Module):
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         length = x.shape[1]
         conv_state.copy_(F.pad(x.transpose(1, 2), (self.d_conv - length, 0)))
-        u = causal_conv1d_fn(x.transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
-        dt, B, C = self.x_proj(u.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        (branch,) = self.directions
+        u = branch.convolve(x)
+        delta, B, C, bias = branch.project(u)
         y, last_state = selective_scan_fn(
-            u,
-            F.linear(dt, self.dt_proj.weight).transpose(1, 2),
-            -torch.exp(self.A_log.float()),
+            u.transpose(1, 2),
+            delta.transpose(1, 2),
+            branch.A,
             B.transpose(1, 2),
             C.transpose(1, 2),
-            self.D.float(),
+            branch.D,
             z.transpose(1, 2),
-            delta_bias=self.dt_proj.bias.float(),
+            bias,
             delta_softplus=True,
             return_last_state=True,
         )
         ssm_state.copy_(last_state)
-        return self._project(y.transpose(1, 2), z=None)
+        return self._project(y.transpose(1, 2))
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One recurrent step: hidden_states (B, 1, d_model), conv_state (B, d_inner, d_conv) and ssm_state (B, d_inner,
@@ -458,18 +309,15 @@ class Mamba(nn.Module):
         A = -torch.exp(self.A_log.float())
         ssm_state.copy_(ssm_state * torch.exp(dt.unsqueeze(-1) * A) + (dt * x).unsqueeze(-1) * B.unsqueeze(1))
         y = torch.einsum("bdn,bn->bd", ssm_state.float(), C.float()) + self.D.float() * x
-        return self._project(y.to(x.dtype), z).unsqueeze(1), conv_state, ssm_state
+        return self._project(y.to(x.dtype) * F.silu(z)).unsqueeze(1), conv_state, ssm_state
 
     @property
     def _share(self) -> float:
         """What the sum of the directions is multiplied by."""
         return 0.5 if self.if_divide_out and self.bimamba_type != "none" else 1.0
 
-    def _project(self, y: Tensor, z: Tensor | None, share: float = 1.0) -> Tensor:
-        if z is not None:
-            y = y * F.silu(z)
-        # the weight is a small part of what y is
-        out = self.out_proj(y) if share == 1 else linear(y, self.out_proj.weight * share, self.out_proj.bias)
+    def _project(self, y: Tensor) -> Tensor:
+        out = self.out_proj(y)
         return out if self.init_layer_scale is None else out * self.gamma
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None, **kwargs) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,12 @@ and the result is the same.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
-from mamba_ssm.ops.operators import LIBRARY, backends, has_kernel, register
+from mamba_ssm.kernels.arguments import SCAN_TENSORS
+from mamba_ssm.kernels.registry import backends
+from mamba_ssm.ops.operators import OPERATORS
 from mamba_ssm.ops.scan import check_scan, selective_scan_fn
 from torch import Tensor
 
@@ -17,44 +19,10 @@ _NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 _OPTIONAL = ("D", "z", "delta_bias")
 
 
-def _schema(suffix: str) -> str:
-    return ", ".join(f"Tensor{'?' * (name in _OPTIONAL)} {name}{suffix}" for name in _NAMES)
-
-
-_TAG = torch.Tag.pt2_compliant_tag
-LIBRARY.define(
-    f"scan_both({_schema('')}, {_schema('_b')}, bool delta_softplus, bool save_states)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAG,
-)
-LIBRARY.define(
-    f"scan_both_backward(Tensor dout, Tensor dout_b, {_schema('')}, {_schema('_b')}, Tensor states, Tensor states_b,"
-    f" bool delta_softplus) -> ({', '.join(['Tensor'] * 16)})",
-    tags=_TAG,
-)
-
-
-class Direction(NamedTuple):
-    """One direction's arguments, as of `selective_scan_fn`."""
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None = None
-    z: Tensor | None = None
-    delta_bias: Tensor | None = None
-
-
-def shares_launch(x: Tensor) -> bool:
-    """Whether there are kernels that take both scans of `x` at once."""
-    return has_kernel(x, "scan_forward_both")
-
-
-def _alike(first: Direction, second: Direction) -> bool:
+def _alike(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bool:
     """Whether one launch can take both: B and C of the input, real A, equal sizes, dtypes and devices."""
-    if first.A.is_complex() or first.B.dim() not in (3, 4) or first.B.shape != first.C.shape:
+    _, _, A, B, C, *_ = first
+    if A.is_complex() or B.dim() not in (3, 4) or B.shape != C.shape:
         return False
     for one, other in zip(first, second):
         if (one is None) != (other is None):
@@ -64,29 +32,34 @@ def _alike(first: Direction, second: Direction) -> bool:
     return True
 
 
-def bidirectional_scan_fn(first: Direction, second: Direction, delta_softplus: bool = False) -> tuple[Tensor, Tensor]:
+def bidirectional_scan_fn(
+    first: Sequence[Tensor | None], second: Sequence[Tensor | None], delta_softplus: bool = False
+) -> tuple[Tensor, Tensor]:
     """`selective_scan_fn` of `first`, and with `reverse=True` of `second`: two (batch, dim, seqlen) outputs.
 
-    Arguments, dtypes and errors are those of `selective_scan_fn`. Differentiable in every tensor.
+    Both are u, delta, A, B, C and, or None, D, z, delta_bias. Dtypes and errors are those of `selective_scan_fn`.
+    Differentiable in every tensor.
     """
-    first, second = Direction(*first), Direction(*second)
-    if not (shares_launch(first.u) and _alike(first, second)):
+    first, second = ((*tensors, None, None, None)[:SCAN_TENSORS] for tensors in (first, second))
+    if not (backends.has(first[0], "scan_forward_both") and _alike(first, second)):
         forward = selective_scan_fn(*first, delta_softplus=delta_softplus)
         return forward, selective_scan_fn(*second, delta_softplus=delta_softplus, reverse=True)
-    for direction in (first, second):
-        check_scan(*direction)
-    first, second = (
-        direction._replace(B=_grouped(direction.B), C=_grouped(direction.C)) for direction in (first, second)
-    )
-    wanted = any(tensor is not None and tensor.requires_grad for tensor in (*first, *second))
-    out, out_b, _, _ = torch.ops.mamba_ssm.scan_both(
-        *first, *second, delta_softplus, wanted and torch.is_grad_enabled()
-    )
+    for tensors in (first, second):
+        check_scan(*tensors)
+    first, second = _grouped(first), _grouped(second)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*first, *second))
+    out, out_b, _, _ = torch.ops.mamba_ssm.scan_both(*first, *second, delta_softplus, wanted)
     return out, out_b
 
 
-def _grouped(matrix: Tensor) -> Tensor:
-    return matrix.unsqueeze(1) if matrix.dim() == 3 else matrix
+def _grouped(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors with B and C (batch, groups, dstate, seqlen)."""
+    u, delta, A, B, C, *rest = tensors
+    B, C = (matrix.unsqueeze(1) if matrix.dim() == 3 else matrix for matrix in (B, C))
+    return [u, delta, A, B, C, *rest]
+
+
+# --- registration ----------------------------------------------------------------------------------------------------
 
 
 def _both(*arguments):
@@ -134,5 +107,21 @@ def _differentiate_both(ctx, dout: Tensor, dout_b: Tensor, _dstates: Tensor, _ds
     return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads)), None, None
 
 
-register("scan_both", _both, _fake_both, save=_save_both, differentiate=_differentiate_both)
-register("scan_both_backward", _both_backward, _fake_both_backward)
+def _schema(suffix: str) -> str:
+    return ", ".join(f"Tensor{'?' * (name in _OPTIONAL)} {name}{suffix}" for name in _NAMES)
+
+
+OPERATORS.register(
+    f"scan_both({_schema('')}, {_schema('_b')}, bool delta_softplus, bool save_states)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _both,
+    _fake_both,
+    save=_save_both,
+    differentiate=_differentiate_both,
+)
+OPERATORS.register(
+    f"scan_both_backward(Tensor dout, Tensor dout_b, {_schema('')}, {_schema('_b')}, Tensor states, Tensor states_b,"
+    f" bool delta_softplus) -> ({', '.join(['Tensor'] * 16)})",
+    _both_backward,
+    _fake_both_backward,
+)

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_ref
 from causal_conv1d.checks import check_device, check_ndim, check_tensor
 from mamba_ssm.ops.directions import Direction, directions_fn
-from mamba_ssm.ops.reference import selective_scan_ref
-from mamba_ssm.ops.scan import selective_scan_fn
+from mamba_ssm.ops.scan import selective_scan_fn, selective_scan_ref
 from torch import Tensor
 
 
@@ -84,7 +83,7 @@ class _Inner(NamedTuple):
         delta = F.linear(x_dbl[..., :dt_rank], self.delta_proj_weight).transpose(1, 2)
         B = _matrix(x_dbl, slice(dt_rank, dt_rank + dstate), self.B_proj_bias) if self.B is None else self.B
         C = _matrix(x_dbl, slice(x_dbl.shape[-1] - dstate, None), self.C_proj_bias) if self.C is None else self.C
-        D, bias = _float32(self.D, x), _float32(self.delta_bias, x)
+        D, bias = _parameter(self.D, x), _parameter(self.delta_bias, x)
         y = scan(x, delta, self.A, B, C, D, z, bias, self.delta_softplus)
         if self.A_b is not None:
             y = y + scan(x, delta, self.A_b, B, C, D, z, bias, self.delta_softplus, reverse=True)
@@ -100,9 +99,9 @@ class _Inner(NamedTuple):
             self.conv1d_bias,
             self.x_proj_weight,
             self.delta_proj_weight,
-            _float32(self.delta_bias, self.xz),
+            _parameter(self.delta_bias, self.xz),
             self.A,
-            _float32(self.D, self.xz),
+            _parameter(self.D, self.xz),
         )
         return directions_fn(self.xz.transpose(1, 2), [direction]).transpose(1, 2)
 
@@ -115,7 +114,8 @@ class _Inner(NamedTuple):
 _Evaluate = Callable[[_Inner], Tensor]
 
 
-def _float32(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+def _parameter(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    """D or the bias of dt in float32, or in float64 beside float64 signals."""
     return parameter if parameter is None or x.dtype == parameter.dtype == torch.float64 else parameter.float()
 
 

@@ -10,21 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from mamba_ssm.ops.operators import LIBRARY, backends, has_kernel, register
+from mamba_ssm.kernels.registry import backends
+from mamba_ssm.ops.operators import OPERATORS
 from torch import Tensor
-
-_TAG = torch.Tag.pt2_compliant_tag
-LIBRARY.define(
-    "match_tokens(Tensor metric, int fused, Tensor cls, int[] moved, bool odd_first, bool raster, bool sort)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAG,
-)
-LIBRARY.define("merge_tokens(Tensor x, Tensor slot, Tensor count) -> Tensor", tags=_TAG)
 
 
 def has_kernels(x: Tensor) -> bool:
     """Whether there are kernels for `x`."""
-    return has_kernel(x, "match_tokens")
+    return backends.has(x, "match_tokens")
 
 
 def match_tokens_fn(
@@ -88,6 +81,9 @@ def merge_tokens_fn(x: Tensor, slot: Tensor, count: Tensor) -> Tensor:
     return torch.ops.mamba_ssm.merge_tokens(x, slot, count)
 
 
+# --- registration ----------------------------------------------------------------------------------------------------
+
+
 def _match(metric, fused, cls, moved, odd_first, raster, sort):
     return backends.pick(metric).match_tokens(metric, fused, cls, moved, odd_first, raster, sort)
 
@@ -116,5 +112,16 @@ def _differentiate_merge(ctx, dout: Tensor) -> tuple:
     return dmean.gather(1, slot.unsqueeze(-1).expand(-1, -1, dout.shape[2])), None, None
 
 
-register("match_tokens", _match, _fake_match)
-register("merge_tokens", _merge, _fake_merge, save=_save_merge, differentiate=_differentiate_merge)
+OPERATORS.register(
+    "match_tokens(Tensor metric, int fused, Tensor cls, int[] moved, bool odd_first, bool raster, bool sort)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _match,
+    _fake_match,
+)
+OPERATORS.register(
+    "merge_tokens(Tensor x, Tensor slot, Tensor count) -> Tensor",
+    _merge,
+    _fake_merge,
+    save=_save_merge,
+    differentiate=_differentiate_merge,
+)

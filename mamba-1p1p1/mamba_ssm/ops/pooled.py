@@ -10,96 +10,20 @@ gradients they are one call. All need a kernel set that has them: `has_kernels`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from mamba_ssm.ops.operators import LIBRARY, backends, has_kernel, register
+from mamba_ssm.kernels.arguments import Lines, Projections, Taps
+from mamba_ssm.kernels.registry import backends
+from mamba_ssm.ops.operators import OPERATORS
 from torch import Tensor
 
-_TAG = torch.Tag.pt2_compliant_tag
-_LINES = "int[3] sizes, int[3] strides, bool[3] pooled"
-_TAPS = "Tensor weight, Tensor? bias, Tensor D, Tensor weight_b, Tensor? bias_b, Tensor D_b"
-LIBRARY.define(
-    f"pooled_conv(Tensor x, {_TAPS}, {_LINES}, float scale) -> (Tensor, Tensor, Tensor)", tags=_TAG
-)
-_PROJECTIONS = ", ".join(f"Tensor x_proj{b}, Tensor dt_proj{b}, Tensor dt_bias{b}, Tensor A_log{b}" for b in ("", "_b"))
-LIBRARY.define(f"pooled_scan(Tensor groups, Tensor groups_b, {_PROJECTIONS}) -> Tensor", tags=_TAG)
-LIBRARY.define(
-    f"pooled_gate(Tensor skip, Tensor groups, Tensor z, Tensor? weight, Tensor? bias, float eps, {_LINES},"
-    " float share) -> Tensor",
-    tags=_TAG,
-)
-
-
-class Lines(NamedTuple):
-    """A token grid of three axes, in the order in which they are walked, whose `pooled` ones become one token: `scale`
-    times the mean.
-
-    `sizes` are the axes' lengths, the last of them 1 where there are fewer, and `strides` how far apart in the
-    sequence two neighbours along each are. The convolutions follow the walk, and groups are numbered as it meets them.
-    """
-
-    sizes: tuple[int, int, int]
-    strides: tuple[int, int, int]
-    pooled: tuple[bool, bool, bool]
-    scale: float = 1.0
-
-    @classmethod
-    def of_grid(
-        cls, shape: Sequence[int], axes: Sequence[int] | None = None, pooled: Sequence[int] = (-1,), scale: float = 1.0
-    ) -> Lines | None:
-        """Lines of a grid that tokens fill in raster order, its axes walked in the order `axes`, of which those numbered
-        `pooled`, after that, are pooled. None if that takes more than three axes once neighbours are one where they
-        can be."""
-        walked = range(len(shape)) if axes is None else axes
-        pooled = {place % len(shape) for place in pooled}
-        found: list[tuple[int, int, bool]] = []
-        for place, axis in enumerate(walked):
-            size, stride, is_pooled = shape[axis], math.prod(shape[axis + 1 :]), place in pooled
-            if size == 1:
-                continue
-            if found and found[-1][1:] == (size * stride, is_pooled):
-                size *= found.pop()[0]
-            found.append((size, stride, is_pooled))
-        if len(found) > 3:
-            return None
-        found += [(1, 0, False)] * (3 - len(found))
-        return cls(*zip(*found), scale)
-
-    @property
-    def count(self) -> int:
-        """How many groups there are."""
-        return math.prod(size for size, is_pooled in zip(self.sizes, self.pooled) if not is_pooled)
-
-    @property
-    def length(self) -> int:
-        """How many tokens are one group."""
-        return math.prod(self.sizes) // self.count
-
-
-class Taps(NamedTuple):
-    """What one direction's convolution needs: weight (dim, width), bias (dim,) or None, and the skip's D (dim,)."""
-
-    weight: Tensor
-    bias: Tensor | None
-    D: Tensor
-
-
-class Projections(NamedTuple):
-    """What one direction's scan needs: x_proj (dt_rank + 2 * dstate, dim), whose rows give dt, B and C, dt_proj (dim,
-    dt_rank), dt_bias (dim,) and A_log (dim, dstate)."""
-
-    x_proj: Tensor
-    dt_proj: Tensor
-    dt_bias: Tensor
-    A_log: Tensor
+__all__ = ["Lines", "Projections", "Taps", "has_kernels", "pooled_conv_fn", "pooled_gate_fn", "pooled_scan_fn"]
 
 
 def has_kernels(x: Tensor) -> bool:
     """Whether there are kernels for `x`."""
-    return has_kernel(x, "pooled_conv")
+    return backends.has(x, "pooled_conv")
 
 
 def pooled_conv_fn(x: Tensor, forward: Taps, backward: Taps, lines: Lines) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,6 +77,9 @@ def pooled_gate_fn(
             f" and {tuple(skip.shape)}"
         )
     return torch.ops.mamba_ssm.pooled_gate(skip, groups, z, weight, bias, eps, *lines[:3], share)
+
+
+# --- registration ----------------------------------------------------------------------------------------------------
 
 
 def _conv(x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, scale):
@@ -252,6 +179,22 @@ def _differentiate_gate(ctx, dout: Tensor) -> tuple:
     return dskip, dgroups.reshape(groups.shape), dz, dweight, dbias, None, None, None, None, None
 
 
-register("pooled_conv", _conv, _fake_conv, save=_save_conv, differentiate=_differentiate_conv)
-register("pooled_scan", _scan, _fake_scan)
-register("pooled_gate", _gate, _fake_gate, save=_save_gate, differentiate=_differentiate_gate)
+_LINES = "int[3] sizes, int[3] strides, bool[3] pooled"
+_TAPS = "Tensor weight, Tensor? bias, Tensor D, Tensor weight_b, Tensor? bias_b, Tensor D_b"
+_PROJECTIONS = ", ".join(f"Tensor x_proj{b}, Tensor dt_proj{b}, Tensor dt_bias{b}, Tensor A_log{b}" for b in ("", "_b"))
+OPERATORS.register(
+    f"pooled_conv(Tensor x, {_TAPS}, {_LINES}, float scale) -> (Tensor, Tensor, Tensor)",
+    _conv,
+    _fake_conv,
+    save=_save_conv,
+    differentiate=_differentiate_conv,
+)
+OPERATORS.register(f"pooled_scan(Tensor groups, Tensor groups_b, {_PROJECTIONS}) -> Tensor", _scan, _fake_scan)
+OPERATORS.register(
+    f"pooled_gate(Tensor skip, Tensor groups, Tensor z, Tensor? weight, Tensor? bias, float eps, {_LINES},"
+    " float share) -> Tensor",
+    _gate,
+    _fake_gate,
+    save=_save_gate,
+    differentiate=_differentiate_gate,
+)

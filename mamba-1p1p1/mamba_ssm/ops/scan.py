@@ -1,6 +1,7 @@
-"""The selective scan, with the checks of its arguments.
+"""The selective scan: the functions, their obvious versions, and the operator.
 
-Gu and Dao 2023 (arXiv:2312.00752), equation 2: `h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t`, `y_t = <C_t, h_t> + D u_t`.
+Gu and Dao 2023 (arXiv:2312.00752), equation 2: `h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t`, `y_t = <C_t, h_t> + D u_t`,
+with the discretisation of section 3.2.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from causal_conv1d.backend import KERNEL_DTYPES
 from causal_conv1d.checks import check_device, check_dtype, check_ndim, check_shape, check_tensor
-from mamba_ssm.ops import operators  # noqa: F401  (registers the operators)
-from mamba_ssm.ops.reference import pooled_selective_scan_ref, selective_scan_ref
+from mamba_ssm.kernels.registry import backends
+from mamba_ssm.ops.operators import OPERATORS
 from torch import Tensor
 
 _FLOAT64 = (torch.float64,)
@@ -191,3 +193,158 @@ def pooled_selective_scan_fn(
         out = torch.addcmul(y.to(D.dtype), D[:, None, None], tokens.to(D.dtype)).to(u.dtype)
     out = out.flatten(2)
     return (out, last_state) if return_last_state else out
+
+
+# --- references ------------------------------------------------------------------------------------------------------
+
+
+def _real_dtype(u: Tensor) -> torch.dtype:
+    return torch.float64 if u.dtype == torch.float64 else torch.float32
+
+
+def _per_channel(matrix: Tensor, u: Tensor, A: Tensor, pairs: bool) -> Tensor:
+    """B or C in any of its forms -> (batch, dim, dstate, seqlen), complex if A is."""
+    batch, dim, seqlen = u.shape
+    if matrix.dim() == 2:
+        return matrix.to(A.dtype)[None, :, :, None].expand(batch, dim, matrix.shape[1], seqlen)
+    matrix = matrix.to(_real_dtype(u))
+    if pairs:
+        matrix = torch.view_as_complex(matrix.unflatten(-1, (seqlen, 2)).contiguous())
+    matrix = matrix.unsqueeze(1) if matrix.dim() == 3 else matrix
+    return matrix.repeat_interleave(dim // matrix.shape[1], dim=1)
+
+
+def selective_scan_ref(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    reverse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `selective_scan_fn` computes, one step at a time, in float32 (float64 for float64 `u`).
+
+    A may be complex64: B and C then hold (real, imaginary) pairs along the sequence, (..., 2*seqlen), or are complex
+    (dim, dstate), and `y_t = 2 Re <C_t, h_t>`.
+    """
+    dtype, complex_state = _real_dtype(u), A.is_complex()
+    A = A if complex_state else A.to(dtype)
+    dt = delta.to(dtype)
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(dtype)[:, None]
+    if delta_softplus:
+        dt = F.softplus(dt)
+    wide = u.to(dtype)
+    B, C = (_per_channel(matrix, u, A, complex_state) for matrix in (B, C))
+
+    state = A.new_zeros(u.shape[0], *A.shape)
+    rows = []
+    steps = list(zip(wide.unbind(2), dt.unbind(2), B.unbind(3), C.unbind(3)))
+    for u_t, dt_t, B_t, C_t in reversed(steps) if reverse else steps:
+        dt_t = dt_t.unsqueeze(-1)
+        state = torch.exp(dt_t * A) * state + dt_t * B_t * u_t.unsqueeze(-1)
+        rows.append((state * C_t).sum(-1))
+    rows = rows[::-1] if reverse else rows
+    y = torch.stack(rows, dim=-1) if rows else torch.zeros_like(wide)
+    y = 2 * y.real if y.is_complex() else y
+    if D is not None:
+        y = y + D.to(dtype)[:, None] * wide
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    y = y.to(u.dtype)
+    return (y, state.detach()) if return_last_state else y
+
+
+def pooled_selective_scan_ref(
+    u: Tensor,
+    u_compressed: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    reverse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `pooled_selective_scan_fn` computes: the scan of the pooled tokens, each value repeated, plus `D * u`."""
+    y, last_state = selective_scan_ref(
+        u_compressed, delta, A, B, C, None, z, delta_bias, delta_softplus, return_last_state=True, reverse=reverse
+    )
+    out = y.to(_real_dtype(u)).repeat_interleave(u.shape[2] // u_compressed.shape[2], dim=2)
+    if D is not None:
+        out = out + D.to(out.dtype)[:, None] * u.to(out.dtype)
+    out = out.to(u.dtype)
+    return (out, last_state) if return_last_state else out
+
+
+# --- registration ----------------------------------------------------------------------------------------------------
+
+
+def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states):
+    kernels = backends.pick(u)
+    return kernels.scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states)
+
+
+def _backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse):
+    kernels = backends.pick(u)
+    if tuple(states.shape) != kernels.states_shape(*u.shape, A.shape[1]):
+        # the forward scan ran on another kernel set, and left nothing that this one can start from
+        kernels = backends.fallback
+    return kernels.scan_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse)
+
+
+def _fake_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, save_states):
+    (batch, dim, seqlen), dstate = u.shape, A.shape[1]
+    saved = backends.pick(u).states_shape(batch, dim, seqlen, dstate) if save_states else (0,)
+    state_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    last_state = u.new_empty(batch, dim, dstate, dtype=state_dtype)
+    return torch.empty_like(u), last_state, u.new_empty(saved, dtype=torch.float32)
+
+
+def _gradient_like(argument: Tensor | None, u: Tensor, contiguous: bool) -> Tensor:
+    if argument is None:
+        return u.new_empty(0)
+    return argument.new_empty(argument.shape) if contiguous else torch.empty_like(argument)
+
+
+def _fake_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, reverse):
+    arguments = (u, False), (delta, False), (A, True), (B, True), (C, True), (D, True), (z, False), (delta_bias, True)
+    return tuple(_gradient_like(argument, u, contiguous) for argument, contiguous in arguments)
+
+
+def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.delta_softplus, ctx.reverse, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _differentiate(ctx, dout: Tensor, _dlast_state: Tensor, _dstates: Tensor) -> tuple:
+    *tensors, states = ctx.saved_tensors
+    grads = torch.ops.mamba_ssm.selective_scan_backward(dout, *tensors, states, ctx.delta_softplus, ctx.reverse)
+    grads = tuple(None if tensor is None else grad for tensor, grad in zip(tensors, grads))
+    return (*grads, None, None, None)
+
+
+_TENSORS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
+OPERATORS.register(
+    f"selective_scan({_TENSORS}, bool delta_softplus, bool reverse, bool save_states) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    save=_save,
+    differentiate=_differentiate,
+)
+OPERATORS.register(
+    f"selective_scan_backward(Tensor dout, {_TENSORS}, Tensor states, bool delta_softplus, bool reverse)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)

@@ -8,8 +8,12 @@ from mamba_ssm.ops.inner import (
     mamba_inner_fn_no_out_proj_ref,
     mamba_inner_ref,
 )
-from mamba_ssm.ops.reference import pooled_selective_scan_ref, selective_scan_ref
-from mamba_ssm.ops.scan import pooled_selective_scan_fn, selective_scan_fn
+from mamba_ssm.ops.scan import (
+    pooled_selective_scan_fn,
+    pooled_selective_scan_ref,
+    selective_scan_fn,
+    selective_scan_ref,
+)
 
 __all__ = [
     "bimamba_inner_fn",

@@ -1,24 +1,18 @@
-"""The CUDA kernel set: `csrc/conv_*.cu`, compiled at first use for the device at hand, on torch's current stream.
-
-`load()` returns this module, or raises why it cannot run here. The one-step `conv_update`, a few kilobytes of work,
-stays with the torch kernel set.
-"""
+"""The convolution of the CUDA kernel set: `csrc/conv_*.cu`."""
 
 from __future__ import annotations
 
 import struct
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from causal_conv1d import _nvrtc, torch_kernels
+from causal_conv1d import _nvrtc
 from causal_conv1d._nvrtc import CPP_TYPES
 from causal_conv1d._reduce import Sum, add_up
-from causal_conv1d.torch_kernels import conv_update
+from causal_conv1d.kernels import torch as torch_kernels
+from causal_conv1d.layout import address, same_dtype, slab
 from torch import Tensor
-
-__all__ = ["Conv", "conv_backward", "conv_forward", "conv_update", "forward", "load"]
 
 # Of conv_tile.h, conv_forward.cu and conv_backward.cu.
 _THREADS, _FORWARD_STRIP, _COLUMNS, _STRIPS = 128, 16, 32, 4
@@ -36,31 +30,13 @@ _BACKWARD = struct.Struct("4q4q4q3q6i2i")
 
 
 class Conv(NamedTuple):
-    """One convolution's arguments, as `causal_conv1d.operators` describes them."""
+    """One convolution's arguments, as `causal_conv1d.kernels.registry` describes them."""
 
     x: Tensor
     weight: Tensor
     bias: Tensor | None
     silu: bool
     reverse: bool
-
-
-def load():
-    """This kernel set.
-
-    Raises:
-        RuntimeError: the kernels cannot be compiled here.
-    """
-    _nvrtc.check()
-    return sys.modules[__name__]
-
-
-def _slab(tensor: Tensor, reverse: bool) -> tuple[int, int, int, int]:
-    """(address, batch, channel, time stride) of a (batch, dim, seqlen) tensor in the order of the convolution."""
-    batch, channel, time = tensor.stride()
-    if reverse:
-        return tensor.data_ptr() + (tensor.shape[2] - 1) * time * tensor.element_size(), batch, channel, -time
-    return tensor.data_ptr(), batch, channel, time
 
 
 def _vector(*tensors: Tensor) -> int:
@@ -73,13 +49,6 @@ def _vector(*tensors: Tensor) -> int:
         if not (dense and aligned and steps):
             return 1
     return _VECTOR
-
-
-def _parameters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Dense weight and bias of one dtype."""
-    if bias is not None and bias.dtype != weight.dtype:
-        weight, bias = weight.float(), bias.float()
-    return weight.contiguous(), None if bias is None else bias.contiguous()
 
 
 def _covers(conv: Conv) -> bool:
@@ -99,10 +68,10 @@ def forward(convs: Sequence[Conv]) -> list[Tensor]:
     vector = min(_vector(conv.x, out) for conv, out in zip(convs, outs))
     params, kept = [], []
     for conv, out in zip(convs, outs):
-        weight, bias = _parameters(conv.weight, conv.bias)
+        weight, bias = same_dtype(conv.weight, conv.bias)
         kept.append((weight, bias))
-        addresses = weight.data_ptr(), 0 if bias is None else bias.data_ptr()
-        params.append(_FORWARD.pack(*_slab(conv.x, conv.reverse), *_slab(out, conv.reverse), *addresses))
+        addresses = address(weight), address(bias)
+        params.append(_FORWARD.pack(*slab(conv.x, conv.reverse), *slab(out, conv.reverse), *addresses))
     strips = -(-seqlen // _FORWARD_STRIP)
     sizes = _SIZES.pack(batch, dim, seqlen, strips, first.silu, _time_fastest(first.x))
     device = _nvrtc.device(first.x.device.index)
@@ -125,7 +94,7 @@ def conv_backward(
         return torch_kernels.conv_backward(dout, x, weight, bias, silu, reverse)
     (batch, dim, seqlen), width = x.shape, weight.shape[1]
     dout, dx = dout.to(x.dtype), torch.empty_like(x)
-    taps, shift = _parameters(weight, bias)
+    taps, shift = same_dtype(weight, bias)
     device, vector = _nvrtc.device(x.device.index), _vector(x, dout, dx)
     blocks_along = -(-seqlen // (_STRIPS * _BACKWARD_STRIP))
     strip = -(-seqlen // (_STRIPS * blocks_along))
@@ -134,10 +103,10 @@ def conv_backward(
     rows = min(batch, share, _MAX_GRID)
     sums = x.new_empty((blocks_along * rows, dim, width + 1), dtype=torch.float32)
     params = _BACKWARD.pack(
-        *_slab(x, reverse),
-        *_slab(dout, reverse),
-        *_slab(dx, reverse),
-        *(taps.data_ptr(), 0 if shift is None else shift.data_ptr(), sums.data_ptr()),
+        *slab(x, reverse),
+        *slab(dout, reverse),
+        *slab(dx, reverse),
+        *(address(taps), address(shift), address(sums)),
         *(batch, dim, seqlen, -(-seqlen // strip), silu, _time_fastest(x)),
         *(strip, 0),
     )

@@ -1,16 +1,13 @@
-"""The CUDA kernel set: `csrc/*.cu`, compiled at first use for the device at hand, on torch's current stream.
+"""The selective scan of the CUDA kernel set: `csrc/scan_*.cu`.
 
-`load()` returns this module, or raises why it cannot run here. What the kernels do not cover (dstate above 64, B or C
-of shape (dim, dstate)) goes to the torch kernel set.
-
-The kernels take their work as a list of one or two *directions*, `Scan` values of the same sizes, dtypes and options,
-which share one launch; that is how both directions of a bidirectional block run at once.
+What the kernels do not cover (dstate above 64, B or C of shape (dim, dstate)) goes to the torch kernel set. They take
+their work as a list of one or two *directions*, `Scan` values of the same sizes, dtypes and options, which share one
+launch; that is how both directions of a bidirectional block run at once.
 """
 
 from __future__ import annotations
 
 import struct
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
@@ -21,25 +18,12 @@ import torch
 from causal_conv1d import _nvrtc
 from causal_conv1d._nvrtc import CPP_TYPES
 from causal_conv1d._reduce import Sum, add_up, dense_sum
-from mamba_ssm.ops import torch_kernels
-from mamba_ssm.ops.cuda_norm import norm_backward, norm_forward
+from causal_conv1d.layout import Slab, address, slab
+from mamba_ssm.kernels import torch as torch_kernels
+from mamba_ssm.kernels.arguments import Scan
 from torch import Tensor
 
-__all__ = [
-    "Scan",
-    "backward",
-    "forward",
-    "load",
-    "norm_backward",
-    "norm_forward",
-    "scan_backward",
-    "scan_backward_both",
-    "scan_forward",
-    "scan_forward_both",
-    "states_shape",
-]
-
-SOURCES = Path(__file__).parent.parent / "csrc"
+SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 _FORWARD_SOURCE, _BACKWARD_SOURCE = SOURCES / "scan_forward.cu", SOURCES / "scan_backward.cu"
 _STATES_SOURCE, _CARRY_SOURCE = SOURCES / "scan_states.cu", SOURCES / "scan_carry.cu"
 MAX_DSTATE = 64
@@ -49,37 +33,12 @@ THREADS, STATES = 128, 4
 INTERVAL = 32
 MAX_GRID = 65535
 
-_SLAB, _MATRIX, _POINTER, _NONE = "4q", "5q", "q", (0, 0, 0, 0)
+_SLAB, _MATRIX, _POINTER = "4q", "5q", "q"
 _SIZES = struct.Struct("13i4x")
 _FORWARD = struct.Struct(4 * _SLAB + 2 * _MATRIX + 6 * _POINTER)
 _STATES = struct.Struct(3 * _SLAB + _MATRIX + 4 * _POINTER)
 _CARRY = struct.Struct(3 * _POINTER)
 _BACKWARD = struct.Struct(7 * _SLAB + 2 * _MATRIX + 10 * _POINTER)
-
-
-class Scan(NamedTuple):
-    """One direction's arguments, as `mamba_ssm.ops.operators` describes them."""
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    delta_bias: Tensor | None
-    delta_softplus: bool
-    reverse: bool
-
-
-def load():
-    """This kernel set.
-
-    Raises:
-        RuntimeError: the kernels cannot be compiled here.
-    """
-    _nvrtc.check()
-    return sys.modules[__name__]
 
 
 def states_shape(batch: int, dim: int, seqlen: int, dstate: int) -> tuple[int, ...]:
@@ -92,16 +51,6 @@ def lanes_for(dstate: int) -> int:
     return 1 << (-(-dstate // STATES) - 1).bit_length() if dstate > STATES else 1
 
 
-def _slab(tensor: Tensor | None, reverse: bool) -> tuple[int, int, int, int]:
-    """(address, batch, channel, time stride) of a (batch, dim, seqlen) tensor in scan order."""
-    if tensor is None:
-        return _NONE
-    batch, channel, time = tensor.stride()
-    if reverse:
-        return tensor.data_ptr() + (tensor.shape[2] - 1) * time * tensor.element_size(), batch, channel, -time
-    return tensor.data_ptr(), batch, channel, time
-
-
 def _matrix(tensor: Tensor, reverse: bool) -> tuple[int, int, int, int, int]:
     """(address, batch, group, time, state stride) of a (batch, groups, dstate, seqlen) tensor in scan order."""
     batch, group, state, time = tensor.stride()
@@ -110,20 +59,16 @@ def _matrix(tensor: Tensor, reverse: bool) -> tuple[int, int, int, int, int]:
     return tensor.data_ptr(), batch, group, time, state
 
 
-def _pack(slabs: Sequence[tuple[int, int, int, int]], itemsizes: Sequence[int], group_size: int) -> int:
+def _pack(slabs: Sequence[Slab], itemsizes: Sequence[int], group_size: int) -> int:
     """PACK of scan_tile.h: 4 neighbouring channels at once, 1, or 0 where time is the dense dimension of the first."""
     _, _, channel, time = slabs[0]
     if channel != 1:
         return 0 if abs(time) == 1 else 1
     rest = group_size
-    for (address, batch, channel, time), itemsize in zip(slabs, itemsizes):
-        if address:
-            rest |= batch | time | (channel != 1) | address // itemsize
+    for (start, batch, channel, time), itemsize in zip(slabs, itemsizes):
+        if start:
+            rest |= batch | time | (channel != 1) | start // itemsize
     return 1 if rest % 4 else 4
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _address_of(tensor: Tensor | None, index: int) -> int:
@@ -290,16 +235,16 @@ def _carried_states(plan: _Plan, scans: Sequence[Scan], inputs: Sequence[Tensor]
     params, slabs = [], []
     for i, (scan, given) in enumerate(zip(scans, inputs)):
         z = scan.z if backwards else None
-        rows = [_slab(tensor, scan.reverse) for tensor in (given, scan.delta, z)]
+        rows = [slab(tensor, scan.reverse) for tensor in (given, scan.delta, z)]
         matrix = _matrix(scan.C if backwards else scan.B, scan.reverse)
-        addresses = _address(scan.A), _address(scan.delta_bias), _address_of(states, i), _address_of(dt_sums, i)
+        addresses = address(scan.A), address(scan.delta_bias), _address_of(states, i), _address_of(dt_sums, i)
         params.append(_STATES.pack(*chain(*rows), *matrix, *addresses))
         slabs += rows
     grid = (grid_x, grid_y, plan.directions * plan.splits)
     pack = _pack(slabs, plan.itemsizes * plan.directions, plan.group_size)
     plan.launch(_STATES_SOURCE, f"{plan.types},{plan.lanes},{flag},{pack}", grid, params, sizes)
     params = [
-        _CARRY.pack(_address(scan.A), _address_of(states, i), _address_of(dt_sums, i)) for i, scan in enumerate(scans)
+        _CARRY.pack(address(scan.A), _address_of(states, i), _address_of(dt_sums, i)) for i, scan in enumerate(scans)
     ]
     grid = (-(-plan.dim * plan.dstate // THREADS), grid_y, plan.directions)
     plan.launch(_CARRY_SOURCE, flag, grid, params, sizes)
@@ -332,15 +277,15 @@ def forward(scans: Sequence[Scan], save_states: bool) -> list[tuple[Tensor, Tens
         kept = states_shape(plan.batch, plan.dim, plan.seqlen, plan.dstate) if save_states else (0,)
         states = u.new_empty(kept, dtype=torch.float32)
         results.append((out, last_state, states))
-        rows = [_slab(tensor, scan.reverse) for tensor in (scan.u, scan.delta, scan.z, out)]
+        rows = [slab(tensor, scan.reverse) for tensor in (scan.u, scan.delta, scan.z, out)]
         slabs += rows
         params.append(
             _FORWARD.pack(
                 *chain(*rows),
                 *_matrix(scan.B, scan.reverse),
                 *_matrix(scan.C, scan.reverse),
-                *(_address(scan.A), _address(scan.D), _address(scan.delta_bias)),
-                *(_address_of(carried, i), _address(last_state), _address(states) if states.numel() else 0),
+                *(address(scan.A), address(scan.D), address(scan.delta_bias)),
+                *(_address_of(carried, i), address(last_state), address(states) if states.numel() else 0),
             )
         )
     arguments, grid, sizes = _forward_plan(plan)
@@ -411,15 +356,15 @@ def backward(scans: Sequence[Scan], douts: Sequence[Tensor], saved: Sequence[Ten
         du, ddelta = torch.empty_like(scan.u), torch.empty_like(scan.delta)
         dz = None if scan.z is None else torch.empty_like(scan.z)
         tensors = scan.u, scan.delta, scan.z, dout, du, ddelta, dz
-        rows = [_slab(tensor, scan.reverse) for tensor in tensors]
+        rows = [slab(tensor, scan.reverse) for tensor in tensors]
         slabs += rows
         params.append(
             _BACKWARD.pack(
                 *chain(*rows),
                 *_matrix(scan.B, scan.reverse),
                 *_matrix(scan.C, scan.reverse),
-                *(_address(scan.A), _address(scan.D), _address(scan.delta_bias)),
-                *(_address(saved[i]), _address_of(carried, i)),
+                *(address(scan.A), address(scan.D), address(scan.delta_bias)),
+                *(address(saved[i]), _address_of(carried, i)),
                 # The sums over B and C stand in the order of memory, so a reversed scan writes them backwards.
                 _address_of(work.matrices, i) + (plan.seqlen - 1) * 4 * step * scan.reverse,
                 -step if scan.reverse else step,

@@ -1,4 +1,4 @@
-"""The torch kernel set: vectorised, on every device, accumulating in float32 (float64 for float64 tensors)."""
+"""The convolution of the torch kernel set, accumulating in float32 (float64 for float64 tensors)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The torch kernel set: vectorised, on every device, with the state in float32 (float64 for float64 tensors).
+"""The selective scan of the torch kernel set, with the state in float32 (float64 for float64 tensors).
 
-The scan walks time in chunks. Within a chunk all decays and inputs are computed at once, the recurrence is one fused
+It walks time in chunks. Within a chunk all decays and inputs are computed at once, the recurrence is one fused
 multiply-add per step over (batch, dim, dstate), and everything else is vectorised over the chunk again. Nothing is
 divided by a running product of decays, so nothing overflows that the recurrence itself would not. Memory beyond inputs
 and outputs is bounded by `CHUNK_ELEMENTS`, whatever the sequence length, plus one state per chunk for backward.
@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from mamba_ssm.ops.torch_norm import norm_backward, norm_forward  # noqa: F401  (of this kernel set)
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 21

@@ -9,10 +9,11 @@ import torch
 from causal_conv1d import _nvrtc
 from causal_conv1d._nvrtc import CPP_TYPES
 from causal_conv1d._reduce import Sum, add_up
-from mamba_ssm.ops import torch_norm
+from causal_conv1d.layout import address, rows, same_dtype
+from mamba_ssm.kernels.torch import norm as torch_norm
 from torch import Tensor
 
-_SOURCES = Path(__file__).parent.parent / "csrc"
+_SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 _FORWARD_SOURCE, _BACKWARD_SOURCE = _SOURCES / "norm_forward.cu", _SOURCES / "norm_backward.cu"
 # A lane holds at most so many elements of a row.
 MAX_SIZE = 32 * 32
@@ -28,29 +29,12 @@ def _covers(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | N
     return known and 0 < x.shape[-1] <= MAX_SIZE and x.numel() > 0
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """(..., size) as (rows, size) with dense rows, copied only if there is no such view."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
 def _layout(size: int, *tensors: Tensor | None) -> str:
     """The kernels' last two arguments: elements per pack and packs per lane."""
     there = [tensor for tensor in tensors if tensor is not None]
     whole = size % 4 == 0 and all(t.data_ptr() % (4 * t.element_size()) == 0 for t in there)
     vector = 4 if whole and all(t.dim() == 1 or t.shape[0] == 1 or t.stride(0) % 4 == 0 for t in there) else 1
     return f"{vector},{-(-size // (32 * vector))}"
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _parameters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Dense weight and bias of one dtype."""
-    if bias is not None and bias.dtype != weight.dtype:
-        weight, bias = weight.float(), bias.float()
-    return weight.contiguous(), None if bias is None else bias.contiguous()
 
 
 def norm_forward(
@@ -67,8 +51,8 @@ def norm_forward(
     if not _covers(x, residual, weight, bias):
         return torch_norm.norm_forward(x, residual, weight, bias, eps, is_rms_norm, total_dtype)
     size = x.shape[-1]
-    x_rows, residual_rows = _rows(x), None if residual is None else _rows(residual)
-    scaling, shift = _parameters(weight, bias)
+    x_rows, residual_rows = rows(x), None if residual is None else rows(residual)
+    scaling, shift = same_dtype(weight, bias)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = torch.empty_like(x, dtype=total_dtype, memory_format=torch.contiguous_format)
     mean, scale = (x.new_empty(x_rows.shape[0], dtype=torch.float32) for _ in range(2))
@@ -77,7 +61,7 @@ def norm_forward(
     layout = _layout(size, x_rows, residual_rows, scaling, shift, out, total)
     arguments = f"{types},{CPP_TYPES[scaling.dtype]},{layout}"
     params = _FORWARD.pack(
-        *(_address(t) for t in (x_rows, residual_rows, scaling, shift, out, total, mean, scale)),
+        *(address(t) for t in (x_rows, residual_rows, scaling, shift, out, total, mean, scale)),
         *(x_rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), x_rows.shape[0]),
         *(size, is_rms_norm, eps),
     )
@@ -105,8 +89,8 @@ def norm_backward(
         given = dout, dtotal, total, mean, scale, weight, bias
         return torch_norm.norm_backward(*given, is_rms_norm, residual_dtype)
     size = total.shape[-1]
-    dout_rows, total_rows = _rows(dout), _rows(total)
-    dtotal_rows = None if dtotal is None else _rows(dtotal.to(total.dtype))
+    dout_rows, total_rows = rows(dout), rows(total)
+    dtotal_rows = None if dtotal is None else rows(dtotal.to(total.dtype))
     scaling = weight.contiguous()
     dx = torch.empty_like(dout, memory_format=torch.contiguous_format)
     dresidual = None
@@ -118,7 +102,7 @@ def norm_backward(
     types = ",".join(CPP_TYPES[t] for t in (dout.dtype, residual_dtype or dout.dtype, total.dtype, scaling.dtype))
     arguments = f"{types},{_layout(size, dout_rows, dtotal_rows, total_rows, scaling, dx, dresidual)}"
     params = _BACKWARD.pack(
-        *(_address(t) for t in (dout_rows, dtotal_rows, total_rows, scaling, mean, scale, dx, dresidual, sums)),
+        *(address(t) for t in (dout_rows, dtotal_rows, total_rows, scaling, mean, scale, dx, dresidual, sums)),
         *(dout_rows.stride(0), 0 if dtotal_rows is None else dtotal_rows.stride(0), total_rows.stride(0)),
         *(total_rows.shape[0], size, is_rms_norm),
     )

@@ -1,30 +1,12 @@
-"""The C++ kernel set for CPUs: `operators.py` has its contract, `csrc/conv1d_abi.h` the layout of what it passes."""
+"""The convolution of the C++ kernel set; `csrc/conv1d_abi.h` has the layout of what is passed."""
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
-
 import torch
-from causal_conv1d.native import ABSENT_SIGNAL, DTYPE_CODES, address, call, load_library, signal
+from causal_conv1d.kernels.cpp.library import LIBRARY
+from causal_conv1d.layout import address, float32
+from causal_conv1d.native import DTYPE_CODES, signal
 from torch import Tensor
-
-_CONV_FIELDS = 9 + 2 * 5 + 2 + 2 * 5 + 2
-_UPDATE_FIELDS = 4 + 4 + 5 + 3
-_library = None
-
-
-def load() -> ModuleType:
-    """This module, with its library loaded; ImportError if there is none."""
-    global _library
-    if _library is None:
-        sizes = {"causal_conv1d_args_bytes": _CONV_FIELDS, "causal_conv1d_one_step_args_bytes": _UPDATE_FIELDS}
-        _library = load_library(__file__, sizes)
-    return sys.modules[__name__]
-
-
-def _float32(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.float32).contiguous()
 
 
 def _is_channel_last(x: Tensor) -> bool:
@@ -39,8 +21,10 @@ def _readable(x: Tensor, channel_last: bool) -> Tensor:
     return x if x.stride(2) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _sizes(x: Tensor, weight: Tensor, silu: bool, reverse: bool, accumulate: bool = False) -> tuple[int, ...]:
-    return (*x.shape, weight.shape[1], silu, reverse, torch.get_num_threads(), _is_channel_last(x), accumulate)
+def _sizes(x: Tensor, weight: Tensor, silu: bool, reverse: bool) -> dict[str, int]:
+    batch, dim, seqlen = x.shape
+    sizes = {"batch": batch, "dim": dim, "seqlen": seqlen, "width": weight.shape[1], "silu": silu, "reverse": reverse}
+    return sizes | {"threads": torch.get_num_threads(), "channel_last": _is_channel_last(x)}
 
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
@@ -49,17 +33,15 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, rev
         return out
     channel_last = _is_channel_last(x)
     seen, target = _readable(x, channel_last), _readable(out, channel_last)
-    weight, bias = _float32(weight), _float32(bias)
-    fields = (
-        *_sizes(seen, weight, silu, reverse),
-        *signal(seen),
-        *signal(target),
-        weight.data_ptr(),
-        address(bias),
-        *(ABSENT_SIGNAL * 2),
-        *(0, 0),
+    weight, bias = float32(weight), float32(bias)
+    arguments = LIBRARY.structs.ConvArgs(
+        **_sizes(seen, weight, silu, reverse),
+        x=signal(seen),
+        out=signal(target),
+        weight=address(weight),
+        bias=address(bias),
     )
-    call(_library.causal_conv1d, fields)
+    LIBRARY.call("causal_conv1d", arguments)
     return out if target is out else out.copy_(target)
 
 
@@ -86,19 +68,19 @@ def conv_backward_into(
             )
     dweight = weight.new_empty(weight.shape, dtype=torch.float32)
     dbias = weight.new_empty(0 if bias is None else bias.shape, dtype=torch.float32)
-    weight, bias = _float32(weight), _float32(bias)
-    fields = (
-        *_sizes(x, weight, silu, reverse, accumulate),
-        *signal(x),
-        *ABSENT_SIGNAL,
-        weight.data_ptr(),
-        address(bias),
-        *signal(dout),
-        *signal(dx),
-        dweight.data_ptr(),
-        0 if bias is None else dbias.data_ptr(),
+    weight, wide_bias = float32(weight), float32(bias)
+    arguments = LIBRARY.structs.ConvArgs(
+        **_sizes(x, weight, silu, reverse),
+        accumulate=accumulate,
+        x=signal(x),
+        weight=address(weight),
+        bias=address(wide_bias),
+        dout=signal(dout),
+        dx=signal(dx),
+        dweight=address(dweight),
+        dbias=0 if bias is None else address(dbias),
     )
-    call(_library.causal_conv1d, fields)
+    LIBRARY.call("causal_conv1d", arguments)
     return dweight, dbias
 
 
@@ -121,12 +103,29 @@ def conv_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | No
     out = x.new_empty(x.shape)
     if out.numel() == 0:
         return out
-    weight, bias = _float32(weight), _float32(bias)
-    fields = (
-        *(*x.shape, weight.shape[1], silu),
-        *(x.data_ptr(), DTYPE_CODES[x.dtype], *x.stride()),
-        *(conv_state.data_ptr(), DTYPE_CODES[conv_state.dtype], *conv_state.stride()),
-        *(out.data_ptr(), weight.data_ptr(), address(bias)),
+    weight, bias = float32(weight), float32(bias)
+    (batch, dim), (x_batch, x_channel), (state_batch, state_channel, state_step) = (
+        x.shape,
+        x.stride(),
+        conv_state.stride(),
     )
-    call(_library.causal_conv1d_one_step, fields)
+    arguments = LIBRARY.structs.ConvUpdateArgs(
+        batch=batch,
+        dim=dim,
+        width=weight.shape[1],
+        silu=silu,
+        x=address(x),
+        x_dtype=DTYPE_CODES[x.dtype],
+        x_batch_stride=x_batch,
+        x_channel_stride=x_channel,
+        state=address(conv_state),
+        state_dtype=DTYPE_CODES[conv_state.dtype],
+        state_batch_stride=state_batch,
+        state_channel_stride=state_channel,
+        state_step_stride=state_step,
+        out=address(out),
+        weight=address(weight),
+        bias=address(bias),
+    )
+    LIBRARY.call("causal_conv1d_one_step", arguments)
     return out

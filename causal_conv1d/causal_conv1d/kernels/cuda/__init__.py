@@ -1,0 +1,23 @@
+"""The CUDA kernel set: `csrc/*.cu`, compiled at first use for the device at hand, on torch's current stream.
+
+The one-step `conv_update`, a few kilobytes of work, stays with the torch kernel set.
+"""
+
+import sys
+from types import ModuleType
+
+from causal_conv1d import _nvrtc
+from causal_conv1d.kernels.cuda.convolution import conv_backward, conv_forward
+from causal_conv1d.kernels.torch import conv_update
+
+__all__ = ["conv_backward", "conv_forward", "conv_update", "load"]
+
+
+def load() -> ModuleType:
+    """This kernel set.
+
+    Raises:
+        RuntimeError: the kernels cannot be compiled here.
+    """
+    _nvrtc.check()
+    return sys.modules[__name__]

@@ -1,0 +1,1 @@
+"""The operators, one file each: schema, fake, gradient, function and reference."""

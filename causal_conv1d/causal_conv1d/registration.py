@@ -1,0 +1,41 @@
+"""Registration of operators with `torch.library`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Operators:
+    """The operators of one namespace of `torch.ops`."""
+
+    def __init__(self, namespace: str):
+        self._namespace = namespace
+        self._library = torch.library.Library(namespace, "DEF")
+
+    def register(
+        self,
+        schema: str,
+        kernel: Callable,
+        fake: Callable,
+        *,
+        save: Callable[[Any, tuple, Any], None] | None = None,
+        differentiate: Callable[..., tuple] | None = None,
+    ) -> None:
+        """Give the operator of `schema` its kernel, its fake and, if it is differentiable, its gradient.
+
+        Args:
+            schema: as `torch.library.define` takes it, without the namespace.
+            kernel: computes it on every device.
+            fake: the shapes and dtypes of its results.
+            save, differentiate: `setup_context` and `backward` of `torch.library.register_autograd`.
+        """
+        name = schema.partition("(")[0]
+        self._library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        self._library.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{self._namespace}::{name}", fake, lib=self._library)
+        if differentiate is not None:
+            qualified = f"{self._namespace}::{name}"
+            torch.library.register_autograd(qualified, differentiate, setup_context=save, lib=self._library)

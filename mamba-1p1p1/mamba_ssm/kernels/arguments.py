@@ -1,0 +1,118 @@
+"""What operators are handed: the tensors that belong together, under one name each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Scan(NamedTuple):
+    """A selective scan's arguments, as `selective_scan_fn` describes them."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
+    z: Tensor | None = None
+    delta_bias: Tensor | None = None
+    delta_softplus: bool = True
+    reverse: bool = False
+
+
+# Tensors in a Scan.
+SCAN_TENSORS = 8
+
+
+class Direction(NamedTuple):
+    """The parameters of one scan direction; float32 unless said otherwise.
+
+    `reverse` runs convolution and scan from the last position to the first.
+    """
+
+    conv_weight: Tensor  # (dim, width), any of the kernels' dtypes, as the next three
+    conv_bias: Tensor | None  # (dim,)
+    x_proj_weight: Tensor  # (dt_rank + 2*dstate, dim): rows for dt, B, C
+    dt_proj_weight: Tensor  # (dim, dt_rank)
+    dt_bias: Tensor | None  # (dim,)
+    A: Tensor  # (dim, dstate)
+    D: Tensor | None  # (dim,)
+    reverse: bool = False
+
+
+# Tensors in a Direction.
+DIRECTION_TENSORS = 7
+
+
+class Lines(NamedTuple):
+    """A token grid of three axes, in the order in which they are walked, whose `pooled` ones become one token: `scale`
+    times the mean.
+
+    `sizes` are the axes' lengths, the last of them 1 where there are fewer, and `strides` how far apart in the
+    sequence two neighbours along each are. The convolutions follow the walk, and groups are numbered as it meets them.
+    """
+
+    sizes: tuple[int, int, int]
+    strides: tuple[int, int, int]
+    pooled: tuple[bool, bool, bool]
+    scale: float = 1.0
+
+    @classmethod
+    def of_grid(
+        cls, shape: Sequence[int], axes: Sequence[int] | None = None, pooled: Sequence[int] = (-1,), scale: float = 1.0
+    ) -> Lines | None:
+        """Lines of a grid that tokens fill in raster order, its axes walked in the order `axes`, of which those
+        numbered `pooled`, after that, are pooled. None if that takes more than three axes once neighbours are one
+        where they can be."""
+        walked = range(len(shape)) if axes is None else axes
+        pooled = {place % len(shape) for place in pooled}
+        found: list[tuple[int, int, bool]] = []
+        for place, axis in enumerate(walked):
+            size, stride, is_pooled = shape[axis], math.prod(shape[axis + 1 :]), place in pooled
+            if size == 1:
+                continue
+            if found and found[-1][1:] == (size * stride, is_pooled):
+                size *= found.pop()[0]
+            found.append((size, stride, is_pooled))
+        if len(found) > 3:
+            return None
+        found += [(1, 0, False)] * (3 - len(found))
+        return cls(*zip(*found), scale)
+
+    @property
+    def count(self) -> int:
+        """How many groups there are."""
+        return math.prod(size for size, is_pooled in zip(self.sizes, self.pooled) if not is_pooled)
+
+    @property
+    def length(self) -> int:
+        """How many tokens are one group."""
+        return math.prod(self.sizes) // self.count
+
+
+class Taps(NamedTuple):
+    """What one direction's convolution needs: weight (dim, width), bias (dim,) or None, and the skip's D (dim,)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    D: Tensor
+
+
+class Projections(NamedTuple):
+    """What one direction's scan needs: x_proj (dt_rank + 2 * dstate, dim), whose rows give dt, B and C, dt_proj (dim,
+    dt_rank), dt_bias (dim,) and A_log (dim, dstate)."""
+
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+
+
+def split_matrices(x_dbl: Tensor, dstate: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x_dbl (batch, seqlen, dt_rank + 2*dstate) -> dt (batch, seqlen, dt_rank) and B, C (batch, 1, dstate, seqlen)."""
+    dt, B, C = x_dbl.split([x_dbl.shape[2] - 2 * dstate, dstate, dstate], dim=2)
+    return dt, B.transpose(1, 2).unsqueeze(1), C.transpose(1, 2).unsqueeze(1)

@@ -1,0 +1,26 @@
+"""The C++ kernel set for CPUs. Importing it loads its library and that of the convolution: ImportError without them."""
+
+from mamba_ssm.kernels.cpp.directions import directions_backward, directions_forward
+from mamba_ssm.kernels.cpp.linear import gemm, linear, linear_backward
+from mamba_ssm.kernels.cpp.merging import match_tokens, merge_tokens
+from mamba_ssm.kernels.cpp.norm import norm_backward, norm_forward
+from mamba_ssm.kernels.cpp.pooled import pooled_conv, pooled_gate, pooled_scan
+from mamba_ssm.kernels.cpp.scan import scan_backward, scan_forward, states_shape
+
+__all__ = [
+    "directions_backward",
+    "directions_forward",
+    "gemm",
+    "linear",
+    "linear_backward",
+    "match_tokens",
+    "merge_tokens",
+    "norm_backward",
+    "norm_forward",
+    "pooled_conv",
+    "pooled_gate",
+    "pooled_scan",
+    "scan_backward",
+    "scan_forward",
+    "states_shape",
+]

@@ -1,0 +1,66 @@
+"""Token merging of the C++ kernel set; `csrc/merging_abi.h` has the layout of what is passed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from causal_conv1d.layout import address, channel_last
+from causal_conv1d.native import DTYPE_CODES, tokens_of
+from mamba_ssm.kernels.cpp.library import LIBRARY
+from torch import Tensor
+
+
+def match_tokens(
+    metric: Tensor, fused: int, cls: Tensor, moved: Sequence[int], odd_first: bool, raster: bool, sort: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (batch, tokens, channels), classes = metric.shape, cls.shape[1]
+    slot = cls.new_empty(batch, tokens)
+    kept = torch.empty(batch, tokens, dtype=torch.bool)
+    count = cls.new_empty(batch, tokens - fused)
+    places = cls.new_empty(batch, classes)
+    metric, cls, targets = channel_last(metric), cls.contiguous(), torch.tensor(moved, dtype=torch.long)
+    arguments = LIBRARY.structs.MatchArgs(
+        batch=batch,
+        tokens=tokens,
+        channels=channels,
+        dtype=DTYPE_CODES[metric.dtype],
+        threads=torch.get_num_threads(),
+        fused=fused,
+        classes=classes,
+        odd_first=odd_first,
+        raster=raster,
+        sorted=sort,
+        x=tokens_of(metric),
+        cls=address(cls),
+        cls_stride=classes if len(cls) > 1 else 0,
+        moved=address(targets),
+        slot=address(slot),
+        kept=address(kept),
+        count=address(count),
+        places=address(places),
+    )
+    if LIBRARY.call("mamba_match_tokens", arguments):
+        raise IndexError(f"cls holds other than rising indices; wanted such from 0 to {tokens - 1}")
+    return slot, kept, count, places
+
+
+def merge_tokens(x: Tensor, slot: Tensor, count: Tensor) -> Tensor:
+    (batch, tokens, channels), left = x.shape, count.shape[1]
+    out = x.new_empty(batch, left, channels)
+    x, slot, count = channel_last(x), slot.contiguous(), count.contiguous()
+    arguments = LIBRARY.structs.MergeArgs(
+        batch=batch,
+        tokens=tokens,
+        left=left,
+        channels=channels,
+        dtype=DTYPE_CODES[x.dtype],
+        threads=torch.get_num_threads(),
+        x=tokens_of(x),
+        slot=address(slot),
+        count=address(count),
+        out=address(out),
+    )
+    if LIBRARY.call("mamba_merge_tokens", arguments):
+        raise IndexError(f"slot holds a place outside the merged sequence; wanted 0 to {left - 1}")
+    return out

@@ -1,0 +1,35 @@
+"""The CUDA kernel set: `csrc/*.cu`, compiled at first use for the device at hand, on torch's current stream."""
+
+import sys
+from types import ModuleType
+
+from causal_conv1d import _nvrtc
+from mamba_ssm.kernels.cuda.norm import norm_backward, norm_forward
+from mamba_ssm.kernels.cuda.scan import (
+    scan_backward,
+    scan_backward_both,
+    scan_forward,
+    scan_forward_both,
+    states_shape,
+)
+
+__all__ = [
+    "load",
+    "norm_backward",
+    "norm_forward",
+    "scan_backward",
+    "scan_backward_both",
+    "scan_forward",
+    "scan_forward_both",
+    "states_shape",
+]
+
+
+def load() -> ModuleType:
+    """This kernel set.
+
+    Raises:
+        RuntimeError: the kernels cannot be compiled here.
+    """
+    _nvrtc.check()
+    return sys.modules[__name__]

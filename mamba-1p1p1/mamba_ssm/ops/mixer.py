@@ -1,0 +1,197 @@
+"""What a mixer does between its projections: here, and nowhere above, kernels are chosen.
+
+Where a kernel set makes one operator of it all, that is taken, unless something wants to see or change what is in
+between; else it is put together from the convolution, the projections and the scan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from mamba_ssm.kernels.arguments import Direction, Lines, Projections, Taps
+from mamba_ssm.kernels.registry import backends
+from mamba_ssm.ops.bidirectional import bidirectional_scan_fn
+from mamba_ssm.ops.directions import directions_fn
+from mamba_ssm.ops.pooled import pooled_conv_fn, pooled_gate_fn, pooled_scan_fn
+from mamba_ssm.ops.scan import selective_scan_fn
+from torch import Tensor, nn
+
+# called with (delta (B, L, d_inner) after softplus, B (B, L, d_state))
+ScanObserver = Callable[..., None]
+
+
+class Branch(Protocol):
+    """One scan direction of a mixer."""
+
+    reverse: bool  # of the scan
+
+    @property
+    def A(self) -> Tensor:
+        """(d_inner, d_state), float32, or float64 in a model of that."""
+
+    @property
+    def D(self) -> Tensor:
+        """(d_inner,), in the dtype of `A`."""
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The causal convolution and silu of x (B, L, d_inner)."""
+
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """u (B, L, d_inner) -> delta (B, L, d_inner), B and C (B, L, d_state), and the bias of delta (d_inner,)."""
+
+    def direction(self) -> Direction:
+        """Its parameters, as `directions_fn` takes them."""
+
+    def taps(self) -> Taps:
+        """Its parameters, as `pooled_conv_fn` takes them."""
+
+    def projections(self) -> Projections:
+        """Its parameters, as `pooled_scan_fn` takes them."""
+
+
+class TokenPooling(Protocol):
+    """A map from tokens to scan groups and back, handed to the mixer; every tensor is channel-last.
+
+    `lines` says so where the groups are the means over the lines of a full grid, for which there are kernels; the
+    methods do for any map what the kernels do for those.
+    """
+
+    lines: Lines | None
+
+    def order(self, x: Tensor) -> Tensor:
+        """(B, L, C) tokens in the order the convolution and the groups run in."""
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Inverse of `order`."""
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """(B, L, C) ordered tokens -> (B, G, C) groups."""
+
+    def expand_add(self, x: Tensor, groups: Tensor) -> Tensor:
+        """(B, L, C) ordered tokens, each plus its group's value out of (B, G, C)."""
+
+
+def mix(
+    xz: Tensor,
+    branches: Sequence[Branch],
+    share: float = 1.0,
+    *,
+    shared: bool = False,
+    gated: bool = True,
+    token_mask: Tensor | None = None,
+    gates: Tensor | None = None,
+    observe: ScanObserver | None = None,
+) -> Tensor:
+    """`share` times the sum of the branches' scans, gated by silu(z).
+
+    Args:
+        xz: (B, L, 2 * d_inner), x first, z second.
+        branches: one or two, of which the second is reversed.
+        share: what the sum is multiplied with.
+        shared: all branches run on what the first one's convolution and projections give.
+        gated: without, z is left to the caller.
+        token_mask: (B, L), 1 or 0; zeroes tokens before and after the convolution.
+        gates: (B, branches); one factor per image and branch.
+        observe: shown the step sizes and B of each branch, in turn.
+
+    Returns:
+        (B, L, d_inner) in the dtype of `xz`.
+    """
+    plain = gated and not shared and token_mask is None and gates is None and observe is None
+    if plain and backends.has(xz, "directions_forward"):
+        return directions_fn(xz, [branch.direction() for branch in branches], share)
+    x, z = xz.chunk(2, dim=-1)
+    inputs, scans = None, []
+    for branch in branches:
+        if inputs is None or not shared:
+            u = _convolve(branch, x, token_mask)
+            inputs = u, *branch.project(u)
+        u, delta, B, C, bias = inputs
+        if observe is not None:
+            observe(F.softplus(delta + bias), B)
+        # C and D are the least of what the share can be multiplied into
+        C, D = (C, branch.D) if share == 1 else (C * share, branch.D * share)
+        scans.append(_scan(branch, u, delta, B, C, bias, D, z if gated else None))
+    y = None
+    for number, part in enumerate(_run(branches, scans)):
+        if gates is not None:
+            part = part * gates[:, number].view(-1, 1, 1).to(part.dtype)
+        y = part if y is None else y + part
+    return y
+
+
+def mix_pooled(
+    hidden_states: Tensor,
+    branches: Sequence[Branch],
+    pooling: TokenPooling,
+    in_proj: Callable[[Tensor], Tensor],
+    out_proj: Callable[[Tensor], Tensor],
+    share: float = 1.0,
+    *,
+    shared: bool = False,
+    norm: nn.LayerNorm | None = None,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """A whole mixer whose scans run over groups of tokens, hidden_states (B, L, d_model) -> (B, L, d_model).
+
+    D * u needs no scan, so it stays with the tokens; the scans meet it once, as the sum of both over the groups. `norm`
+    stands before the gate silu(z). The projections are handed in, since tokens are put in order where they are narrow.
+    """
+    pair = len(branches) == 2 and not shared
+    if pair and token_mask is None and pooling.lines is not None and backends.has(hidden_states, "pooled_conv"):
+        x, z = in_proj(hidden_states).chunk(2, dim=-1)
+        skip, *groups = pooled_conv_fn(x, *(branch.taps() for branch in branches), pooling.lines)
+        scanned = _scan_groups(branches, groups, pair)
+        given = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+        return out_proj(pooled_gate_fn(skip, scanned, z, *given, pooling.lines, share))
+    x, z = in_proj(pooling.order(hidden_states)).chunk(2, dim=-1)
+    u, skip, groups = None, None, []
+    for branch in branches:
+        u = _convolve(branch, x, token_mask) if u is None or not shared else u
+        D = (branch.D if share == 1 else branch.D * share).to(u.dtype)
+        skip = u * D if skip is None else torch.addcmul(skip, u, D)
+        groups.append(pooling.reduce(u))
+    scanned = _scan_groups(branches, groups, pair)
+    y = pooling.expand_add(skip, scanned if share == 1 else scanned * share)
+    y = y if norm is None else norm(y)
+    return pooling.restore(out_proj(y * F.silu(z)))
+
+
+def _convolve(branch: Branch, x: Tensor, token_mask: Tensor | None) -> Tensor:
+    """`branch.convolve`, with token_mask (B, L) before and after."""
+    if token_mask is None:
+        return branch.convolve(x)
+    token_mask = token_mask.unsqueeze(-1).to(x.dtype)
+    return branch.convolve(x * token_mask) * token_mask
+
+
+def _scan(
+    branch: Branch, u: Tensor, delta: Tensor, B: Tensor, C: Tensor, bias: Tensor, D: Tensor | None, z: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The tensors that the scan takes, out of channel-last ones."""
+    u, delta, B, C = (x.transpose(1, 2) for x in (u, delta, B, C))
+    return u, delta, branch.A, B, C, D, None if z is None else z.transpose(1, 2), bias
+
+
+def _run(branches: Sequence[Branch], scans: Sequence[tuple[Tensor | None, ...]]) -> list[Tensor]:
+    """The branches' scans, channel-last; two are one operator where there are kernels for both at once."""
+    if [branch.reverse for branch in branches] == [False, True]:
+        parts = bidirectional_scan_fn(*scans, delta_softplus=True)
+    else:
+        parts = [
+            selective_scan_fn(*scan, delta_softplus=True, reverse=branch.reverse)
+            for branch, scan in zip(branches, scans)
+        ]
+    return [part.transpose(1, 2) for part in parts]
+
+
+def _scan_groups(branches: Sequence[Branch], groups: Sequence[Tensor], pair: bool) -> Tensor:
+    """The sum of the branches' scans, each over its own groups (B, G, d_inner), without D and z."""
+    if pair and not torch.is_grad_enabled() and backends.has(groups[0], "pooled_scan"):
+        return pooled_scan_fn(*groups, *(branch.projections() for branch in branches))
+    scans = [_scan(branch, u, *branch.project(u), None, None) for branch, u in zip(branches, groups)]
+    parts = _run(branches, scans)
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
