@@ -17,11 +17,12 @@ from timm.models import generate_default_cfgs, register_model
 
 import models_mamba
 
+FAMILIES = ("vim", "fambav", "fastvim", "dyvm", "channelvim", "fastchannelvim")
 SIZES: dict[str, Any] = dict(depth=4, embed_dim=32, patch_size=8)
 default_cfgs = generate_default_cfgs(
     {
         f"{family}_micro_patch8_32": dict(input_size=(3, 32, 32), fixed_input_size=True, num_classes=10)
-        for family in ("vim", "fambav", "fastvim", "dyvm")
+        for family in FAMILIES
     }
 )
 
@@ -39,7 +40,7 @@ def _entry(family: str) -> Any:
     return register_model(build)
 
 
-for _family in ("vim", "fambav", "fastvim", "dyvm"):
+for _family in FAMILIES:
     globals()[f"{_family}_micro_patch8_32"] = _entry(_family)
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ import torch
 
 import fusion
 import main as program
-from tests import micro_models, program_data
+from tasks import TASKS
+from tests import cells_data, micro_models, program_data
 from tests.conftest import Result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,9 +36,13 @@ INSTALLS = {"scripts/setup.sh", "scripts/test.sh"}  # the suite runs inside them
 WHOLE = {"scripts/quickstart.sh", "scripts/compare.sh"}
 EXPERIMENTS = [script for script in SCRIPTS if script not in SOURCED | INSTALLS | WHOLE]
 # take minutes, or a GPU: that they start is all that is tried here
-LONG = {f"benchmarks.{name}" for name in ("flops", "pruning", "merging", "resolution", "compare")}
+LONG = {
+    f"benchmarks.{name}"
+    for name in ("channels", "channel_sampling", "flops", "pruning", "merging", "resolution", "compare")
+}
 LONG_SCRIPTS = {"benchmarks/gpu_check.sh"}
-CLASSES = {"CIFAR": 100, "IMNET": 3}
+CLASSES = {"CIFAR": 100, "IMNET": 3, "JUMPCP": 4, "CELLS": 2}
+CHANNELS = {"JUMPCP": 8, "CELLS": 3}
 SMALL = ("--input-size", "32", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "4", "--num_workers", "0")
 
 
@@ -78,13 +83,16 @@ class Files:
         self.data = {
             "CIFAR": program_data.write_cifar100(root / "cifar", train=8, test=4),
             "IMNET": program_data.write_image_folder(root / "imnet", train=4, test=2),
+            "JUMPCP": cells_data.write_jumpcp(root / "jumpcp"),
+            "CELLS": root / "cells",
         }
+        self.index = cells_data.write_index(root / "cells")
 
-    def weights(self, family: str, classes: int) -> Path:
+    def weights(self, family: str, classes: int, channels: int = 3) -> Path:
         """Weights of an untrained micro model."""
         path = self.root / f"{family}-{classes}.pth"
         if not path.exists():
-            model = micro_models.timm.create_model(f"{family}_micro_patch8_32", num_classes=classes)
+            model = micro_models.timm.create_model(f"{family}_micro_patch8_32", num_classes=classes, in_chans=channels)
             torch.save({"model": model.state_dict()}, path)
         return path
 
@@ -98,6 +106,8 @@ def family_of(model: str) -> str:
     """The micro model's family that stands for `model`."""
     if model.startswith(("dyvm", "Vim-", "VideoMamba-")):
         return "dyvm"
+    if "channelvim" in model:
+        return "fastchannelvim" if model.startswith("fast") else "channelvim"
     return "fastvim" if model.startswith("fastvim") or "noclstok" in model else "vim"
 
 
@@ -107,19 +117,31 @@ def value(flags: list[str], name: str, default: str = "") -> str:
     return flags[places[-1] + 1] if places else default
 
 
+def default_model(flags: list[str]) -> str:
+    """The model of a command line that names none."""
+    return "fastchannelvim" if value(flags, "--task") == "cells" else "vim_nano_patch4_32"
+
+
 def substitute(flags: list[str], files: Files, folder: Path) -> list[str]:
     """`flags` with folders and weights that exist in the places of those that they name."""
     flags = list(flags)
-    data_set = value(flags, "--data-set")
-    if data_set in ("", "DIGITS"):
+    data_set, is_cells = value(flags, "--data-set"), value(flags, "--task") == "cells"
+    if is_cells and data_set in ("", "CELLS_DIGITS"):
+        data_set = "JUMPCP"
+        flags += ["--data-set", data_set, "--data-path", str(files.data[data_set])]
+    elif data_set in ("", "DIGITS"):
         data_set = "CIFAR"
         flags += ["--data-set", data_set, "--data-path", str(files.data[data_set])]
-    family = family_of(value(flags, "--model", "vim_nano_patch4_32"))
+    family = family_of(value(flags, "--model", default_model(flags)))
     start = "vim" if family == "dyvm" and "--eval" not in flags else family
     stands = {
         "--data-path": files.data[data_set],
         **dict.fromkeys(("--output_dir", "--visualize"), folder / "output"),
-        **dict.fromkeys(("--resume", "--finetune", "--model-path"), files.weights(start, CLASSES[data_set])),
+        **dict.fromkeys(
+            ("--resume", "--finetune", "--model-path"),
+            files.weights(start, CLASSES[data_set], CHANNELS.get(data_set, 3)),
+        ),
+        "--index": files.index,
     }
     return [str(stands.get(before, flag)) for before, flag in zip(["", *flags], flags)]
 
@@ -128,7 +150,7 @@ def check_and_run(flags: list[str], files: Files, folder: Path, run: Callable[..
     """Check the program's `flags` as they stand, then run them small."""
     flags = substitute(flags, files, folder)
     program.parse(flags)
-    model = value(flags, "--model", "vim_nano_patch4_32")
+    model = value(flags, "--model", default_model(flags))
     small = [*flags, "--model", f"{family_of(model)}_micro_patch8_32", *SMALL, "--device", "cpu"]
     if value(flags, "--fusion-strategy", "no") != "no":
         small += ["--fusion-layer", "1", "--fusion-token", "2"]
@@ -175,6 +197,8 @@ def program_flags(words: list[str]) -> list[str]:
 def test_experiment_script(script: str, files: Files, program: Callable[..., Result], tmp_path: Path) -> None:
     asks = "--model-path" in (ROOT / script).read_text()
     extra = ["--model-path", str(files.weights("vim", 3))] if asks else []
+    if "--resume CHECKPOINT" in (ROOT / script).read_text():
+        extra = ["--resume", "CHECKPOINT"]
     (command,) = run_script(ROOT / script, [str(tmp_path), *extra], tmp_path)
     assert Path(command[0]) == ROOT / "main.py"
     assert value(command, "--data-path") == str(tmp_path), "the first argument is the data path"
@@ -228,7 +252,7 @@ def test_quickstart_installs_trains_and_evaluates(
     assert any("vim_requirements.txt" in line for line in installs)
     assert {line[-1] for line in installs if "-e" in line} == {"./causal_conv1d", "./mamba-1p1p1"}
     runs = [line for line in lines if line[0] == "main.py"]
-    assert len(runs) == 5
+    assert len(runs) == 6
     for line in runs:
         # nothing is there yet to resume
         flags = line[1:] if "--eval" in line else without(line[1:], "--resume")
@@ -319,7 +343,7 @@ def run_module(name: str, arguments: list[str], files: Files, folder: Path, monk
 
 
 def test_flags_in_code_spans_exist() -> None:
-    known = set(program.get_args_parser()._option_string_actions)
+    known = set().union(*(program.get_args_parser(task)._option_string_actions for task in TASKS.values()))
     for page in PAGES:
         text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
         for span in re.findall(r"`(--[^`\n]+)`", text):
