@@ -12,6 +12,7 @@ from torch import Tensor
 
 import models_mamba
 from embeddings import ChannelPatchEmbed, sample_places
+from measure.flops import model_flops
 
 SMALL = dict(img_size=16, patch_size=4, embed_dim=16, depth=3, num_classes=4, in_chans=6)
 
@@ -234,3 +235,10 @@ def test_positions_of_another_size() -> None:
     weights = models_mamba.checkpoint_filter_fn(source.state_dict(), target)
     target.load_state_dict(weights)
     assert weights["pos_embed"].shape == (1, 36, 16)
+
+
+def test_multiply_adds_count_every_channel() -> None:
+    model = build(img_size=16, spatial_pool=True)
+    one, all_channels = (model_flops(build(in_chans=channels), 16).full for channels in (1, 6))
+    assert all_channels > 3 * one
+    assert model_flops(model, 16).full == all_channels
