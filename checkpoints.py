@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from embeddings import resize_pos_embed
+from fusion.token_state import join_cls
 from utils import UsageError, first_line
 from utils.files import download, is_url, write_atomically
 from utils.flags import Parser
@@ -35,6 +36,8 @@ EMA_ENTRIES = ("model_ema", "state_dict_ema", "ema_state_dict")
 WEIGHT_ENTRIES = ("model", "state_dict", "model_state_dict")
 EMA_PREFIXES = ("model_ema.", "ema_model.", "ema.")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "encoder.")
+# beside these a backbone is a part of the model, and its prefix no wrapper's
+DENSE_HEADS = ("decode_head.", "roi_head.", "roi_heads.", "rpn.", "rpn_head.", "proposal_generator.")
 # Checkpoints carry settings and figures of these packages beside the weights; they are read as inert stand-ins.
 INERT_PACKAGES = (
     *("omegaconf", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "pathlib"),
@@ -170,7 +173,9 @@ def find_weights(checkpoint: Any, path: str, *, ema: bool = False) -> tuple[dict
             break
     stripped = ""
     while True:
-        counts = {prefix: sum(name.startswith(prefix) for name in weights) for prefix in WRAPPER_PREFIXES}
+        is_dense = any(name.startswith(DENSE_HEADS) for name in weights)
+        wrappers = [prefix for prefix in WRAPPER_PREFIXES if not (is_dense and prefix == "backbone.")]
+        counts = {prefix: sum(name.startswith(prefix) for name in weights) for prefix in wrappers}
         prefix = max(counts, key=counts.__getitem__)
         if counts[prefix] * 2 <= len(weights):
             break
@@ -184,8 +189,10 @@ def load_strictly(
 ) -> None:
     """Load `weights` into `model`; raises UsageError with the first differences unless every key and shape agrees.
 
-    Keys for which `may_miss` is true keep their initial value if `weights` lack them.
+    Keys for which `may_miss` is true keep their initial value if `weights` lack them. A model with a method `renamed`
+    gives published weights its own names by it.
     """
+    weights = model.renamed(weights) if hasattr(model, "renamed") else weights
     own = model.state_dict()
     shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]
     fitting = {key: divided(value, own.get(key, value)) for key, value in weights.items() if key not in shapes}
@@ -216,7 +223,7 @@ def class_positions(model: nn.Module, num_patches: int) -> tuple[int, ...]:
 
 
 def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict[str, Tensor], Callable[[str], bool]]:
-    """Fit `weights` to `model`'s image size and class count.
+    """Fit `weights` to `model`'s image size and class count; those of a masked autoencoder to a classifier too.
 
     The position embedding is resized; a head for another number of classes, or none at all, and a decoder beside the
     encoder are left out; all of it is said. Returns the weights and a test for the keys that may be missing from them.
@@ -234,10 +241,12 @@ def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict
         _logger.info("%s: its head for %d classes is left out; the new one starts afresh.", path, classes)
         weights = {key: value for key, value in weights.items() if key.partition(".")[0] not in heads}
         dropped = [key for key in own if key.partition(".")[0] in heads]
-    elif not any(key in weights for key in in_head):
+    elif in_head and not any(key in weights for key in in_head):
+        others = [key for key in weights if key.startswith("head.")]
+        _logger.info("%s has %s; the new one starts afresh.", path, "another head" if others else "no head")
+        weights = {key: value for key, value in weights.items() if key not in others}
         dropped = in_head
-        if in_head:
-            _logger.info("%s has no head; the new one starts afresh.", path)
+    _place_masked_rows(weights, own, bool(decoder), model)
     name = "pos_embed"
     if name in own and name in weights and own[name].shape[1] != weights[name].shape[1]:
         new_grid = tuple(getattr(model, "pos_embed_grid", None) or model.patch_embed.grid_size)
@@ -251,6 +260,20 @@ def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict
     return weights, lambda key: key in dropped
 
 
+def _place_masked_rows(weights: dict[str, Tensor], own: dict[str, Tensor], was_masked: bool, model: nn.Module) -> None:
+    """Bring the positions of a masked autoencoder (`models_mae`) to where `model` has them.
+
+    Another autoencoder's follow from its grid. In a classifier (`was_masked`: the decoder is left out already) the
+    class token's row, which comes first in an autoencoder, moves to the place of the token.
+    """
+    for name in ("pos_embed", "decoder_pos_embed") if "decoder_pos_embed" in own else ():
+        if name in weights:
+            weights[name] = own[name]
+    if was_masked and "cls_token" in weights and "pos_embed" in weights:
+        classes, patches = weights["pos_embed"].tensor_split([1], 1)
+        weights["pos_embed"] = join_cls(classes, patches, class_positions(model, patches.shape[1]))
+
+
 def divided(value: Tensor, like: Tensor) -> Tensor:
     """`value`, divided among the processes if `like` is."""
     if not isinstance(like, DTensor):
@@ -258,16 +281,28 @@ def divided(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
-def start(model: nn.Module, path: str, name: str, *, fit: bool, may_miss: set[str] = frozenset()) -> None:
+def start(model: nn.Module, path: str, name: str, *, fit: bool, may_miss: set[str] = frozenset()) -> Any:
     """Give `model`, which is called `name`, the weights of the file or address `path`; with `fit`, fitted to its image
-    size and class count. Keys in `may_miss` keep their initial value where the file lacks them."""
-    weights, origin = find_weights(read(path), path)
+    size and class count. Keys in `may_miss` keep their initial value where the file lacks them. Returns what the file
+    holds."""
+    checkpoint = read(path)
+    weights, origin = find_weights(checkpoint, path)
     _logger.info("Weights from %s (%s).", path, origin)
     is_left_out: Callable[[str], bool] = may_miss.__contains__
     if fit:
-        weights, is_dropped = adapt(weights, model, path)
+        # a model around a backbone knows which part of it a classifier fills
+        fitted = model.adapt(weights, path) if hasattr(model, "adapt") else adapt(weights, model, path)
+        weights, is_dropped = fitted
         is_left_out = lambda key: key in may_miss or is_dropped(key)  # noqa: E731
     load_strictly(model, weights, path, name, may_miss=is_left_out)
+    return checkpoint
+
+
+def saved_flags(checkpoint: Any) -> dict[str, Any]:
+    """The flags of the run that wrote `checkpoint`; none where it does not say."""
+    flags = checkpoint.get("args") if isinstance(checkpoint, dict) else None
+    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    return flags if isinstance(flags, dict) else {}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -46,11 +46,10 @@ class PatchEmbed(nn.Module):
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """(rows, cols) of the token grid of an image, padded first where that is allowed."""
-        sides = zip((height, width), self.patch_size, self.stride)
         if self.dynamic:
-            rows, cols = (-(-side // patch) for side, patch, _ in sides)
-        else:
-            rows, cols = ((side - patch) // stride + 1 for side, patch, stride in sides)
+            height, width = (side + -side % patch for side, patch in zip((height, width), self.patch_size))
+        sides = zip((height, width), self.patch_size, self.stride)
+        rows, cols = ((side - patch) // stride + 1 for side, patch, stride in sides)
         return rows, cols
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -181,12 +180,18 @@ class RotaryEmbedding2d(nn.Module):
         super().__init__()
         if dim % 4:
             raise ValueError(f"embed_dim is {dim}; wanted a multiple of 4 for the rotary embedding.")
-        frequencies = theta ** (-torch.arange(0, dim // 2, 2) / (dim // 2))
-        rows, cols = (torch.arange(n)[:, None] / n * pretrain_side * frequencies for n in grid)
-        angles = torch.cat([rows[:, None].expand(-1, grid[1], -1), cols[None].expand(grid[0], -1, -1)], -1)
-        angles = angles.flatten(0, 1).repeat_interleave(2, -1)
+        self.dim, self.grid, self.pretrain_side, self.theta = dim, grid, pretrain_side, theta
+        angles = self._angles(grid)
         self.register_buffer("freqs_cos", angles.cos(), persistent=False)
         self.register_buffer("freqs_sin", angles.sin(), persistent=False)
+
+    def _angles(self, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+        """The angle of each channel at each place of `grid`, (rows * cols, dim)."""
+        half = self.dim // 2
+        frequencies = self.theta ** (-torch.arange(0, half, 2, device=device) / half)
+        rows, cols = (torch.arange(n, device=device)[:, None] / n * self.pretrain_side * frequencies for n in grid)
+        angles = torch.cat([rows[:, None].expand(-1, grid[1], -1), cols[None].expand(grid[0], -1, -1)], -1)
+        return angles.flatten(0, 1).repeat_interleave(2, -1)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # published checkpoints hold the tables, which follow from the grid
@@ -197,6 +202,9 @@ class RotaryEmbedding2d(nn.Module):
     def forward(self, x: Tensor, state: TokenState) -> Tensor:
         """Turn the patch tokens of x (B, L, D), which stand where `state` says; class tokens pass."""
         cos, sin = self.freqs_cos, self.freqs_sin
+        if state.grid is not None and state.grid != self.grid:
+            angles = self._angles(state.grid, cos.device)
+            cos, sin = angles.cos().to(cos.dtype), angles.sin().to(sin.dtype)
         if state.positions is not None:
             cos, sin = cos[state.positions], sin[state.positions]
         classes, patches = split_cls(x, state.cls)

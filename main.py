@@ -60,10 +60,13 @@ def get_args_parser(task: type[Task] | None = None) -> Parser:
 
 
 def choose_task(argv: list[str] | None = None) -> type[Task]:
-    """The task that the flags name."""
+    """The task that the flags name: --task, or what --pretrain and a masked autoencoder's name stand for."""
     parser = Parser(prog="main.py", add_help=False, allow_abbrev=False)
-    parser.add_argument("--task", default="classify")
-    name = parser.parse_known_args(argv)[0].task
+    parser.add_argument("--task")
+    parser.add_argument("--pretrain")
+    parser.add_argument("--model", default="")
+    known = parser.parse_known_args(argv)[0]
+    name = known.task or ("pretrain" if known.pretrain or known.model.startswith("mae_") else "classify")
     if name not in TASKS:
         raise UsageError(f"--task {name!r} is unknown; wanted {', '.join(TASKS)}{nearest(name, TASKS)}.")
     return TASKS[name]
@@ -76,6 +79,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     _refuse_others_flags(parser, task, argv)
     args, typed = parser.parse(argv)
     args.data_path = os.path.expanduser(args.data_path)
+    args.with_teacher = task.with_teacher
     task.set_defaults(args, typed)
     backbone.check(args, typed)
     cpu = args.device == "cpu" or (args.device is None and not torch.cuda.is_available())
@@ -125,7 +129,7 @@ def load_weights(args: argparse.Namespace, task: type[Task], model: nn.Module, d
     Returns the teacher of a method that wants one, which --model-path holds unless it is all that --eval is given.
     """
     teacher, may_miss = None, set()
-    learners = [method for method in fusion.methods_of(model) if method.needs_teacher]
+    learners = [method for method in fusion.methods_of(model) if method.needs_teacher and task.with_teacher]
     if learners and args.model_path and not (args.eval and not args.resume and not args.finetune):
         teacher = task.plain_model(args, model, data)
         weights, _ = checkpoints.find_weights(checkpoints.read(args.model_path), args.model_path)
@@ -134,7 +138,8 @@ def load_weights(args: argparse.Namespace, task: type[Task], model: nn.Module, d
         may_miss = set().union(*(method.added_parameters() for method in fusion.methods_of(model)))
     path = args.finetune or ("" if args.eval and args.resume else args.model_path)
     if path:
-        checkpoints.start(model, path, args.model, fit=bool(args.finetune), may_miss=may_miss)
+        checkpoint = checkpoints.start(model, path, args.model, fit=bool(args.finetune), may_miss=may_miss)
+        runs.accept(args, model, checkpoint, path)
     return teacher
 
 
@@ -171,6 +176,7 @@ def evaluate_only(args: argparse.Namespace, task: Task, batches: EvalBatches) ->
     if args.resume:
         path, checkpoint = runs.find(args)
         versions = [("", checkpoints.find_weights(checkpoint, path)[0])]
+        runs.accept(args, task.model, checkpoint, path)
         if isinstance(checkpoint, dict):
             task.load_task_state(checkpoint.get("task_state"))
             if args.model_ema and checkpoint.get("model_ema"):
@@ -203,6 +209,7 @@ def train(args: argparse.Namespace, run: Run, batches: TrainBatches, tests: Eval
     is_saved = True
     try:
         while run.epoch < args.epochs:
+            task.begin_epoch(run.epoch)
             trained = engine.train_one_epoch(run, batches, args, stop, board)
             tested = None
             if trained is not None:

@@ -80,6 +80,20 @@ def add_norm(
     return norm(residual.to(norm.weight.dtype)), residual
 
 
+def init_linears(module: nn.Module, depth: int) -> None:
+    """Vim's initialisation of the linear layers in `module`: zero biases but for dt_proj's, and out_proj
+    Kaiming-uniform over sqrt(depth), one residual branch a layer."""
+    for name, linear in module.named_modules():
+        if not isinstance(linear, nn.Linear):
+            continue
+        if name.endswith("out_proj"):
+            nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+            with torch.no_grad():
+                linear.weight /= math.sqrt(depth)
+        if linear.bias is not None and not getattr(linear.bias, "_no_reinit", False):
+            nn.init.zeros_(linear.bias)
+
+
 class VisionMamba(nn.Module):
     """Vision Mamba: patch embedding, class tokens, `depth` Mamba layers, norm, linear head.
 
@@ -206,17 +220,9 @@ class VisionMamba(nn.Module):
         tokens = [getattr(self, name) for name in self.cls_token_names]
         for parameter in [*tokens, *([] if self.pos_embed is None else [self.pos_embed])]:
             trunc_normal_(parameter, std=0.02)
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            if module is self.head:
-                trunc_normal_(module.weight, std=0.02)
-            elif name.endswith("out_proj"):
-                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-                with torch.no_grad():
-                    module.weight /= math.sqrt(self.depth)
-            if module.bias is not None and not getattr(module.bias, "_no_reinit", False):
-                nn.init.zeros_(module.bias)
+        init_linears(self, self.depth)
+        if isinstance(self.head, nn.Linear):
+            trunc_normal_(self.head.weight, std=0.02)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -495,7 +501,7 @@ def _reorder(state: TokenState, order: Tensor) -> TokenState:
     old_cls = torch.tensor(state.cls.index, dtype=torch.long)
     cls = state.cls.moved(tuple(int(index) for index in torch.isin(order, old_cls).nonzero()))
     order = order.to(state.hidden.device)
-    batch = len(state.hidden)
+    batch = state.hidden.shape[0]
     positions = state.positions
     if positions is None:
         positions = torch.arange(state.num_patches, device=order.device).expand(batch, -1)

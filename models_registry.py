@@ -21,11 +21,13 @@ VIM = dict(
 FASTVIM = VIM | dict(if_cls_token=False, use_middle_cls_token=False, spatial_pool=True)
 _CHANNELS = dict(channel_tokens=True, in_chans=8, use_norm_after_ssm=True)
 _CHANNELVIM, _FASTCHANNELVIM = VIM | _CHANNELS, FASTVIM | _CHANNELS
+_VIM_NORM = VIM | dict(use_norm_after_ssm=True)  # the Vim that FastVim's authors pre-train and fine-tune
 _FAMBAV = VIM | dict(if_bidirectional=True, use_middle_cls_token=False)
 _DYVM = dict(pruning="both")
 _VIDEOMAMBA = VIM | dict(use_middle_cls_token=False, if_divide_out=False)
 
 _TINY, _SMALL, _BASE = (dict(embed_dim=dim, depth=24) for dim in (192, 384, 768))
+_LARGE = dict(embed_dim=1024, depth=48)
 _NANO = dict(img_size=32, patch_size=4, embed_dim=64, depth=8, num_classes=10, drop_path_rate=0.0)
 _STRIDE8 = dict(stride=8)
 
@@ -45,7 +47,7 @@ REGISTRY: dict[str, dict[str, Any]] = {
     "fastvim_tiny_patch16_224": FASTVIM | _TINY,
     "fastvim_small_patch16_224": FASTVIM | _SMALL,
     "fastvim_base_patch16_224": FASTVIM | _BASE,
-    "fastvim_large_patch16_224": FASTVIM | dict(embed_dim=1024, depth=48),
+    "fastvim_large_patch16_224": FASTVIM | _LARGE,
     "fastvim_huge_patch14_224": FASTVIM | dict(embed_dim=1280, depth=64, patch_size=14),
     "dyvm_tiny_patch16_224": VIM | _TINY | _DYVM,
     "dyvm_small_patch16_224": VIM | _SMALL | _DYVM,
@@ -69,6 +71,11 @@ for _patch in (16, 8):
         f"fastchannelvim_small_patch{_patch}_224_maxpool": _fast | dict(collapse_method="max"),
         f"fastchannelvim_small_patch{_patch}_224_2dcompress": _fast | dict(pool_dims=2),
     }
+
+REGISTRY |= {
+    f"vim_{size}_patch16_224_final_pool_mean_abs_pos_embed_with_midclstok_div2": _VIM_NORM | settings
+    for size, settings in (("tiny", _TINY), ("small", _SMALL), ("base", _BASE), ("large", _LARGE))
+}
 
 _LONG = "bimambav2_final_pool_mean_abs_pos_embed_with"
 ALIASES = {

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from checkpoints import divided, find_weights, load_strictly, read
+import fusion
+from checkpoints import divided, find_weights, load_strictly, read, saved_flags
 from tasks.task import Task
 from utils import RunError, UsageError, first_line
 from utils.files import copy_whole, is_url, remove_temporaries, write_atomically
@@ -329,6 +330,14 @@ def _check_run(checkpoint: dict[str, Any]) -> None:
             raise ValueError(f"{name} is a {type(value).__name__}")
 
 
+def accept(args: argparse.Namespace, model: nn.Module, checkpoint: Any, path: str) -> None:
+    """Let the methods of `model` see what it starts from: settings follow from it, or contradict it (UsageError)."""
+    try:
+        fusion.accept(model, args, find_weights(checkpoint, path)[0], saved_flags(checkpoint), path)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def resume(run: Run, args: argparse.Namespace) -> dict[str, Any] | None:
     """Go on from the checkpoint that --resume names, in the middle of an epoch if it was saved there.
 
@@ -340,10 +349,10 @@ def resume(run: Run, args: argparse.Namespace) -> dict[str, Any] | None:
         return None
     if not isinstance(checkpoint, dict):
         raise UsageError(f"{path} holds a {type(checkpoint).__name__}; wanted the checkpoint of a run.")
-    before = checkpoint.get("args") or {}
-    before = vars(before) if isinstance(before, argparse.Namespace) else before
+    before = saved_flags(checkpoint)
     try:
         _check_run(checkpoint)
+        accept(args, run.model, checkpoint, path)
         if before.get("opt", args.opt) != args.opt and "optimizer" in checkpoint:
             raise UsageError(
                 f"{path} was trained with --opt {before['opt']}, and --opt {args.opt} cannot go on from its state; "

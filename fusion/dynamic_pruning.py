@@ -8,6 +8,7 @@ mask keeps the dropped ones out of every convolution and scan, so that training 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from fusion.token_state import (
     mean_over_kept,
     patch_policy,
     split_cls,
+    spread,
 )
 
 # What chooses tokens: (stage, tokens (B, n, C), policy so far (B, n)) -> either a decision (B, n) of 1 (keep) and 0,
@@ -108,13 +110,78 @@ def take(state: TokenState, order: Tensor, cls: ClassTokens) -> TokenState:
     )
 
 
+class Rest(NamedTuple):
+    """What pruning holds back of all M original patches in raster order, (B, M, D) each: the last value where a patch
+    was dropped, zero where it is live. A patch's own value is the sum of both."""
+
+    hidden: Tensor
+    residual: Tensor
+
+
 class Choices(NamedTuple):
-    """What pruning keeps in a token sequence: each stage's keep decision (B, M), each layer's gates (B, directions),
-    and, only where a predictor is to look at it, what the last mixer's scans were told (B, L, C)."""
+    """What pruning keeps in a token sequence: each stage's keep decision (B, M), each layer's gates (B, directions);
+    only where a predictor is to look at it, what the last mixer's scans were told (B, L, C); and only on request
+    (`keep_rest`) what dropped patches were left at."""
 
     decisions: tuple[Tensor, ...] = ()
     gates: tuple[Tensor, ...] = ()
     observed: Tensor | None = None
+    rest: Rest | None = None
+
+
+def keep_rest(state: TokenState, wide: bool = True) -> TokenState:
+    """Ask that `state`, a whole sequence before its first site, keeps what dropped patches were left at, so that maps
+    (`whole`) have a value for every patch; the residual's in float32 if `wide`."""
+    patches = split_cls(state.hidden, state.cls)[1]
+    residual = torch.zeros_like(patches, dtype=torch.float32 if wide else None)
+    return state.with_entry(DynamicPruning.name, Choices(rest=Rest(torch.zeros_like(patches), residual)))
+
+
+def whole(state: TokenState) -> tuple[Tensor, Tensor | None]:
+    """hidden and residual of all M original patches in raster order, (B, M, D) each: a merged patch has its group's
+    token (if `state` keeps `groups`), a dropped one its last value (if it was asked to `keep_rest`), else zero."""
+    hidden, residual = (
+        None if x is None else spread(split_cls(x, state.cls)[1], state) for x in (state.hidden, state.residual)
+    )
+    rest = state.entry(DynamicPruning.name, Choices()).rest
+    if rest is None:
+        return hidden, residual
+    return hidden + rest.hidden, None if residual is None else residual + rest.residual
+
+
+def _recall(state: TokenState, policy: Tensor) -> tuple[TokenState, Tensor]:
+    """All M patches of `state`, live or dropped, as one sequence in raster order behind the class tokens; and the
+    policy (B, M), 1 for the live ones."""
+    cls = state.cls.moved(tuple(range(state.num_cls)))
+
+    def line_up(x: Tensor | None, patches: Tensor | None) -> Tensor | None:
+        return None if x is None else join_cls(split_cls(x, state.cls)[0], patches, cls)
+
+    hidden, residual = (line_up(x, full) for x, full in zip((state.hidden, state.residual), whole(state)))
+    chosen = state.entry(DynamicPruning.name)
+    if chosen.observed is not None:
+        observed = line_up(chosen.observed, spread(split_cls(chosen.observed, state.cls)[1], state))
+        chosen = chosen._replace(observed=observed)
+    policy = spread(policy.unsqueeze(-1), state).squeeze(-1)
+    state = state.replace(hidden=hidden, residual=residual, cls=cls, token_mask=None, positions=None)
+    return state.with_entry(DynamicPruning.name, chosen), policy
+
+
+def _hold_back(state: TokenState, rest: Rest, choice: Tensor) -> tuple[TokenState, Rest]:
+    """Part every patch of a whole sequence (`_recall`) into what goes on, its value times the decision, and what rests,
+    its value times one minus the decision: the decision's gradient comes from both."""
+    keep = choice if choice.is_floating_point() else torch.zeros_like(rest.hidden[..., 0]).scatter(1, choice, 1.0)
+    keep = keep.unsqueeze(-1)
+    live, held = [], []
+    for x, none in zip((state.hidden, state.residual), rest):
+        if x is None:
+            live.append(None)
+            held.append(torch.zeros_like(none))
+            continue
+        classes, patches = split_cls(x, state.cls)
+        live.append(join_cls(classes, (patches * keep).to(x.dtype), state.cls))
+        held.append((patches * (1 - keep)).to(none.dtype))
+    return state.replace(hidden=live[0], residual=live[1]), Rest(*held)
 
 
 def pruning_output(state: TokenState, tokens: Tensor, logits: Tensor) -> PruningOutput:
@@ -186,7 +253,7 @@ class DynamicPruning(SiteMethod):
             raise ValueError(f"--model {args.model} contradicts --fsdp, which trains Vision Mambas without pruning.")
         if args.eval:
             return
-        if not args.model_path:
+        if not args.model_path and getattr(args, "with_teacher", True):
             raise ValueError(
                 "Training with pruning wants --model-path: student and teacher start from a trained model."
             )
@@ -209,6 +276,7 @@ class DynamicPruning(SiteMethod):
         # which parameters a step reaches depends on what it prunes
         model.find_unused_parameters = True
         self.layers_per_site = model.depth // model.num_sites
+        self.num_patches = model.patch_embed.num_patches
         if settings.tokens and model.num_prefix_tokens == 0 and model.final_pool_type != "mean":
             raise ValueError(
                 f"final_pool_type is {model.final_pool_type!r}; wanted 'mean' for token pruning without a class token."
@@ -258,25 +326,33 @@ class DynamicPruning(SiteMethod):
     # --- tokens ---
 
     def num_kept(self, stage: int) -> int:
-        """How many tokens inference keeps at `stage`: a share of the original patches, rounded down."""
-        return int(self.settings.token_ratio[stage] * self.model.patch_embed.num_patches)
+        """How many tokens inference keeps at `stage`: a share of the images' original patches, rounded down."""
+        return int(self.settings.token_ratio[stage] * self.num_patches)
 
     def _drop_tokens(self, stage: int, state: TokenState) -> TokenState:
         policy, chosen = patch_policy(state), state.entry(self.name, Choices())
+        if state.grid is not None:
+            self.num_patches = math.prod(state.grid)
+        if chosen.rest is not None:
+            state, policy = _recall(state, policy)
+            chosen = state.entry(self.name)
         if chosen.observed is not None:
             tokens = chosen.observed
         else:
             tokens = state.hidden if state.residual is None else state.hidden + state.residual
         choice = self.token_policy(stage, split_cls(tokens, state.cls)[1], policy)
+        if chosen.rest is not None:
+            state, rest = _hold_back(state, chosen.rest, choice)
+            chosen = chosen._replace(rest=rest)
         if choice.is_floating_point():
             order, kept = kept_first(choice)
             state = take(state, order, state.cls.among(kept))
-            ones = choice.new_ones(len(choice), state.num_cls, 1)
+            ones = choice.new_ones(choice.shape[0], state.num_cls, 1)
             mask = join_cls(ones, choice.gather(1, order).unsqueeze(-1), state.cls).squeeze(-1)
             state, decision = state.replace(token_mask=mask), choice
         else:
             state = take(state, choice, state.cls.among(choice.shape[1]))
-            decision = policy.new_zeros(len(policy), self.model.patch_embed.num_patches)
+            decision = policy.new_zeros(policy.shape[0], self.num_patches)
             decision = decision.scatter(1, state.positions, 1.0)
         return state.with_entry(self.name, chosen._replace(decisions=(*chosen.decisions, decision)))
 
@@ -284,14 +360,15 @@ class DynamicPruning(SiteMethod):
         scores = self.model.score_predictors[stage](tokens, policy).float()
         if self.model.training:
             return F.gumbel_softmax(scores, hard=True)[..., 0] * policy
-        return scores[..., 0].topk(self.num_kept(stage)).indices.sort().values
+        # what was dropped before is among the tokens only where its last value is kept
+        return scores[..., 0].masked_fill(policy == 0, -math.inf).topk(self.num_kept(stage)).indices.sort().values
 
     def _static_tokens(self, stage: int, tokens: Tensor, policy: Tensor) -> Tensor:
-        chosen = evenly_spread(tokens.shape[1], self.num_kept(stage))
-        return chosen.to(tokens.device).expand(len(tokens), -1)
+        order, kept = kept_first(policy)
+        return order[:, evenly_spread(int(kept[0]), self.num_kept(stage)).to(tokens.device)]
 
     def _random_tokens(self, stage: int, tokens: Tensor, policy: Tensor) -> Tensor:
-        return torch.rand_like(policy).topk(self.num_kept(stage)).indices.sort().values
+        return (torch.rand_like(policy) + policy).topk(self.num_kept(stage)).indices.sort().values
 
     # --- scan directions ---
 

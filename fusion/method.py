@@ -232,6 +232,12 @@ class SiteMethod:
     def check(self, args: argparse.Namespace, typed: set[str]) -> None:
         """At the start, the model built without memory: ValueError (one sentence) for flags that do not fit."""
 
+    def accept(
+        self, args: argparse.Namespace, weights: Mapping[str, Tensor], saved: Mapping[str, Any], path: str
+    ) -> Any:
+        """See what the model starts from: the `weights` of file `path`, and the flags `saved` with them. Returns the
+        settings that follow from them, None where they stay; ValueError (one sentence) for what contradicts them."""
+
     def describe(self) -> None:
         """Log once, when a program starts, what the method will do."""
 

@@ -5,6 +5,7 @@ Wu et al. 2025, "Dynamic Vision Mamba" (DyVM, arXiv:2504.04787).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,25 @@ class PruningOutput(NamedTuple):
     decisions: list[Tensor]
     positions: Tensor | None
     block_policy: Tensor | None
+
+
+def ratio_terms(
+    decisions: Sequence[Tensor],
+    block_policy: Tensor | None,
+    settings: PruningSettings,
+    token_weight: float,
+    block_weight: float,
+) -> dict[str, Tensor]:
+    """The two keep targets, weighted: `token_ratio`, the mean over stages and images of (kept share - target)^2, from
+    `decisions`, (B, M) a stage; `block_ratio`, (mean gate - target)^2. What is not pruned has no term."""
+    terms = {}
+    if decisions:
+        shares = torch.stack([decision.mean(1) for decision in decisions])
+        wanted = torch.tensor(settings.token_ratio, device=shares.device)
+        terms["token_ratio"] = token_weight * (shares - wanted[:, None]).square().mean()
+    if block_policy is not None:
+        terms["block_ratio"] = block_weight * (block_policy.mean() - settings.block_keep_ratio).square()
+    return terms
 
 
 class PruningLoss(nn.Module):
@@ -72,14 +92,9 @@ class PruningLoss(nn.Module):
 
     def terms(self, outputs: PruningOutput, teacher_logits: Tensor, teacher_tokens: Tensor) -> dict[str, Tensor]:
         """The weighted terms beside classification; teacher_tokens (B, M, D) in raster order."""
-        terms = {}
-        if outputs.decisions:
-            shares = torch.stack([decision.mean(1) for decision in outputs.decisions])
-            wanted = torch.tensor(self.settings.token_ratio, device=shares.device)
-            terms["token_ratio"] = self.token_weight * (shares - wanted[:, None]).square().mean()
-        if outputs.block_policy is not None:
-            share = outputs.block_policy.mean()
-            terms["block_ratio"] = self.block_weight * (share - self.settings.block_keep_ratio).square()
+        terms = ratio_terms(
+            outputs.decisions, outputs.block_policy, self.settings, self.token_weight, self.block_weight
+        )
         student, teacher = (logits.float().log_softmax(-1) for logits in (outputs.logits, teacher_logits))
         terms["logit_kl"] = self.distill_weight * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
         # merged tokens are no one patch's, and have no counterpart

@@ -338,7 +338,9 @@ class TokenMerging(SiteMethod):
         super().check_flags(args, typed)
         if args.bi_merge:
             _logger.warning("--bi-merge changes nothing here: --fusion-strategy alone switches token merging on.")
-        if args.fusion_strategy == "no" and (args.fusion_token > 0 or args.fusion_layer != 0):
+        if args.fusion_strategy != "no":
+            return
+        if args.fusion_token > 0 or args.fusion_layer != 0:
             _logger.warning("--fusion-token and --fusion-layer change nothing without --fusion-strategy.")
         if args.fusion_token < 0:
             raise ValueError(f"--fusion-token is {args.fusion_token}; wanted 0 or more tokens to fuse at a site.")

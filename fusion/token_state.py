@@ -6,6 +6,7 @@ A *site* is one encoder layer (in paired models two). What acts there is a `fusi
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +46,9 @@ class ClassTokens:
 
     def places(self, num_patches: int | Tensor) -> ClassIndex:
         """Where the rule puts them among m patch tokens, or, for a long tensor (B,), among each image's own number."""
-        shared = isinstance(num_patches, int)
+        shared = not isinstance(num_patches, Tensor) or num_patches.ndim == 0
+        if shared and isinstance(num_patches, Tensor):
+            num_patches = int(num_patches)  # where torch.jit traces, sizes are tensors
         if not shared and not self.count:
             return ()
         slots = range(self.count) if shared else torch.arange(self.count, device=num_patches.device)
@@ -166,6 +169,17 @@ def mean_of_cls(x: Tensor, cls: ClassTokens | ClassIndex) -> Tensor:
     if len(index) == 1:
         return x[:, index[0]]
     return _cat([x[:, first:last] for first, last in _runs(index)], x).mean(1)
+
+
+def spread(patches: Tensor, state: TokenState) -> Tensor:
+    """What the patch tokens of `state` have, (B, m, C) -> what all M places of their grid have, (B, M, C): merged
+    patches (`groups`) their group's, absent ones zero."""
+    if state.groups is not None:
+        patches = patches.gather(1, state.groups.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+    if state.positions is None:
+        return patches
+    index = state.positions.unsqueeze(-1).expand_as(patches)
+    return patches.new_zeros(len(patches), math.prod(state.grid), patches.shape[-1]).scatter(1, index, patches)
 
 
 def patch_policy(state: TokenState) -> Tensor:

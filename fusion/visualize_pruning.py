@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from fusion.dynamic_pruning import DecisionMeter
+from fusion.method import Meter, methods_of
 from fusion.visualize import patch_cells
 
 _logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def visualize_pruning(
     model: nn.Module,
     images: Tensor,
     directory: str | Path,
-    meter: DecisionMeter | None = None,
+    meter: Meter | None = None,
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> None:
@@ -40,7 +40,8 @@ def visualize_pruning(
     """
     directory, training = Path(directory), model.training
     directory.mkdir(parents=True, exist_ok=True)
-    meter = DecisionMeter(model) if meter is None else meter
+    if meter is None:
+        meter = next(method for method in methods_of(model) if method.name == "pruning").meter()
     model.eval()
     try:
         with torch.no_grad():

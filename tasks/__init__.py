@@ -33,4 +33,12 @@ class _Tasks(Mapping[str, "type[Task]"]):
         return task
 
 
-TASKS = _Tasks({"classify": "tasks.classify.task:Classify", "cells": "tasks.cells.task:ClassifyCells"})
+TASKS = _Tasks(
+    {
+        "classify": "tasks.classify.task:Classify",
+        "pretrain": "tasks.pretrain.task:Pretrain",
+        "segment": "tasks.segment.task:Segment",
+        "detect": "tasks.detect.task:Detect",
+        "cells": "tasks.cells.task:ClassifyCells",
+    }
+)

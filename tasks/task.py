@@ -79,6 +79,7 @@ class Task(TrainingTask):
     default_data_set: ClassVar[str]
     title: ClassVar[str] = "Result"  # of a line with the figures of an evaluation
     collate: ClassVar[Collate | None] = None
+    with_teacher: ClassVar[bool] = True  # whether methods that learn from one get a teacher
 
     # --- before a run ---
 

@@ -17,6 +17,7 @@ from PIL import Image
 import fusion
 import main as program
 from examples import classify, export_onnx, merge_in_other_vim, new_method, new_operator, new_strategy, new_task
+from tasks.backbone import build_backbone
 from tests import conftest, micro_models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,7 +60,7 @@ def test_classify_reads_the_model_from_the_checkpoint(
     assert lines[0].startswith("picture.png: class ")
 
     saved = torch.load(checkpoint)
-    model = program.build_model(argparse.Namespace(**saved["args"]), 100).eval()
+    model = build_backbone(argparse.Namespace(**saved["args"]), 100).eval()
     model.load_state_dict(saved["model"])
     assert model.site_methods, "the flags in the checkpoint switch merging on"
     probabilities = classify.classify(checkpoint, [picture])

@@ -20,6 +20,9 @@ from fusion.dynamic_pruning import DecisionMeter
 from fusion.visualize_pruning import visualize_pruning
 from measure.pruning import force_gates
 from models_mamba import PUBLISHED_SPELLINGS
+from tasks import backbone
+from tasks.classify.task import Classify
+from tasks.task import Data
 from tests.conftest import QUICK, Result
 from tests.golden_rules import fill_model, images
 
@@ -84,9 +87,9 @@ def test_model_path_beside_finetune_is_the_teacher(vim_weights: Path, cifar: Pat
     torch.save(other.state_dict(), tmp_path / "other.pth")
     flags = (*DYVM, "--data-path", cifar, "--model-path", vim_weights, "--finetune", tmp_path / "other.pth")
     args = main.parse([str(flag) for flag in flags])
-    args.nb_classes = 100
-    model = main.build_model(args, 100)
-    teacher = main.load_weights(args, model)
+    data = Data(None, None, 100)
+    model = Classify.build_model(args, data)
+    teacher = main.load_weights(args, Classify, model, data)
     assert torch.equal(model.head.weight, other.head.weight)
     assert torch.equal(teacher.head.weight, torch.load(vim_weights)["model"]["head.weight"])
     assert not any("block_head" in name or "score" in name for name in teacher.state_dict())
@@ -96,7 +99,7 @@ def test_model_path_beside_finetune_is_the_teacher(vim_weights: Path, cifar: Pat
 def test_published_spellings(name: str, vim_weights: Path) -> None:
     args = main.parse(["--model", name, "--model-path", str(vim_weights), "--device=cpu", "--token-keep-ratio=0.9"])
     with torch.device("meta"):
-        model = main.build_model(args, 1000)
+        model = backbone.build_backbone(args, 1000)
     assert model.default_cfg["architecture"] == PUBLISHED_SPELLINGS[name]
     assert model.methods.pruning.token_ratio == pytest.approx((0.9, 0.81, 0.729))
     assert args.input_size == 224

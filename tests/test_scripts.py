@@ -24,7 +24,7 @@ import torch
 import fusion
 import main as program
 from tasks import TASKS
-from tests import cells_data, micro_models, program_data
+from tests import cells_data, micro_models, program_data, shapes_data
 from tests.conftest import Result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,17 +33,30 @@ SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts"
 # not experiments: what each is, and which test runs it
 SOURCED = {"scripts/launch.sh", "scripts/fambav/experiment.sh"}
 INSTALLS = {"scripts/setup.sh", "scripts/test.sh"}  # the suite runs inside them
-WHOLE = {"scripts/quickstart.sh", "scripts/compare.sh"}
+WHOLE = {
+    "scripts/quickstart.sh",
+    "scripts/compare.sh",
+    "scripts/seg/quickstart.sh",
+    "scripts/det/quickstart.sh",
+    "scripts/mae/digits.sh",
+}
 EXPERIMENTS = [script for script in SCRIPTS if script not in SOURCED | INSTALLS | WHOLE]
 # take minutes, or a GPU: that they start is all that is tried here
 LONG = {
     f"benchmarks.{name}"
-    for name in ("channels", "channel_sampling", "flops", "pruning", "merging", "resolution", "compare")
+    for name in ("channels", "channel_sampling", "flops", "pruning", "merging", "resolution", "compare", "mae")
 }
 LONG_SCRIPTS = {"benchmarks/gpu_check.sh"}
-CLASSES = {"CIFAR": 100, "IMNET": 3, "JUMPCP": 4, "CELLS": 2}
+CLASSES = {"CIFAR": 100, "IMNET": 3, "ADE20K": 3, "SHAPES": 3, "JUMPCP": 4, "CELLS": 2}
 CHANNELS = {"JUMPCP": 8, "CELLS": 3}
-SMALL = ("--input-size", "32", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "4", "--num_workers", "0")
+TINY = ("--input-size", "32", "--batch-size", "4", "--num_workers", "0")
+SMALL = {
+    "classify": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
+    "pretrain": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
+    "segment": (*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0"),
+    "cells": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
+}
+TOLD = {"classify": "top-1", "pretrain": "loss", "segment": "mIoU", "cells": "top-1"}
 
 
 # --- reading the pages ---
@@ -87,11 +100,13 @@ class Files:
             "CELLS": root / "cells",
         }
         self.index = cells_data.write_index(root / "cells")
+        self.data["ADE20K"] = self.data["SHAPES"] = shapes_data.write_shapes(root / "shapes", 4, 2)
 
     def weights(self, family: str, classes: int, channels: int = 3) -> Path:
         """Weights of an untrained micro model."""
         path = self.root / f"{family}-{classes}.pth"
         if not path.exists():
+            classes = 0 if family.startswith("mae_") else classes
             model = micro_models.timm.create_model(f"{family}_micro_patch8_32", num_classes=classes, in_chans=channels)
             torch.save({"model": model.state_dict()}, path)
         return path
@@ -108,6 +123,8 @@ def family_of(model: str) -> str:
         return "dyvm"
     if "channelvim" in model:
         return "fastchannelvim" if model.startswith("fast") else "channelvim"
+    if model.startswith("mae_"):
+        return "mae_fastvim" if "fastvim" in model.lower() else "mae_vim"
     return "fastvim" if model.startswith("fastvim") or "noclstok" in model else "vim"
 
 
@@ -151,12 +168,13 @@ def check_and_run(flags: list[str], files: Files, folder: Path, run: Callable[..
     flags = substitute(flags, files, folder)
     program.parse(flags)
     model = value(flags, "--model", default_model(flags))
-    small = [*flags, "--model", f"{family_of(model)}_micro_patch8_32", *SMALL, "--device", "cpu"]
+    task = program.choose_task(flags).name
+    small = [*flags, "--model", f"{family_of(model)}_micro_patch8_32", *SMALL[task], "--device", "cpu"]
     if value(flags, "--fusion-strategy", "no") != "no":
         small += ["--fusion-layer", "1", "--fusion-token", "2"]
     result = run(*small)
     assert result.code == 0, result.err
-    assert "top-1" in result.out
+    assert TOLD[task] in result.out
 
 
 # --- scripts ---
@@ -258,6 +276,21 @@ def test_quickstart_installs_trains_and_evaluates(
         flags = line[1:] if "--eval" in line else without(line[1:], "--resume")
         check_and_run(flags, files, tmp_path, program)
     assert lines[-1][:2] == ["-m", "benchmarks.summary"]
+
+
+def test_digits_pretrains_fine_tunes_and_probes(
+    clone: Path, files: Files, program: Callable[..., Result], tmp_path: Path
+) -> None:
+    environment = dict(EPOCHS="1", FEW_EPOCHS="1", SEEDS="0 1", OUTPUT_DIR=str(tmp_path / "digits"))
+    lines = run_script(clone / "scripts/mae/digits.sh", [], clone, **environment)
+    runs = [without(line[1:], "--resume") for line in lines if line[0] == "main.py"]
+    assert [Path(value(flags, "--output_dir")).name for flags in runs] == [
+        *("pretrain", "finetuned-0", "scratch-0", "finetuned-1", "scratch-1", "probe")
+    ]
+    for flags in (runs[0], runs[1], runs[2], runs[5]):
+        # CIFAR stands for the digits, with too few images for a tenth of them
+        check_and_run(without(flags, "--label-share"), files, tmp_path, program)
+    assert lines[-1] == ["-m", "benchmarks.few_labels", str(tmp_path / "digits")]
 
 
 def without(flags: list[str], name: str) -> list[str]:

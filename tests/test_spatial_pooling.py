@@ -51,7 +51,7 @@ def literal_mixer(mixer: Mamba, hidden: Tensor, cols: int, method: str, scale: f
         delta = torch.einsum("dr,brl->bdl", direction.dt_proj.weight, dt)
         A, bias = -torch.exp(direction.A_log), direction.dt_proj.bias
         y = selective_scan_ref(pooled, delta, A, B, C, delta_bias=bias, delta_softplus=True)
-        y = y.repeat_interleave(cols, dim=2) + direction.skip[:, None] * u
+        y = y.repeat_interleave(cols, dim=2) + direction.D[:, None] * u
         total = total + (y.flip(-1) if number else y)
     y = total.transpose(1, 2) / 2
     y = y if mixer.layernorm is None else mixer.layernorm(y)

@@ -204,6 +204,38 @@ def test_bad_update_input():
         causal_conv1d_update(torch.zeros(2, 4), torch.zeros(2, 4, 3), torch.zeros(4, 4))
 
 
+def test_update_writes_only_where_torch_would(kernels):
+    x, weight, bias = torch.randn(2, 8), torch.randn(8, 4), torch.randn(8)
+    for state in (torch.zeros(1, 8, 4).expand(2, 8, 4), torch.zeros(2, 8, 1).expand(2, 8, 4), torch.zeros(8, 8).T[:2]):
+        state = state.unfold(1, 4, 4)[:, :1].expand(2, 8, 4) if state.dim() == 2 else state
+        with pytest.raises(RuntimeError, match="wanted a place in memory of its own for each element"):
+            causal_conv1d_update(x, state, weight, bias)
+    with pytest.raises(RuntimeError, match="conv_state requires a gradient"):
+        causal_conv1d_update(x, torch.zeros(2, 8, 4, requires_grad=True), weight, bias)
+    state = torch.zeros(2, 8, 4)
+    with pytest.raises(RuntimeError, match="x shares its memory with conv_state"):
+        causal_conv1d_update(state[:, :, 0], state, weight, bias)
+    # a view with places of its own is as good as a whole
+    wide = torch.randn(2, 4, 16).transpose(1, 2)[:, ::2]
+    own = wide.clone()
+    torch.testing.assert_close(
+        causal_conv1d_update(x, wide, weight, bias), causal_conv1d_update_ref(x, own, weight, bias)
+    )
+    torch.testing.assert_close(wide, own)
+
+
+def test_update_of_a_state_that_a_graph_has_saved_is_an_error(kernels):
+    x, weight = torch.randn(2, 8), torch.randn(8, 4)
+    leaf = torch.randn(2, 8, 4, requires_grad=True)
+    state = leaf.detach() * 1
+    saved = (leaf * state).sum()
+    before = state._version
+    causal_conv1d_update(x, state, weight)
+    assert state._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()
+
+
 def test_unknown_backend():
     with (
         pytest.raises(ValueError, match="kernel backend is 'fast', wanted one of auto, cuda, cpp, torch"),

@@ -263,6 +263,7 @@ class Rows:
     """Pools rows of two tokens."""
 
     lines = Lines.of_grid((2, 2))
+    backward = None
 
     def order(self, x):
         return x

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from causal_conv1d.backend import KERNEL_DTYPES
 from causal_conv1d.checks import check_device, check_dtype, check_ndim, check_shape, check_tensor
+from causal_conv1d.derivatives import gradients_by_reference, wants_reference
 from causal_conv1d.kernels.registry import backends
 from causal_conv1d.registration import Operators
 from torch import Tensor
@@ -62,6 +66,8 @@ def causal_conv1d_fn(
     check_ndim("x", x, "(batch, dim, seqlen)")
     check_dtype("x", x, _DTYPES)
     _check_parameters(x, weight, bias)
+    if wants_reference(x, weight, bias):
+        return causal_conv1d_ref(x, weight, bias, activation, reverse=reverse)
     return torch.ops.causal_conv1d.forward(x, weight, bias, _uses_silu(activation), reverse)
 
 
@@ -106,7 +112,36 @@ def causal_conv1d_update(
     check_shape("conv_state", conv_state, (*x.shape, weight.shape[1]), "(batch, dim, width)")
     check_dtype("conv_state", conv_state, (torch.float64,) if x.dtype == torch.float64 else KERNEL_DTYPES)
     check_device("conv_state", conv_state, x, "x")
+    _check_writable(conv_state, x)
+    if wants_reference(x, conv_state, weight, bias):
+        return causal_conv1d_update_ref(x, conv_state, weight, bias, activation)
+    bias = None if bias is None else bias.detach()
     return torch.ops.causal_conv1d.update(x.detach(), conv_state, weight.detach(), bias, _uses_silu(activation))
+
+
+def _check_writable(conv_state: Tensor, x: Tensor) -> None:
+    """Raise what torch's own in-place operations raise: one sentence, unless `conv_state` can be written to."""
+    if conv_state.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("conv_state requires a gradient, wanted a state without: it is written to")
+    if torch.compiler.is_compiling():
+        return
+    if conv_state.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError("conv_state was made in inference mode, wanted that it is written to in inference mode too")
+    if _may_overlap(conv_state):
+        given = f"strides {conv_state.stride()} and shape {tuple(conv_state.shape)}"
+        raise RuntimeError(f"conv_state has {given}, wanted a place in memory of its own for each element")
+    if x.numel() and x.untyped_storage().data_ptr() == conv_state.untyped_storage().data_ptr():
+        raise RuntimeError("x shares its memory with conv_state, wanted a tensor of its own: conv_state is written to")
+
+
+def _may_overlap(x: Tensor) -> bool:
+    """Whether two elements of `x` may be at one place: where a dimension's step is shorter than all of those inside."""
+    reach = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1):
+        if stride < reach:
+            return True
+        reach = stride * (size - 1) + reach
+    return False
 
 
 def causal_conv1d_update_ref(
@@ -135,7 +170,10 @@ def _backward(
 
 
 def _update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    return backends.pick(x).conv_update(x, conv_state, weight, bias, silu)
+    out = backends.pick(x).conv_update(x, conv_state, weight, bias, silu)
+    # kernels write past torch: what has saved the state for its gradient is to know
+    torch.autograd.graph.increment_version(conv_state)
+    return out
 
 
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
@@ -153,6 +191,14 @@ def _fake_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | N
     return x.new_empty(x.shape)
 
 
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
+    return causal_conv1d_ref(x, weight, bias, "silu" if silu else None, reverse=reverse)
+
+
+def _flops(x: Sequence[int], weight: Sequence[int], *_) -> int:
+    return 2 * prod(x) * weight[1]
+
+
 def _save(ctx, inputs: tuple, output: Tensor) -> None:
     x, weight, bias, ctx.silu, ctx.reverse = inputs
     ctx.save_for_backward(x, weight, bias)
@@ -160,6 +206,8 @@ def _save(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate(ctx, dout: Tensor) -> tuple:
     x, weight, bias = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return gradients_by_reference(_reference, (x, weight, bias, ctx.silu, ctx.reverse), (dout,))
     dx, dweight, dbias = torch.ops.causal_conv1d.backward(dout, x, weight, bias, ctx.silu, ctx.reverse)
     return dx, dweight, None if bias is None else dbias, None, None
 
@@ -171,6 +219,7 @@ OPERATORS.register(
     _fake_forward,
     save=_save,
     differentiate=_differentiate,
+    flops=_flops,
 )
 OPERATORS.register(
     "backward(Tensor dout, Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse) -> (Tensor, Tensor, Tensor)",

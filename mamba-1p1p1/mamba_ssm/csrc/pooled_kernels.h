@@ -286,41 +286,57 @@ inline int pooled_scan(const PooledScanArgs &s) {
 
 // ---- norm and gate ----
 
-// total is a scratch row of whole vectors.
+struct GateSettings {
+    int64_t dim;
+    bool norm;
+    float share, eps;
+};
+struct Moments {
+    float mean, scale;
+};
+
+// total, a scratch row of whole vectors, becomes share * (skip + group), zero behind dim. Returns what the norm subtracts and
+// multiplies by.
+template <class T> VEC Moments gate_moments(const GateSettings &s, const T *skip, const T *group, float *total) {
+    V sums = set(0.f);
+    for (int64_t c = 0; c < s.dim; c += LANES) {
+        const int channels = int(s.dim - c < LANES ? s.dim - c : LANES);
+        V x = (load_some(skip + c, channels) + load_some(group + c, channels)) * set(s.share);
+        store(total + c, x);
+        sums = sums + x;
+    }
+    if (!s.norm) return {0.f, 1.f};
+    const float mean = sum(sums) / float(s.dim);
+    V squares = set(0.f);
+    for (int64_t c = 0; c + LANES <= s.dim; c += LANES) {
+        V x = load(total + c) - set(mean);
+        squares = fma(x, x, squares);
+    }
+    float square = sum(squares);
+    for (int64_t c = s.dim / LANES * LANES; c < s.dim; ++c) square += (total[c] - mean) * (total[c] - mean);
+    return {mean, 1.f / std::sqrt(square / float(s.dim) + s.eps)};
+}
+
 template <class T>
-VEC void gate_token(const PooledGateArgs &s, int64_t batch, int64_t place, const float *weight, const float *bias,
-                    float *total) {
+VEC void gate_row(const GateSettings &s, const T *skip, const T *group, const T *z, const float *weight, const float *bias,
+                  float *total, T *out) {
+    const Moments moments = gate_moments(s, skip, group, total);
+    const V center = set(moments.mean), scale = set(moments.scale);
+    for (int64_t c = 0; c < s.dim; c += LANES) {
+        const int channels = int(s.dim - c < LANES ? s.dim - c : LANES);
+        V x = fma((load(total + c) - center) * scale, load(weight + c), load(bias + c));
+        store_some(out + c, x * shared_math::silu<Machine>(load_some(z + c, channels)), channels);
+    }
+}
+
+template <class T>
+VEC void gate_token(const PooledGateArgs &s, const GateSettings &settings, int64_t batch, int64_t place,
+                    const float *weight, const float *bias, float *total) {
     const int64_t dim = s.dim, token = s.lines.walked(place), row = batch * s.lines.tokens() + token;
     const T *skip = pointer<T>(s.skip) + row * dim;
     const T *group = pointer<T>(s.groups) + (batch * s.lines.count + s.lines.group_at(place)) * dim;
     const T *z = pointer<T>(s.z.data) + batch * s.z.batch_stride + token * s.z.token_stride;
-    T *out = pointer<T>(s.out) + row * dim;
-    const V share = set(float(double_of(s.share)));
-    V sums = set(0.f);
-    for (int64_t c = 0; c < dim; c += LANES) {
-        const int channels = int(dim - c < LANES ? dim - c : LANES);
-        V x = (load_some(skip + c, channels) + load_some(group + c, channels)) * share;
-        store(total + c, x);
-        sums = sums + x;
-    }
-    V center = set(0.f), scale = set(1.f);
-    if (s.weight) {
-        const float mean = sum(sums) / float(dim);
-        center = set(mean);
-        V squares = set(0.f);
-        for (int64_t c = 0; c + LANES <= dim; c += LANES) {
-            V x = load(total + c) - center;
-            squares = fma(x, x, squares);
-        }
-        float square = sum(squares);
-        for (int64_t c = dim / LANES * LANES; c < dim; ++c) square += (total[c] - mean) * (total[c] - mean);
-        scale = set(1.f / std::sqrt(square / float(dim) + float(double_of(s.eps))));
-    }
-    for (int64_t c = 0; c < dim; c += LANES) {
-        const int channels = int(dim - c < LANES ? dim - c : LANES);
-        V x = fma((load(total + c) - center) * scale, load(weight + c), load(bias + c));
-        store_some(out + c, x * shared_math::silu<Machine>(load_some(z + c, channels)), channels);
-    }
+    gate_row(settings, skip, group, z, weight, bias, total, pointer<T>(s.out) + row * dim);
 }
 
 template <class T> int pooled_gate_of(const PooledGateArgs &s) {
@@ -331,11 +347,12 @@ template <class T> int pooled_gate_of(const PooledGateArgs &s) {
     float *const weight = scratch, *const bias = scratch + pitch;
     for (int64_t c = 0; c < s.dim; ++c) weight[c] = s.weight ? pointer<float>(s.weight)[c] : 1.f;
     if (s.bias) std::memcpy(bias, pointer<float>(s.bias), s.dim * sizeof(float));
+    const GateSettings settings{s.dim, s.weight != 0, float(double_of(s.share)), float(double_of(s.eps))};
     parallel::run(shares, [&](int share) {
         float *total = scratch + (2 + share) * pitch;
         const parallel::Range range = parallel::share_of(tasks, shares, share);
         for (int64_t task = range.begin; task < range.end; ++task)
-            gate_token<T>(s, task / s.lines.tokens(), task % s.lines.tokens(), weight, bias, total);
+            gate_token<T>(s, settings, task / s.lines.tokens(), task % s.lines.tokens(), weight, bias, total);
     });
     std::free(scratch);
     return 0;

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from causal_conv1d.checks import check_device, check_dtype, check_tensor
+from causal_conv1d.derivatives import wants_reference
 from mamba_ssm.kernels.products import MIN_MULTIPLICATIONS as _MIN_MULTIPLICATIONS
 from mamba_ssm.kernels.products import PREFER_OWN as _PREFER_OWN
 from mamba_ssm.kernels.registry import backends
@@ -21,6 +25,8 @@ def _takes_own(x: Tensor, weight: Tensor) -> bool:
     """Whether this package's operator takes the product; compilers and tracers have their own ways with one, autocast
     another dtype."""
     if not _PREFER_OWN or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+        return False
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or wants_reference(x, weight):
         return False
     if x.dtype != torch.float32 or x.numel() * len(weight) < _MIN_MULTIPLICATIONS:
         return False
@@ -73,6 +79,10 @@ def _fake_backward(dout, x, weight, wants_dx, wants_dweight):
     return x.new_empty(x.shape if wants_dx else 0), weight.new_empty(weight.shape if wants_dweight else 0)
 
 
+def _flops(x: Sequence[int], weight: Sequence[int], bias: Sequence[int] | None) -> int:
+    return 2 * prod(x) * weight[0]
+
+
 def _save(ctx, inputs: tuple, output: Tensor) -> None:
     x, weight, bias = inputs
     ctx.save_for_backward(x, weight)
@@ -96,6 +106,7 @@ OPERATORS.register(
     _fake_forward,
     save=_save,
     differentiate=_differentiate,
+    flops=_flops,
 )
 OPERATORS.register(
     "linear_backward(Tensor dout, Tensor x, Tensor weight, bool wants_dx, bool wants_dweight) -> (Tensor, Tensor)",

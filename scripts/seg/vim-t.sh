@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# UPerNet on Vim-Ti, ADE20K, 60k steps from an ImageNet Vim-Ti, total batch 32 on 8 GPUs. Published: mIoU 41.0.
+# usage: bash scripts/seg/vim-t.sh DATA_PATH --finetune FILE [FLAGS...]
+source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
+
+launch seg-vim-t ADE20K "$@" -- \
+    --task segment --model vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2 \
+    --iterations 60000 --eval-interval 6000 --warmup-iters 1500 --batch-size 4 --lr 2e-4 --weight-decay 0.1 \
+    --layer-decay 0.92 --drop-path 0.1 --dense-feature hidden --num_workers 8 --dist-eval

@@ -1,0 +1,148 @@
+"""Cascade Mask R-CNN on a plain backbone, called as torchvision's detectors are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+
+from tasks.dense.backbone import DenseBackbone, create_body
+from tasks.detect.cascade import CascadeRoIHeads
+from tasks.detect.kinds import KINDS
+from tasks.detect.proposals import ProposalNetwork
+from tasks.detect.published import detector_name
+from tasks.detect.pyramid import SimplePyramid
+from tasks.detect.regions import paste_masks
+
+Target = dict[str, Tensor]
+_PER_BOX = ("boxes", "labels", "masks", "area", "iscrowd")
+
+
+class FitAndPad(GeneralizedRCNNTransform):
+    """Images of any size -> one batch (B, 3, size, size): normalised, fitted, zeros at the right and the bottom.
+
+    In evaluation the longer side becomes `size`; in training only larger images are shrunk, since jitter makes small
+    ones on purpose. Boxes without area are left out. Detections go back to the image's own size, their masks as bool
+    (N, 1, H, W).
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size, list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD))
+        self.size = size
+
+    def forward(
+        self, images: list[Tensor], targets: list[Target] | None = None
+    ) -> tuple[ImageList, list[Target] | None]:
+        """As torchvision's."""
+        batch, targets = super().forward(images, targets)
+        if targets is not None:
+            targets = [_with_area(target) for target in targets]
+        return batch, targets
+
+    def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
+        """An image (3, H, W) and its target, fitted."""
+        if self.training and max(image.shape[-2:]) <= self.size:
+            return image, target
+        return super().resize(image, target)
+
+    def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
+        """Images (3, H, W) -> one padded batch."""
+        batch = images[0].new_zeros(len(images), images[0].shape[0], self.size, self.size)
+        for image, place in zip(images, batch):
+            place[:, : image.shape[1], : image.shape[2]] = image
+        return batch
+
+    def postprocess(
+        self, result: list[Target], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
+    ) -> list[Target]:
+        """Detections in fitted images -> detections in the images as they were."""
+        for found, fitted, original in zip(result, image_shapes, original_image_sizes):
+            found["boxes"] = resize_boxes(found["boxes"], fitted, original)
+            found["masks"] = paste_masks(found["masks"][:, 0], found["boxes"], original)[:, None]
+        return result
+
+
+def _with_area(target: Target) -> Target:
+    keep = (target["boxes"][:, 2:] > target["boxes"][:, :2]).all(1)
+    return target if keep.all() else {key: value[keep] if key in _PER_BOX else value for key, value in target.items()}
+
+
+class PyramidBackbone(nn.Module):
+    """Images (B, 3, H, W) -> p2 to p6: the one map of `dense`, then `pyramid`."""
+
+    def __init__(self, dense: DenseBackbone, pyramid: SimplePyramid) -> None:
+        super().__init__()
+        self.dense, self.pyramid = dense, pyramid
+        self.out_channels = pyramid.out_channels
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """The maps by name."""
+        return self.pyramid(self.dense(x)[0])
+
+
+class Detector(GeneralizedRCNN):
+    """torchvision's detector: `model(images, targets)` gives the losses in training, else the detections of each
+    image: `boxes` (N, 4) as corners in pixels, `labels` (N,) of 1 to K, `scores` (N,), `masks` bool (N, 1, H, W).
+
+    Targets have `boxes` (T, 4), `labels` (T,) and `masks` (T, H, W); images are float32 (3, H, W) of 0 to 1.
+    """
+
+    def __init__(self, backbone: PyramidBackbone, rpn: nn.Module, roi_heads: nn.Module, img_size: int) -> None:
+        super().__init__(backbone, rpn, roi_heads, FitAndPad(img_size))
+        self.num_classes = roi_heads.num_classes
+
+    @property
+    def body(self) -> nn.Module:
+        """The backbone's own model."""
+        return self.backbone.dense.body
+
+    published_name = staticmethod(detector_name)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay leaves alone: the body's."""
+        return {f"backbone.dense.body.{name}" for name in getattr(self.body, "no_weight_decay", set)()}
+
+
+def build_detector(
+    name: str,
+    num_classes: int,
+    img_size: int = 1024,
+    heads: str | None = None,
+    out_channels: int = 256,
+    fc_channels: int = 1024,
+    drop_path_rate: float = 0.1,
+    rpn_pre_nms_top_n_test: int = 1000,
+    rpn_post_nms_top_n_test: int = 1000,
+    box_batch_size_per_image: int = 512,
+    **body: Any,
+) -> Detector:
+    """Cascade Mask R-CNN for `num_classes` classes on the timm model `name`, built with the keywords `body`.
+
+    `heads` is "vim" or "fastvim", by default fastvim where the name says so. Images are fitted into and padded to
+    `img_size` pixels. Each stage trains on `box_batch_size_per_image` boxes an image. The pyramid stands on the last
+    map of stride 16 or finer; anchors and levels are in proportion to that stride. Raises ValueError for other heads,
+    or a model without such a map.
+    """
+    pools = "fastvim" in name or bool(body.get("spatial_pool"))
+    heads = heads or ("fastvim" if pools else "vim")
+    if heads not in KINDS:
+        raise ValueError(f"heads is {heads!r}; wanted {' or '.join(map(repr, KINDS))}.")
+    kind = KINDS[heads]
+    model = create_body(name, img_size, drop_path_rate=drop_path_rate, **body)
+    strides = [info["reduction"] for info in model.feature_info]
+    index = max((place for place, stride in enumerate(strides) if stride <= 16), default=None)
+    if index is None or strides[index] % 4:
+        raise ValueError(f"{name} has maps of stride {sorted(set(strides))}; wanted one of 4, 8 or 16.")
+    dense = DenseBackbone(model, (index,), feature="hidden" if pools else "stream", outnorm=pools)
+    backbone = PyramidBackbone(dense, SimplePyramid(dense.channels[0], out_channels, kind.norm_eps))
+    rpn = ProposalNetwork(kind, out_channels, rpn_pre_nms_top_n_test, rpn_post_nms_top_n_test, strides[index])
+    roi_heads = CascadeRoIHeads(
+        kind, out_channels, num_classes, fc_channels, box_batch_size_per_image, stride=strides[index]
+    )
+    return Detector(backbone, rpn, roi_heads, img_size)
