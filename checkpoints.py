@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from embeddings import resize_pos_embed
+from fusion.registry import accept as accept_by_methods
 from fusion.token_state import join_cls
 from utils import UsageError, first_line
 from utils.files import download, is_url, write_atomically
@@ -45,6 +46,7 @@ INERT_PACKAGES = (
 )
 # what is beside an encoder in the weights of self-supervised training
 DECODER_PREFIXES = ("decoder", "mask_token")
+REGISTER_KEYS = ("cls_token", "neck.weight", "norm_neck.weight", "pos_embed_cls")  # MambaReg's
 
 
 def read(path: str) -> Any:
@@ -216,17 +218,18 @@ def load_strictly(
 
 
 def class_positions(model: nn.Module, num_patches: int) -> tuple[int, ...]:
-    """Where class tokens stand in a sequence of `num_patches` patch tokens; timm's models hold them in front."""
-    if hasattr(model, "class_token_positions"):
-        return tuple(model.class_token_positions(num_patches))
+    """Which rows of `pos_embed` are class tokens', for `num_patches` patch tokens; timm's models hold them in front."""
+    if hasattr(model, "class_row_positions"):
+        return tuple(model.class_row_positions(num_patches))
     return tuple(range(getattr(model, "num_prefix_tokens", 0)))
 
 
 def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict[str, Tensor], Callable[[str], bool]]:
     """Fit `weights` to `model`'s image size and class count; those of a masked autoencoder to a classifier too.
 
-    The position embedding is resized; a head for another number of classes, or none at all, and a decoder beside the
-    encoder are left out; all of it is said. Returns the weights and a test for the keys that may be missing from them.
+    The position embedding is resized; a head for another number of classes, or none at all, registers of another number
+    or width, and a decoder beside the encoder are left out; all of it is said. Returns the weights and a test for the
+    keys that may be missing from them.
     """
     own, weights = model.state_dict(), dict(weights)
     decoder = [key for key in weights if key not in own and key.startswith(DECODER_PREFIXES)]
@@ -247,6 +250,14 @@ def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict
         weights = {key: value for key, value in weights.items() if key not in others}
         dropped = in_head
     _place_masked_rows(weights, own, bool(decoder), model)
+    # registers, and what reads them, of another number or width start afresh
+    registers = [] if "pos_embed_cls" not in own or "pos_embed_cls" not in weights else REGISTER_KEYS
+    shapes = [{key: value.shape for key, value in entries.items() if key in registers} for entries in (own, weights)]
+    others = sorted(key for key in {*shapes[0], *shapes[1]} if shapes[0].get(key) != shapes[1].get(key))
+    if others:
+        _logger.info("%s: %s are left out, of another shape; the new ones start afresh.", path, ", ".join(others))
+        weights = {key: value for key, value in weights.items() if key not in others}
+        dropped = [*dropped, *others]
     name = "pos_embed"
     if name in own and name in weights and own[name].shape[1] != weights[name].shape[1]:
         new_grid = tuple(getattr(model, "pos_embed_grid", None) or model.patch_embed.grid_size)
@@ -303,6 +314,14 @@ def saved_flags(checkpoint: Any) -> dict[str, Any]:
     flags = checkpoint.get("args") if isinstance(checkpoint, dict) else None
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
     return flags if isinstance(flags, dict) else {}
+
+
+def accept(args: argparse.Namespace, model: nn.Module, checkpoint: Any, path: str) -> None:
+    """Let the methods of `model` see what it starts from: settings follow from it, or contradict it (UsageError)."""
+    try:
+        accept_by_methods(model, args, find_weights(checkpoint, path)[0], saved_flags(checkpoint), path)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def main(argv: list[str] | None = None) -> None:

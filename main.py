@@ -28,7 +28,7 @@ import loading
 import run as runs
 from loading import EvalBatches, TrainBatches
 from run import Run
-from tasks import TASKS, backbone
+from tasks import TASKS, backbone, implied_task
 from tasks.task import Data, Task
 from utils import PeerError, RunError, UsageError, nearest, processes
 from utils.flags import Parser
@@ -60,13 +60,10 @@ def get_args_parser(task: type[Task] | None = None) -> Parser:
 
 
 def choose_task(argv: list[str] | None = None) -> type[Task]:
-    """The task that the flags name: --task, or what --pretrain and a masked autoencoder's name stand for."""
+    """The task that the flags name, or imply."""
     parser = Parser(prog="main.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--task")
-    parser.add_argument("--pretrain")
-    parser.add_argument("--model", default="")
-    known = parser.parse_known_args(argv)[0]
-    name = known.task or ("pretrain" if known.pretrain or known.model.startswith("mae_") else "classify")
+    name = parser.parse_known_args(argv)[0].task or implied_task(argv)
     if name not in TASKS:
         raise UsageError(f"--task {name!r} is unknown; wanted {', '.join(TASKS)}{nearest(name, TASKS)}.")
     return TASKS[name]
@@ -135,11 +132,11 @@ def load_weights(args: argparse.Namespace, task: type[Task], model: nn.Module, d
         weights, _ = checkpoints.find_weights(checkpoints.read(args.model_path), args.model_path)
         checkpoints.load_strictly(teacher, weights, args.model_path, f"the model that {args.model} starts from")
     if not args.eval:
-        may_miss = set().union(*(method.added_parameters() for method in fusion.methods_of(model)))
+        may_miss = fusion.added_parameters(model)
     path = args.finetune or ("" if args.eval and args.resume else args.model_path)
     if path:
         checkpoint = checkpoints.start(model, path, args.model, fit=bool(args.finetune), may_miss=may_miss)
-        runs.accept(args, model, checkpoint, path)
+        checkpoints.accept(args, model, checkpoint, path)
     return teacher
 
 
@@ -176,7 +173,7 @@ def evaluate_only(args: argparse.Namespace, task: Task, batches: EvalBatches) ->
     if args.resume:
         path, checkpoint = runs.find(args)
         versions = [("", checkpoints.find_weights(checkpoint, path)[0])]
-        runs.accept(args, task.model, checkpoint, path)
+        checkpoints.accept(args, task.model, checkpoint, path)
         if isinstance(checkpoint, dict):
             task.load_task_state(checkpoint.get("task_state"))
             if args.model_ema and checkpoint.get("model_ema"):

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-import fusion
-from checkpoints import divided, find_weights, load_strictly, read, saved_flags
+from checkpoints import accept, divided, find_weights, load_strictly, read, saved_flags
 from tasks.task import Task
 from utils import RunError, UsageError, first_line
 from utils.files import copy_whole, is_url, remove_temporaries, write_atomically
@@ -328,14 +327,6 @@ def _check_run(checkpoint: dict[str, Any]) -> None:
         value = checkpoint.get(name)
         if value is not None and not isinstance(value, kinds):
             raise ValueError(f"{name} is a {type(value).__name__}")
-
-
-def accept(args: argparse.Namespace, model: nn.Module, checkpoint: Any, path: str) -> None:
-    """Let the methods of `model` see what it starts from: settings follow from it, or contradict it (UsageError)."""
-    try:
-        fusion.accept(model, args, find_weights(checkpoint, path)[0], saved_flags(checkpoint), path)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
 
 
 def resume(run: Run, args: argparse.Namespace) -> dict[str, Any] | None:

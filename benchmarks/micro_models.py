@@ -19,7 +19,10 @@ import models_mae  # noqa: F401 - its names join the registry
 import models_mamba
 
 SIZES: dict[str, Any] = dict(depth=4, embed_dim=32, patch_size=8)
-FAMILIES = ("vim", "fambav", "fastvim", "dyvm", "mae_vim", "mae_fastvim", "channelvim", "fastchannelvim")
+FAMILIES = (
+    *("vim", "fambav", "fastvim", "dyvm", "mambareg", "dyvm_mambareg", "mae_vim", "mae_fastvim"),
+    *("channelvim", "fastchannelvim"),
+)
 default_cfgs = generate_default_cfgs(
     {
         f"{family}_micro_patch8_32": dict(
@@ -31,8 +34,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _entry(family: str) -> Any:
-    more = {"dyvm": dict(pruning_loc=(1, 2, 3)), "mae_vim": dict(decoder_embed_dim=32)}
-    own = SIZES | more.get(family.replace("fast", ""), {})
+    more = {"dyvm": dict(pruning_loc=(1, 2, 3)), "mae": dict(decoder_embed_dim=32)}
+    own = SIZES | more.get(family.partition("_")[0], {})
 
     def build(pretrained: bool = False, **kwargs: Any) -> models_mamba.VisionMamba:
         keywords = own | kwargs

@@ -4,7 +4,7 @@ Methods know no model, task or program: those ask the registry and the methods t
 """
 
 from fusion.dynamic_pruning import DynamicPruning
-from fusion.method import Meter, Settings, SiteMethod, methods_of, option
+from fusion.method import Meter, Settings, SiteMethod, added_parameters, methods_of, option
 from fusion.registry import (
     METHODS,
     Methods,
@@ -31,6 +31,7 @@ __all__ = [
     "SiteMethod",
     "accept",
     "add_arguments",
+    "added_parameters",
     "build_site_methods",
     "check",
     "describe",

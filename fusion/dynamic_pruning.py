@@ -364,8 +364,8 @@ class DynamicPruning(SiteMethod):
         return scores[..., 0].masked_fill(policy == 0, -math.inf).topk(self.num_kept(stage)).indices.sort().values
 
     def _static_tokens(self, stage: int, tokens: Tensor, policy: Tensor) -> Tensor:
-        order, kept = kept_first(policy)
-        return order[:, evenly_spread(int(kept[0]), self.num_kept(stage)).to(tokens.device)]
+        live = self.num_kept(stage - 1) if stage else self.num_patches
+        return kept_first(policy)[0][:, evenly_spread(live, self.num_kept(stage)).to(tokens.device)]
 
     def _random_tokens(self, stage: int, tokens: Tensor, policy: Tensor) -> Tensor:
         return (torch.rand_like(policy) + policy).topk(self.num_kept(stage)).indices.sort().values

@@ -204,6 +204,9 @@ class SiteMethod:
         """Once, when the model is built: learn its sizes, and add the parameters that the method owns. Raises
         ValueError for a model that it does not fit."""
 
+    def resize(self, model: nn.Module) -> None:
+        """Learn the sizes of `model` again, whose image size has changed."""
+
     def __call__(self, index: int, state: TokenState, run: Callable[..., TokenState]) -> TokenState:
         """Wrap site `index`: `run(state, **mixer_args)` runs it, handing `mixer_args` to its mixers."""
         return run(state)
@@ -272,3 +275,13 @@ def methods_of(model: nn.Module) -> list[SiteMethod]:
     """The methods that are on in `model` or in a model inside it, outermost first."""
     found: Iterable[list[SiteMethod]] = (getattr(module, "site_methods", []) for module in model.modules())
     return [method for methods in found for method in methods]
+
+
+def added_parameters(model: nn.Module) -> set[str]:
+    """The names in the state dict of `model` that weights trained without the methods in it lack."""
+    return {
+        f"{place}.{name}" if place else name
+        for place, module in model.named_modules()
+        for method in getattr(module, "site_methods", ())
+        for name in method.added_parameters()
+    }

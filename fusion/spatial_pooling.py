@@ -290,8 +290,8 @@ class SpatialPooling(SiteMethod):
         embed = model.patch_embed
         if embed.stride != embed.patch_size or model.num_prefix_tokens or model.flip_img_sequences_ratio > 0:
             raise ValueError(
-                "Spatial pooling needs a plain grid: wanted stride equal to patch_size, no class token, no flipped "
-                "sequences."
+                "Spatial pooling needs a plain grid: wanted stride equal to patch_size, no class token or register "
+                "among the patches, no flipped sequences."
             )
 
     def __call__(self, index: int, state: TokenState, run: Callable[..., TokenState]) -> TokenState:

@@ -61,8 +61,8 @@ def model_flops(
         published += projections + _direction_flops(mixer, seen, padding=mixer.d_conv - 1) * float(share.mean())
         full += projections + _direction_flops(mixer, seen) * float(share.sum())
         if hasattr(mixer, "block_head"):
-            # the gate projects the class token apart
-            full += mixer.in_proj.weight.numel() + mixer.block_head.weight.numel()
+            # it reads columns of xz, which are counted, even where the class token is projected apart
+            full += mixer.block_head.weight.numel()
     return Flops(round(published), round(full))
 
 

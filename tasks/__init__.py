@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 
 from tasks.task import Task
+from utils.flags import Parser
 
 
 class _Tasks(Mapping[str, "type[Task]"]):
@@ -42,3 +43,12 @@ TASKS = _Tasks(
         "cells": "tasks.cells.task:ClassifyCells",
     }
 )
+
+
+def implied_task(argv: list[str] | None = None) -> str:
+    """The task of a command line without --task: pre-training if it has --pretrain or a masked autoencoder's name."""
+    parser = Parser(prog="main.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--pretrain")
+    parser.add_argument("--model", default="")
+    known = parser.parse_known_args(argv)[0]
+    return "pretrain" if known.pretrain or known.model.startswith("mae_") else "classify"

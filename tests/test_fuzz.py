@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn
 
-from benchmarks import bad_inputs
-from benchmarks.bad_inputs import ACCEPTED, REFUSED, Call, Checkpoints, File, Images
+from benchmarks import bad_calls, bad_inputs
+from benchmarks.bad_inputs import ACCEPTED, REFUSED, Checkpoints, File, Images
 from benchmarks.program import QUICK
 
 
@@ -56,12 +56,12 @@ def test_images(data: Any, one_thread: None, images: Images) -> None:
     assert images.judge(data.draw(images.files())) in (ACCEPTED, REFUSED)
 
 
-@pytest.mark.parametrize("operator", bad_inputs.OPERATORS)
+@pytest.mark.parametrize("operator", bad_calls.OPERATORS)
 @bounded(100)
 @given(data=st.data())
 def test_operators(operator: str, data: Any, one_thread: None) -> None:
-    call: Call = data.draw(bad_inputs.calls(operator))
-    assert bad_inputs.judge_call(call) in (ACCEPTED, REFUSED)
+    call: bad_calls.Call = data.draw(bad_calls.calls(operator))
+    assert bad_calls.judge_call(call) in (ACCEPTED, REFUSED)
 
 
 @pytest.mark.parametrize("width", [1, 5])

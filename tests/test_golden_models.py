@@ -8,7 +8,7 @@ import timm
 import models_mamba  # noqa: F401 (registers the models)
 from tests.golden_rules import GOLDEN, fill_model, images, load, relative_error
 
-PATTERNS = ("vim_*", "fambav_*", "fastvim_*", "channel_*")
+PATTERNS = ("vim_*", "fambav_*", "fastvim_*", "mambareg_*", "channel_*")
 CASES = sorted(path.stem for pattern in PATTERNS for path in GOLDEN.glob(f"{pattern}.npz"))
 
 

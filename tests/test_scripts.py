@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import torch
 import fusion
 import main as program
 from tasks import TASKS
+from tasks.segment import build_segmenter
 from tests import cells_data, micro_models, program_data, shapes_data
 from tests.conftest import Result
 
@@ -44,10 +46,23 @@ EXPERIMENTS = [script for script in SCRIPTS if script not in SOURCED | INSTALLS 
 # take minutes, or a GPU: that they start is all that is tried here
 LONG = {
     f"benchmarks.{name}"
-    for name in ("channels", "channel_sampling", "flops", "pruning", "merging", "resolution", "compare", "mae")
+    for name in (
+        *(
+            "channels",
+            "channel_sampling",
+            "flops",
+            "pruning",
+            "merging",
+            "resolution",
+            "compare",
+            "mae",
+            "segmentation",
+        ),
+        "detection",
+    )
 }
 LONG_SCRIPTS = {"benchmarks/gpu_check.sh"}
-CLASSES = {"CIFAR": 100, "IMNET": 3, "ADE20K": 3, "SHAPES": 3, "JUMPCP": 4, "CELLS": 2}
+CLASSES = {"CIFAR": 100, "IMNET": 3, "ADE20K": 3, "COCO": 3, "SHAPES": 3, "JUMPCP": 4, "CELLS": 2}
 CHANNELS = {"JUMPCP": 8, "CELLS": 3}
 TINY = ("--input-size", "32", "--batch-size", "4", "--num_workers", "0")
 SMALL = {
@@ -55,8 +70,12 @@ SMALL = {
     "pretrain": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
     "segment": (*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0"),
     "cells": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
+    "detect": (
+        *(*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0"),
+        *("--det-channels", "8", "--det-fc-channels", "16", "--det-boxes", "16", "--det-proposals", "20"),
+    ),
 }
-TOLD = {"classify": "top-1", "pretrain": "loss", "segment": "mIoU", "cells": "top-1"}
+TOLD = {"classify": "top-1", "pretrain": "loss", "segment": "mIoU", "detect": "box AP", "cells": "top-1"}
 
 
 # --- reading the pages ---
@@ -100,7 +119,7 @@ class Files:
             "CELLS": root / "cells",
         }
         self.index = cells_data.write_index(root / "cells")
-        self.data["ADE20K"] = self.data["SHAPES"] = shapes_data.write_shapes(root / "shapes", 4, 2)
+        self.data["ADE20K"] = self.data["COCO"] = self.data["SHAPES"] = shapes_data.write_shapes(root / "shapes", 4, 2)
 
     def weights(self, family: str, classes: int, channels: int = 3) -> Path:
         """Weights of an untrained micro model."""
@@ -111,6 +130,13 @@ class Files:
             torch.save({"model": model.state_dict()}, path)
         return path
 
+    def segmenter(self, family: str) -> Path:
+        """Weights of an untrained micro segmenter for SHAPES."""
+        path = self.root / f"{family}-segmenter.pth"
+        if not path.exists():
+            torch.save({"model": build_segmenter(f"{family}_micro_patch8_32", 6, img_size=32).state_dict()}, path)
+        return path
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
@@ -119,6 +145,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 def family_of(model: str) -> str:
     """The micro model's family that stands for `model`."""
+    if model.startswith(("mambareg", "mambar_")):
+        return "mambareg"
+    if model.startswith(("dyvm_mambareg", "MambaReg-")):
+        return "dyvm_mambareg"
     if model.startswith(("dyvm", "Vim-", "VideoMamba-")):
         return "dyvm"
     if "channelvim" in model:
@@ -149,8 +179,11 @@ def substitute(flags: list[str], files: Files, folder: Path) -> list[str]:
     elif data_set in ("", "DIGITS"):
         data_set = "CIFAR"
         flags += ["--data-set", data_set, "--data-path", str(files.data[data_set])]
+    if data_set == "SHAPES" and "--data-path" not in flags:
+        flags += ["--data-path", ""]
     family = family_of(value(flags, "--model", default_model(flags)))
-    start = "vim" if family == "dyvm" and "--eval" not in flags else family
+    plain = {"dyvm": "vim", "dyvm_mambareg": "mambareg"}
+    start = plain.get(family, family) if "--eval" not in flags else family
     stands = {
         "--data-path": files.data[data_set],
         **dict.fromkeys(("--output_dir", "--visualize"), folder / "output"),
@@ -160,6 +193,8 @@ def substitute(flags: list[str], files: Files, folder: Path) -> list[str]:
         ),
         "--index": files.index,
     }
+    if value(flags, "--task") == "segment":
+        stands["--resume"] = files.segmenter(family)
     return [str(stands.get(before, flag)) for before, flag in zip(["", *flags], flags)]
 
 
@@ -214,7 +249,8 @@ def program_flags(words: list[str]) -> list[str]:
 @pytest.mark.parametrize("script", EXPERIMENTS)
 def test_experiment_script(script: str, files: Files, program: Callable[..., Result], tmp_path: Path) -> None:
     asks = "--model-path" in (ROOT / script).read_text()
-    extra = ["--model-path", str(files.weights("vim", 3))] if asks else []
+    start = "mambareg" if "mambareg" in script else "vim"
+    extra = ["--model-path", str(files.weights(start, 3))] if asks else []
     if "--resume CHECKPOINT" in (ROOT / script).read_text():
         extra = ["--resume", "CHECKPOINT"]
     (command,) = run_script(ROOT / script, [str(tmp_path), *extra], tmp_path)
@@ -376,7 +412,7 @@ def run_module(name: str, arguments: list[str], files: Files, folder: Path, monk
 
 
 def test_flags_in_code_spans_exist() -> None:
-    known = set().union(*(program.get_args_parser(task)._option_string_actions for task in TASKS.values()))
+    known = set().union(*(program.get_args_parser(TASKS[name])._option_string_actions for name in TASKS))
     for page in PAGES:
         text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
         for span in re.findall(r"`(--[^`\n]+)`", text):
@@ -385,10 +421,12 @@ def test_flags_in_code_spans_exist() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_run(page: Path) -> None:
+def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         if "register_model" not in block:  # the worked example is tests/test_examples.py's
-            exec(compile(block, str(page), "exec"), {"__name__": "page"})
+            module = types.ModuleType("page")  # which dataclasses look up
+            monkeypatch.setitem(sys.modules, "page", module)
+            exec(compile(block, str(page), "exec"), vars(module))
 
 
 def test_pages_hold_commands() -> None:

@@ -66,9 +66,10 @@ def both_by_reference(first, second, softplus):
 
 
 def inner(fn):
-    return lambda xz, conv, bias, *rest: fn(
-        xz, conv.unsqueeze(1), bias, *rest[:2], rest[3], D=rest[4], delta_bias=rest[2]
-    )
+    def run(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D):
+        return fn(xz, conv_weight.unsqueeze(1), conv_bias, x_proj, dt_proj, A, D=D, delta_bias=dt_bias)
+
+    return run
 
 
 TAPS = rand(D, 3), rand(D), rand(D)
@@ -103,10 +104,7 @@ CASES = {
         (rand(B, 2 * D, L), *direction_tensors()),
     ),
     "layer_norm_fn": (
-        *(
-            (lambda x, w, b, r, fn=fn: torch.stack(fn(x, w, b, r, prenorm=True)))
-            for fn in (layer_norm_fn, layer_norm_ref)
-        ),
+        *((lambda *t, fn=fn: torch.stack(fn(*t, prenorm=True))) for fn in (layer_norm_fn, layer_norm_ref)),
         (rand(B, L, 5), rand(5), rand(5) + 1, rand(B, L, 5) - 1),
     ),
     "rms norm": (
@@ -194,7 +192,7 @@ def test_gradients_of_each_of_many(name):
     for each, got in zip(first, found):
         each = each.clone().requires_grad_()
         (want,) = torch.autograd.grad(loss(each), each)
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item() + 2e-5)
 
 
 @pytest.mark.parametrize("kind", ["none", "v1", "v2"])

@@ -20,8 +20,8 @@ from loading import EvalBatches, TrainBatches
 from measure import against
 from models_mae import MaskedAutoencoder, linear_probe
 from models_mamba import VisionMamba
-from tasks import backbone
-from tasks.classify import augmentation, losses
+from tasks import augmentation, backbone
+from tasks.classify import losses
 from tasks.task import Data, Metric, Task
 from utils import UsageError
 from utils.flags import add_switch

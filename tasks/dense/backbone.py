@@ -217,7 +217,8 @@ class DenseBackbone(nn.Module):
 
         blocks = inner["blocks"]
         blocks = [(blocks, None)] if isinstance(blocks, str) else list(blocks)
-        return dict(stem=under(inner["stem"]), blocks=[*((under(p), at) for p, at in blocks), (r".*", (99999,))])
+        # one below the number by which timm joins a group to the one before
+        return dict(stem=under(inner["stem"]), blocks=[*((under(p), at) for p, at in blocks), (r".*", (99998,))])
 
     @property
     def pruning(self) -> PruningSettings | None:

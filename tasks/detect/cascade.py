@@ -138,7 +138,9 @@ class CascadeRoIHeads(RoIHeads):
         if draws:
             proposals = self.add_gt_proposals(proposals, true_boxes)
         self.proposal_matcher = self.matchers[stage]
-        matched, labels = self.assign_targets_to_proposals(proposals, true_boxes, [each["labels"] for each in targets])
+        # of an image whose boxes have all vanished nothing can be matched
+        there = [true if len(boxes) else true[:0] for true, boxes in zip(true_boxes, proposals)]
+        matched, labels = self.assign_targets_to_proposals(proposals, there, [each["labels"] for each in targets])
         if not draws:
             return proposals, matched, labels, [torch.zeros_like(each, dtype=torch.bool) for each in labels]
         chosen = self.subsample(labels)
@@ -225,7 +227,10 @@ class CascadeRoIHeads(RoIHeads):
         if labels is not None:
             label = torch.cat(labels)
             classes = torch.where(label > 0, label - 1, classes)
-        moved = self.box_coders[stage].decode_single(self._of_class(deltas, classes), torch.cat(boxes))
+        whole = torch.cat(boxes)
+        moved = self.box_coders[stage].decode_single(self._of_class(deltas, classes), whole)
+        # a run that diverges is told by its loss, not by what pooling makes of such boxes
+        moved = torch.where(moved.isfinite(), moved, whole)
         parts = moved.split([len(each) for each in boxes])
         return [clip_boxes_to_image(part, shape) for part, shape in zip(parts, image_shapes)]
 

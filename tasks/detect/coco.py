@@ -55,7 +55,7 @@ class CocoFile:
             else:
                 self.without_area += 1
         if self.without_area:
-            _logger.warning("%s: %d boxes without area are skipped.", path, self.without_area)
+            _logger.warning("%s: boxes without area, skipped: %d.", path, self.without_area)
 
     def _read(self) -> dict[str, Any]:
         if not self.path.is_file():

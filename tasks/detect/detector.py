@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
-from tasks.dense.backbone import DenseBackbone, create_body
+from tasks.dense.backbone import DenseBackbone, create_body, from_classifier
+from tasks.dense.published import convert
 from tasks.detect.cascade import CascadeRoIHeads
 from tasks.detect.kinds import KINDS
 from tasks.detect.proposals import ProposalNetwork
@@ -19,7 +23,13 @@ from tasks.detect.published import detector_name
 from tasks.detect.pyramid import SimplePyramid
 from tasks.detect.regions import paste_masks
 
+_logger = logging.getLogger(__name__)
+
+# what published detectors have and this project's have not
+PUBLISHED = ("proposal_generator.", "rpn_head.", "roi_head.")
+
 Target = dict[str, Tensor]
+_BODY = "backbone.dense.body."
 _PER_BOX = ("boxes", "labels", "masks", "area", "iscrowd")
 
 
@@ -45,10 +55,17 @@ class FitAndPad(GeneralizedRCNNTransform):
         return batch, targets
 
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
-        """An image (3, H, W) and its target, fitted."""
-        if self.training and max(image.shape[-2:]) <= self.size:
+        """An image (3, H, W) and its target, fitted; at least one pixel is left of a side."""
+        sides = image.shape[-2:]
+        if self.training and max(sides) <= self.size:
             return image, target
-        return super().resize(image, target)
+        fitted = [max(1, int(side * self.size / max(sides) + 0.5)) for side in sides]
+        image = F.interpolate(image[None], fitted, mode="bilinear", align_corners=False)[0]
+        if target is not None:
+            target["boxes"] = resize_boxes(target["boxes"], sides, fitted)
+            if "masks" in target:
+                target["masks"] = F.interpolate(target["masks"][:, None].float(), fitted)[:, 0].byte()
+        return image, target
 
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
         """Images (3, H, W) -> one padded batch."""
@@ -95,6 +112,7 @@ class Detector(GeneralizedRCNN):
     def __init__(self, backbone: PyramidBackbone, rpn: nn.Module, roi_heads: nn.Module, img_size: int) -> None:
         super().__init__(backbone, rpn, roi_heads, FitAndPad(img_size))
         self.num_classes = roi_heads.num_classes
+        self.find_unused_parameters = backbone.dense.find_unused_parameters
 
     @property
     def body(self) -> nn.Module:
@@ -103,10 +121,39 @@ class Detector(GeneralizedRCNN):
 
     published_name = staticmethod(detector_name)
 
+    def renamed(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Published detectors' weights under this model's names; others as they are."""
+        return convert(weights, self) if any(name.startswith(PUBLISHED) for name in weights) else weights
+
+    def adapt(self, weights: dict[str, Tensor], path: str) -> tuple[dict[str, Tensor], Callable[[str], bool]]:
+        """Fit the weights of a classifier, which the backbone starts from, or of a detector of other classes; returns
+        them under this model's names and a test for the keys that may be missing."""
+        weights, own = self.renamed(weights), self.state_dict()
+        if any(name.startswith("roi_heads.") for name in weights):
+            last = (".cls_score.", ".bbox_pred.", ".mask_fcn_logits.")
+            is_last = [name for name in own if name.startswith("roi_heads.") and any(part in name for part in last)]
+            other = [name for name in is_last if name in weights and weights[name].shape != own[name].shape]
+            if other:
+                _logger.info("%s: its classes are others; the last layers of the heads start afresh.", path)
+            return {name: value for name, value in weights.items() if name not in other}, other.__contains__
+        body = from_classifier(weights, self.body)
+        _logger.info("%s: the backbone starts from it, pyramid and heads start afresh.", path)
+        return {_BODY + name: value for name, value in body.items()}, lambda name: not name.startswith(_BODY)
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone: the body's."""
-        return {f"backbone.dense.body.{name}" for name in getattr(self.body, "no_weight_decay", set)()}
+        return {_BODY + name for name in getattr(self.body, "no_weight_decay", set)()}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's grouping of parameters for layer decay: the backbone's embedding and layers, and the rest as one."""
+        return self.backbone.dense.group_matcher(prefix="backbone.dense.", coarse=coarse)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each site of the backbone in the backward pass instead of keeping its activations."""
+        self.body.set_grad_checkpointing(enable)
 
 
 def build_detector(
@@ -124,17 +171,17 @@ def build_detector(
 ) -> Detector:
     """Cascade Mask R-CNN for `num_classes` classes on the timm model `name`, built with the keywords `body`.
 
-    `heads` is "vim" or "fastvim", by default fastvim where the name says so. Images are fitted into and padded to
+    `heads` is "vim" or "fastvim", by default fastvim for a body that pools. Images are fitted into and padded to
     `img_size` pixels. Each stage trains on `box_batch_size_per_image` boxes an image. The pyramid stands on the last
     map of stride 16 or finer; anchors and levels are in proportion to that stride. Raises ValueError for other heads,
     or a model without such a map.
     """
-    pools = "fastvim" in name or bool(body.get("spatial_pool"))
+    model = create_body(name, img_size, drop_path_rate=drop_path_rate, **body)
+    pools = getattr(getattr(model, "methods", None), "pooling", None) is not None
     heads = heads or ("fastvim" if pools else "vim")
     if heads not in KINDS:
         raise ValueError(f"heads is {heads!r}; wanted {' or '.join(map(repr, KINDS))}.")
     kind = KINDS[heads]
-    model = create_body(name, img_size, drop_path_rate=drop_path_rate, **body)
     strides = [info["reduction"] for info in model.feature_info]
     index = max((place for place, stride in enumerate(strides) if stride <= 16), default=None)
     if index is None or strides[index] % 4:

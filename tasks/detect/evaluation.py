@@ -26,6 +26,8 @@ _STATS = {"ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_larg
 def to_results(found: dict[str, Tensor], image_id: int, category_ids: list[int]) -> list[Result]:
     """Detections of one image -> entries of COCO's results format: box as x, y, width, height in pixels, mask as
     compressed run lengths. `found` has boxes (N, 4), labels (N,) of 1 to K, scores (N,), masks (N, 1, H, W)."""
+    if not len(found["boxes"]):
+        return []
     boxes = found["boxes"].double().cpu()
     boxes[:, 2:] -= boxes[:, :2]
     masks = rle.encode(np.asfortranarray(found["masks"][:, 0].permute(1, 2, 0).cpu().numpy().astype(np.uint8)))

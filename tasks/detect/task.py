@@ -100,7 +100,7 @@ class Detect(Task):
         if args.data_set not in cls.data_sets:
             close = nearest(args.data_set.upper(), cls.data_sets)
             raise UsageError(f"--data-set {args.data_set!r} is no set of --task detect; wanted COCO or SHAPES{close}.")
-        heads = args.det_heads or ("fastvim" if "fastvim" in args.model else "vim")
+        heads = args.det_heads or ("fastvim" if "fastvim" in models_mamba.registry_name(args.model) else "vim")
         recipe = dict(_RECIPES[heads if args.data_set == "COCO" else args.data_set])
         recipe |= dict(unscale_lr=True, model_ema=False, sched="multistep", decay_rate=0.1, sched_on_updates=True)
         rate = args.lr if "lr" in typed else recipe["lr"]
@@ -126,14 +126,14 @@ class Detect(Task):
             raise UsageError(f"--scale-range is {low:g} to {high:g}; wanted the smaller number first.")
         if args.attn_only:
             raise UsageError("--attn-only would leave the new heads as they are; wanted it with --task classify.")
-        if args.decay_iters is not None and (args.sched != "multistep" or not args.sched_on_updates):
-            raise UsageError("--decay-iters wants --sched multistep and --sched-on-updates.")
+        if args.decay_iters is not None and (args.sched != "multistep" or args.iterations is None):
+            raise UsageError("--decay-iters wants --sched multistep and --iterations.")
         if args.sched == "multistep":
-            # timm counts in epochs, which are `eval_interval` steps
+            # timm counts in epochs, which are `eval_interval` steps, and lets the rate fall a step early
             total = args.iterations or args.epochs
             steps = [round(share * total) for share in _MILESTONES] if args.decay_iters is None else args.decay_iters
             interval = (args.eval_interval or total) if args.iterations else 1
-            args.decay_milestones = [step / interval for step in sorted(steps)]
+            args.decay_milestones = [(step + 0.5) / interval for step in sorted(steps)]
         sets.check(args)
 
     @classmethod

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from models_mae import MaskedAutoencoder
-from tasks.classify.augmentation import unnormalize
+from tasks.augmentation import unnormalize
 
 SIDE = 224  # least side of an image in the grid, in pixels
 HIDDEN = 0.5  # the grey of a hidden patch

@@ -20,8 +20,7 @@ import datasets
 from fusion import Meter
 from loading import TrainBatches
 from models_mae import DEFAULT_RATIO, masked_name, visible_count
-from tasks import backbone
-from tasks.classify import augmentation
+from tasks import augmentation, backbone
 from tasks.pretrain.data import SeededImages, noise_from
 from tasks.pretrain.pictures import draw_grid
 from tasks.task import Data, Metric, Task

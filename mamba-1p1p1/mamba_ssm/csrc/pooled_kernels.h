@@ -208,12 +208,15 @@ void project(const PooledScanArgs &s, bool backward, int64_t first, int64_t last
 
 // One direction over all lines for a vector of channels, in scan order.
 struct LineScan {
-    int64_t steps, pitch;
-    const float *B, *C, *dt, *input, *A_log2;
+    int64_t steps;
+    States B, C;
+    const float *dt, *input, *A_log2;
     float *state, *y;
+    bool within;
 
     template <int N> VEC void run(int64_t n) {
-        forward_states<N, true, true>(steps, dt, input, B + n, C + n, pitch, A_log2 + n * LANES, state + n * LANES, y);
+        const auto walk = within ? forward_states<N, true, true, true> : forward_states<N, true, true, false>;
+        walk(steps, dt, input, B.at(true, 0, n), C.at(true, 0, n), A_log2 + n * LANES, state + n * LANES, y);
     }
 };
 
@@ -229,8 +232,11 @@ template <class T> void scan_channels(const PooledScanArgs &s, int64_t batch, in
         const int64_t step = backward ? -1 : 1, start = backward ? lines - 1 : 0;
         load_tile(pointer<float>(p.A_log) + first * s.dstate, s.dstate, 1, channels, s.dstate, A_log2, LANES);
         load_tile(pointer<float>(p.dt_proj) + first * s.rank, s.rank, 1, channels, s.rank, weight, LANES);
+        V steepest = set(0.f), largest = set(0.f);
         for (int64_t i = 0; i < s.dstate * LANES; i += LANES) {
-            store(A_log2 + i, set(-shared_math::LOG2_E) * shared_math::exp<Machine>(load(A_log2 + i)));
+            const V rate = set(-shared_math::LOG2_E) * shared_math::exp<Machine>(load(A_log2 + i));
+            steepest = max(abs(rate), steepest);
+            store(A_log2 + i, rate);
             store(state + i, set(0.f));
         }
         const V bias = load_some(pointer<float>(p.dt_bias) + first, channels);
@@ -239,13 +245,14 @@ template <class T> void scan_channels(const PooledScanArgs &s, int64_t batch, in
             V raw = bias;
             for (int64_t r = 0; r < s.rank; ++r) raw = fma(set(own[line * outputs + r]), load(weight + r * LANES), raw);
             const V size = shared_math::softplus<Machine>(raw);
+            largest = max(size, largest);
             store(dt + t * LANES, size);
             store(input + t * LANES, size * load_some(groups + line * s.dim, channels));
             store(y + t * LANES, set(0.f));
         }
-        const float *B = own + start * outputs + s.rank;
-        for_state_blocks<FORWARD_STATES>(
-            s.dstate, LineScan{lines, step * outputs, B, B + s.dstate, dt, input, A_log2, state, y});
+        const States B{own + start * outputs + s.rank, step * outputs}, C{B.first + s.dstate, B.pitch};
+        const bool within = all_at_most(largest * steepest, EXP2_WITHIN);
+        for_state_blocks<FORWARD_STATES>(s.dstate, LineScan{lines, B, C, dt, input, A_log2, state, y, within});
         for (int64_t t = 0; t < lines; ++t) {
             float *sum = total + (start + t * step) * LANES;
             store(sum, backward ? load(sum) + load(y + t * LANES) : load(y + t * LANES));

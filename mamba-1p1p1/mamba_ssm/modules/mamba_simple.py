@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.modules.linear import Linear
+from mamba_ssm.modules.parts import is_plain
 from mamba_ssm.ops.directions import Direction
 from mamba_ssm.ops.linear import linear
 from mamba_ssm.ops.mixer import ScanObserver, TokenPooling, mix, mix_pooled
@@ -31,15 +32,20 @@ def _wide(parameter: Tensor) -> Tensor:
 
 
 class _Branch(NamedTuple):
-    """One scan direction: a `Branch` of `mamba_ssm.ops.mixer`. v1 shares all but A, and convolves forward in both."""
+    """One scan direction: a `Branch` of `mamba_ssm.ops.mixer`. v1 shares all but A, and convolves forward in both.
+
+    Its modules are called, unless they are `plain`: then their weights go to operators that do the same, and faster.
+    """
 
     conv: nn.Conv1d
     x_proj: nn.Linear
     dt_proj: nn.Linear
     A_log: Tensor
     skip: Tensor
-    reverse_conv: bool
-    reverse: bool
+    dt_rank: int
+    plain: bool
+    reverse_conv: bool = False
+    reverse: bool = False
 
     @property
     def A(self) -> Tensor:
@@ -50,12 +56,18 @@ class _Branch(NamedTuple):
         return _wide(self.skip)
 
     def convolve(self, x: Tensor) -> Tensor:
+        if not self.plain:
+            seen = (x.flip(1) if self.reverse_conv else x).transpose(1, 2)
+            u = F.silu(self.conv(seen)[..., : x.shape[1]]).transpose(1, 2)
+            return u.flip(1) if self.reverse_conv else u
         weight, bias = self.conv.weight.squeeze(1), self.conv.bias
         return causal_conv1d_fn(x.transpose(1, 2), weight, bias, "silu", reverse=self.reverse_conv).transpose(1, 2)
 
-    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rank, dstate = self.dt_proj.in_features, self.A_log.shape[1]
-        dt, B, C = self.x_proj(u).split([rank, dstate, dstate], dim=-1)
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        dstate = self.A_log.shape[1]
+        dt, B, C = self.x_proj(u).split([self.dt_rank, dstate, dstate], dim=-1)
+        if not self.plain:
+            return self.dt_proj(dt), B, C, None
         return linear(dt, self.dt_proj.weight), B, C, _wide(self.dt_proj.bias)
 
     def direction(self) -> Direction:
@@ -85,7 +97,8 @@ class Mamba(nn.Module):
     the backward direction its own convolution, projections, A and D. `if_divide_out` halves the sum of the two (also
     accepted under its published spelling `if_devide_out`). `dt_rank="auto"` is ceil(d_model / 16). `init_layer_scale`
     adds a learned scale on the output, `use_norm_after_ssm` a LayerNorm on the summed scans before the gate silu(z), as
-    FastVim has. `use_fast_path` is accepted for published code: the operators choose their backend themselves.
+    FastVim has. The operators that do the work bypass the mixer's modules, but only while those are as they were made:
+    with an adapter, a hook, a parametrisation or pruning on any of them, or without `use_fast_path`, each is called.
     """
 
     def __init__(
@@ -183,12 +196,14 @@ class Mamba(nn.Module):
     @property
     def directions(self) -> tuple[_Branch, ...]:
         """Forward first, then backward where there is one."""
-        forward = _Branch(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, False, False)
+        parts = self.conv1d, self.x_proj, self.dt_proj
+        backward = (self.conv1d_b, self.x_proj_b, self.dt_proj_b) if self.bimamba_type == "v2" else ()
+        plain = self.use_fast_path and is_plain(*parts, *backward, self.layernorm)
+        forward = _Branch(*parts, self.A_log, self.D, self.dt_rank, plain)
         if self.bimamba_type == "v1":
             return forward, forward._replace(A_log=self.A_b_log, reverse=True)
         if self.bimamba_type == "v2":
-            backward = self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
-            return forward, _Branch(*backward, reverse_conv=True, reverse=True)
+            return forward, _Branch(*backward, self.A_b_log, self.D_b, self.dt_rank, plain, True, True)
         return (forward,)
 
     def forward(
@@ -323,7 +338,7 @@ class Mamba(nn.Module):
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None, **kwargs) -> tuple[Tensor, Tensor]:
         """Zeroed (conv_state (B, d_inner, d_conv), ssm_state (B, d_inner, d_state)) for `step`; the length does not
         matter."""
-        device = self.out_proj.weight.device
+        device = self.A_log.device
         conv_dtype = self.conv1d.weight.dtype if dtype is None else dtype
         return (
             torch.zeros(batch_size, self.d_inner, self.d_conv, device=device, dtype=conv_dtype),

@@ -28,6 +28,7 @@ class Branch(Protocol):
     """One scan direction of a mixer."""
 
     reverse: bool  # of the scan
+    plain: bool  # whether what follows from its parameters is all that its modules do
 
     @property
     def A(self) -> Tensor:
@@ -40,8 +41,9 @@ class Branch(Protocol):
     def convolve(self, x: Tensor) -> Tensor:
         """The causal convolution and silu of x (B, L, d_inner)."""
 
-    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """u (B, L, d_inner) -> delta (B, L, d_inner), B and C (B, L, d_state), and the bias of delta (d_inner,)."""
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """u (B, L, d_inner) -> delta (B, L, d_inner), B and C (B, L, d_state), and delta's bias (d_inner,), or None
+        where delta has it."""
 
     def direction(self) -> Direction:
         """Its parameters, as `directions_fn` takes them."""
@@ -103,8 +105,8 @@ def mix(
     Returns:
         (B, L, d_inner) in the dtype of `xz`.
     """
-    plain = gated and not shared and token_mask is None and gates is None and observe is None
-    if plain and backends.has(xz, "directions_forward"):
+    whole = gated and not shared and token_mask is None and gates is None and observe is None
+    if whole and all(branch.plain for branch in branches) and backends.has(xz, "directions_forward"):
         return directions_fn(xz, [branch.direction() for branch in branches], share)
     x, z = xz.chunk(2, dim=-1)
     inputs, scans = None, []
@@ -114,7 +116,7 @@ def mix(
             inputs = u, *branch.project(u)
         u, delta, B, C, bias = inputs
         if observe is not None:
-            observe(F.softplus(delta + bias), B)
+            observe(F.softplus(delta if bias is None else delta + bias), B)
         # C and D are the least of what the share can be multiplied into
         C, D = (C, branch.D) if share == 1 else (C * share, branch.D * share)
         scans.append(_scan(branch, u, delta, B, C, bias, D, z if gated else None))
@@ -143,7 +145,7 @@ def mix_pooled(
     D * u needs no scan, so it stays with the tokens; the scans meet it once, as the sum of both over the groups. `norm`
     stands before the gate silu(z). The projections are handed in, since tokens are put in order where they are narrow.
     """
-    pair = len(branches) == 2 and not shared
+    pair = len(branches) == 2 and not shared and all(branch.plain for branch in branches)
     # while a graph is exported there are no kernels, and its sizes are not to be looked at
     may_have = pair and token_mask is None and backends.has(hidden_states, Lines.kernel)
     lines = pooling.lines if may_have else None
@@ -182,7 +184,14 @@ def _convolve(branch: Branch, x: Tensor, token_mask: Tensor | None) -> Tensor:
 
 
 def _scan(
-    branch: Branch, u: Tensor, delta: Tensor, B: Tensor, C: Tensor, bias: Tensor, D: Tensor | None, z: Tensor | None
+    branch: Branch,
+    u: Tensor,
+    delta: Tensor,
+    B: Tensor,
+    C: Tensor,
+    bias: Tensor | None,
+    D: Tensor | None,
+    z: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The tensors that the scan takes, out of channel-last ones."""
     u, delta, B, C = (x.transpose(1, 2) for x in (u, delta, B, C))

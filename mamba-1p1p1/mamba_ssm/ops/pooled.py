@@ -63,7 +63,9 @@ def pooled_conv_fn(x: Tensor, forward: Taps, backward: Taps, lines: Lines) -> tu
     forward, backward, lines = Taps(*forward), Taps(*backward), Lines(*lines)
     _check_tokens("x", x)
     _check_lines("x", x, lines)
-    dim, width = x.shape[2], forward.weight.shape[-1] if isinstance(forward.weight, Tensor) else None
+    check_tensor("weight", forward.weight)
+    check_ndim("weight", forward.weight, "(dim, width)")
+    dim, width = x.shape[2], forward.weight.shape[1]
     for taps in (forward, backward):
         _check_parameters(x, "x", (("weight", taps.weight, (dim, width), "(dim, width)"),))
         if width not in WIDTHS:

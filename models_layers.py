@@ -1,0 +1,84 @@
+"""One encoder layer of a Vision Mamba, and its add and norm."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from mamba_ssm.modules.mamba_simple import Mamba
+from mamba_ssm.modules.parts import is_plain
+from mamba_ssm.ops.triton.layernorm import RMSNorm, layer_norm_fn
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from embeddings import resize_pos_embed
+
+
+class Block(nn.Module):
+    """One encoder layer: add the last output to the residual, normalise, mix."""
+
+    def __init__(
+        self,
+        mixer: Mamba,
+        norm: nn.Module,
+        drop_path: float,
+        fused_add_norm: bool = False,
+        residual_in_fp32: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mixer, self.norm = mixer, norm
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.fused_add_norm, self.residual_in_fp32 = fused_add_norm, residual_in_fp32
+
+    def forward(self, hidden: Tensor, residual: Tensor | None, **mixer_args: Any) -> tuple[Tensor, Tensor]:
+        """hidden, residual (B, L, D) -> the mixer's output and the new residual; `mixer_args` go to the mixer."""
+        if residual is not None:
+            hidden = self.drop_path(hidden)
+        hidden, residual = add_norm(self.norm, hidden, residual, self.fused_add_norm, self.residual_in_fp32)
+        return self.mixer(hidden, **mixer_args), residual
+
+
+def add_norm(
+    norm: nn.Module, hidden: Tensor, residual: Tensor | None, fused: bool, residual_in_fp32: bool
+) -> tuple[Tensor, Tensor]:
+    """residual + hidden, and its norm: in one operator if `fused` and the norm is as it was made, else step by step in
+    the dtypes that torch gives, the norm as the module that it is."""
+    if fused and is_plain(norm):
+        is_rms = isinstance(norm, RMSNorm)
+        return layer_norm_fn(
+            hidden, norm.weight, norm.bias, residual, norm.eps, True, residual_in_fp32, is_rms_norm=is_rms
+        )
+    residual = hidden if residual is None else residual + hidden
+    if residual_in_fp32:
+        residual = residual.float()
+    return norm(residual.to(norm.weight.dtype)), residual
+
+
+def init_linears(module: nn.Module, depth: int) -> None:
+    """Vim's initialisation of the linear layers in `module`: zero biases but for dt_proj's, and out_proj
+    Kaiming-uniform over sqrt(depth), one residual branch a layer."""
+    for name, linear in module.named_modules():
+        if not isinstance(linear, nn.Linear):
+            continue
+        if name.endswith("out_proj"):
+            nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+            with torch.no_grad():
+                linear.weight /= math.sqrt(depth)
+        if linear.bias is not None and not getattr(linear.bias, "_no_reinit", False):
+            nn.init.zeros_(linear.bias)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """timm's hook on loaded weights: fit the position embedding of a square grid to the model's own grid."""
+    pos_embed = state_dict.get("pos_embed")
+    if pos_embed is None or model.pos_embed is None or pos_embed.shape[1] == model.pos_embed.shape[1]:
+        return state_dict
+    num_patches = pos_embed.shape[1] - len(model.class_row_positions(model.patch_embed.num_patches))
+    side = math.isqrt(max(num_patches, 0))
+    if side * side != num_patches:
+        raise ValueError(
+            f"pos_embed has {num_patches} patch rows; wanted a square number, to know the grid it was made for."
+        )
+    resized = resize_pos_embed(pos_embed, (side, side), model.pos_embed_grid, model.class_row_positions)
+    return state_dict | {"pos_embed": resized}

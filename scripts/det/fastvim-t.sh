@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Cascade Mask R-CNN on FastVim-T, COCO, 184,375 steps from an ImageNet FastVim-T, total batch 16 on 8 GPUs. Published: box AP 45.1.
+# usage: bash scripts/det/fastvim-t.sh DATA_PATH --finetune FILE [FLAGS...]
+source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
+
+launch det-fastvim-t COCO "$@" -- \
+    --task detect --model fastvim_tiny_patch16_224 \
+    --iterations 184375 --eval-interval 7375 --decay-iters 163889 177546 --warmup-iters 250 --batch-size 2 --lr 1e-4 \
+    --weight-decay 0.05 --clip-grad 35 --drop-path 0.1 --num_workers 8 --dist-eval
