@@ -97,11 +97,9 @@ class VisionMamba(nn.Module):
         """Patches, class tokens, positions."""
         pooling, dim = self.methods.get("pooling"), settings.embed_dim
         self._colwise = pooling is not None and pooling.scanpath_type == "colwise"
-        embed: Callable[..., PatchEmbed] = PatchEmbed
         self.knows_channels = settings.channel_tokens
-        if settings.channel_tokens:
-            names = ("hcs", "sort_channels", "scan_order")
-            embed = partial(ChannelPatchEmbed, **{name: getattr(settings, name) for name in names})
+        about = {name: getattr(settings, name) for name in ("hcs", "sort_channels", "scan_order")}
+        embed = partial(ChannelPatchEmbed, **about) if self.knows_channels else PatchEmbed
         self.patch_embed = embed(
             settings.img_size,
             settings.patch_size,
