@@ -40,6 +40,7 @@ TASKS = _Tasks(
         "pretrain": "tasks.pretrain.task:Pretrain",
         "segment": "tasks.segment.task:Segment",
         "detect": "tasks.detect.task:Detect",
+        "cells": "tasks.cells.task:ClassifyCells",
     }
 )
 
