@@ -33,6 +33,10 @@ class _Tasks(Mapping[str, "type[Task]"]):
         self._classes[task.name] = task
         return task
 
+    def remove(self, name: str) -> None:
+        """Take a task that was added out again."""
+        self._classes.pop(name, None)
+
 
 TASKS = _Tasks(
     {

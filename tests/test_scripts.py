@@ -25,6 +25,7 @@ import torch
 import fusion
 import main as program
 from tasks import TASKS
+from tasks.detect import build_detector
 from tasks.segment import build_segmenter
 from tests import cells_data, micro_models, program_data, shapes_data
 from tests.conftest import Result
@@ -136,6 +137,14 @@ class Files:
             torch.save({"model": build_segmenter(f"{family}_micro_patch8_32", 6, img_size=32).state_dict()}, path)
         return path
 
+    def detector(self, family: str) -> Path:
+        """Weights of an untrained micro detector for SHAPES, as narrow as `SMALL` has it."""
+        path = self.root / f"{family}-detector.pth"
+        if not path.exists():
+            model = build_detector(f"{family}_micro_patch8_32", 5, img_size=32, out_channels=8, fc_channels=16)
+            torch.save({"model": model.state_dict()}, path)
+        return path
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
@@ -194,6 +203,8 @@ def substitute(flags: list[str], files: Files, folder: Path) -> list[str]:
     }
     if value(flags, "--task") == "segment":
         stands["--resume"] = files.segmenter(family)
+    if value(flags, "--task") == "detect":
+        stands["--resume"] = files.detector(family)
     return [str(stands.get(before, flag)) for before, flag in zip(["", *flags], flags)]
 
 
@@ -392,11 +403,15 @@ def run_module(name: str, arguments: list[str], files: Files, folder: Path, monk
     """Run `python -m name` in this process, small where it would take minutes."""
     small = {
         "benchmarks.throughput": ["--img-size", "32", "--batch-size", "1", "--seconds", "0"],
-        "examples.new_method": ["--data-set", "CIFAR", "--data-path", str(files.data["CIFAR"]), *SMALL],
+        "examples.new_method": ["--data-set", "CIFAR", "--data-path", str(files.data["CIFAR"]), *SMALL["classify"]],
+        "examples.new_task": ["--model", "vim_micro_patch8_32", *SMALL["classify"], "--batch-size", "256"],
     }
     if name == "benchmarks.plot":  # the folders of runs that are yet to be made
         arguments = [str(logged_run(folder / word)) if word.startswith("output/") else word for word in arguments]
         arguments += ["--file", str(folder / "curves.png")]
+    arguments = [
+        str(folder / "run") if before == "--output_dir" else word for before, word in zip(["", *arguments], arguments)
+    ]
     help_only = name in LONG
     monkeypatch.setattr(sys, "argv", [name, *arguments, *(["--help"] if help_only else small.get(name, []))])
     monkeypatch.chdir(ROOT)
@@ -409,6 +424,7 @@ def run_module(name: str, arguments: list[str], files: Files, folder: Path, monk
     finally:  # an example registers its method for the rest of its process
         for added in set(fusion.METHODS) - methods:
             fusion.unregister(added)
+        TASKS.remove("rotate")
     assert code == 0
 
 
