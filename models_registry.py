@@ -230,6 +230,8 @@ PUBLISHED_SPELLINGS = {
     "Vim-Base": "dyvm_base_patch16_224",
     "VideoMamba-Tiny": "dyvm_videomamba_tiny_patch16_224",
     "VideoMamba-Small": "dyvm_videomamba_small_patch16_224",
+    "VideoMamba-Middle": "dyvm_videomamba_middle_patch16_224",
+    "VideoMamba-Base": "dyvm_videomamba_base_patch16_224",
     "MambaReg-Tiny": "dyvm_mambareg_tiny_patch16_224",
     "MambaReg-Small": "dyvm_mambareg_small_patch16_224",
     "MambaReg-Base": "dyvm_mambareg_base_patch16_224",

@@ -35,6 +35,7 @@ for method in ${METHODS:-none upper fastvim dyvm cells}; do
     upper) train upper --model vim_nano_patch4_32 --fusion-strategy upper --fusion-layer 2 --fusion-token 8 ;;
     fastvim) train fastvim --model fastvim_nano_patch4_32 ;;
     dyvm) train dyvm --model dyvm_nano_patch4_32 --model-path "$output/none/checkpoint.pth" --token-keep-ratio 0.7 \
+        --token-pruning-weight 10 --block-pruning-weight 10 --warmup-lr 1e-6 \
         --block-keep-ratio 0.8 --gate-noise-end 0 ;;
     cells) train_cells cells --model fastchannelvim_nano_patch4_32 ;;
     *) echo "METHODS names $method; wanted none, upper, fastvim, dyvm or cells." >&2 && exit 2 ;;

@@ -49,7 +49,7 @@ PUBLISHED = published()
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What stands for the paths of the commands."""
     root = tmp_path_factory.mktemp("published")
-    (root / "data").mkdir()
+    (root / "data" / "train").mkdir(parents=True)
     torch.save({"model": {}}, root / "weights.pth")
     return {"DATA": str(root / "data"), "OUTPUT": str(root / "output"), "WEIGHTS": str(root / "weights.pth")}
 
