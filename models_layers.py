@@ -41,7 +41,11 @@ def add_norm(
     norm: nn.Module, hidden: Tensor, residual: Tensor | None, fused: bool, residual_in_fp32: bool
 ) -> tuple[Tensor, Tensor]:
     """residual + hidden, and its norm: in one operator if `fused` and the norm is as it was made, else step by step in
-    the dtypes that torch gives, the norm as the module that it is."""
+    the dtypes that torch gives, the norm as the module that it is.
+
+    `residual_in_fp32` keeps the residual in float32 at least: a model in float64 has it in float64.
+    """
+    residual_in_fp32 = residual_in_fp32 and hidden.dtype != torch.float64
     if fused and is_plain(norm):
         is_rms = isinstance(norm, RMSNorm)
         return layer_norm_fn(

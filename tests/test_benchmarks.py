@@ -326,8 +326,11 @@ def test_operators_against_peers_and_ports(tmp_path: Path, capsys: pytest.Captur
 # --- mistakes ---
 
 MISTAKES = {
+    "detection": [["--models", "nothing"], ["--size", "3"], ["--heads", "x"]],
+    "few_labels": [[], ["{here}"]],
     "flops": [["nothing"], ["vim_nano_patch4_32:depht=2"], ["--img-size", "0"]],
     "gpu_check": [["--device", "cuda:99"], ["--sizes", "1,2"], ["--models", "nothing"]],
+    "mae": [["--model", "nothing"], ["--model", "vim_micro_patch8_32"], ["--mask-ratio", "1"]],
     "merging": [["--model", "nothing"], ["--model", "test_vit"], ["--rounds", "0"], ["--device", "meta"]],
     "ops": [["--sizes", "8,384"], ["--threads", "0"], ["--dtype", "int8"], ["--nonsense"]],
     "plot": [
@@ -340,6 +343,7 @@ MISTAKES = {
     "pruning": [["--model", "deit_tiny_patch16_224"], ["--token-keep", "1.5"], ["--batch-size", "x"]],
     "reliability": [["--kills", "-1"], ["--sections", "floods"]],
     "resolution": [["--models", "nothing"], ["--sizes", "0"], ["--device", "x"], ["--add", "--out", "{broken}"]],
+    "segmentation": [["--models", "nothing"], ["--sizes", "8"], ["--seconds", "-1"]],
     "summary": [[], ["{here}"], ["{run}"], ["{bad}"]],
     "throughput": [
         *(["vim_nan_patch4_32"], ["vim_nano_patch4_32:depht=2"], ["vim_nano_patch4_32", "--batch-size", "0"]),

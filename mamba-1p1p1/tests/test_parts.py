@@ -16,7 +16,7 @@ class Rows:
     """Pools pairs of tokens; the fused kernels know it as lines, and as no lines."""
 
     def __init__(self, lines):
-        self.lines = lines
+        self.lines, self.backward = lines, None
 
     def order(self, x):
         return x

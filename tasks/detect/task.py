@@ -15,6 +15,7 @@ import fusion
 import models_mamba
 from fusion import Meter
 from loading import EvalBatches
+from tasks.dense.backbone import layer_scales
 from tasks.detect import data as sets
 from tasks.detect.detector import build_detector
 from tasks.detect.evaluation import CocoEvaluator
@@ -215,21 +216,7 @@ class Detect(Task):
         return "; ".join(row(kind) for kind in ("box", "mask"))
 
     def layer_scales(self, decay: float) -> dict[str, float] | None:
-        """decay^(depth - i) for layer i, decay^(depth + 1) for embedding and positions, 1 for pyramid and heads."""
-        body = self.model.body
-        if not isinstance(body, models_mamba.VisionMamba):
-            return None
-        scales = {}
-        for name, _ in self.model.named_parameters():
-            part = name.removeprefix("backbone.dense.body.")
-            first, _, rest = part.partition(".")
-            if part == name:
-                scales[name] = 1.0
-            elif first == "layers":
-                scales[name] = decay ** (body.depth - int(rest.partition(".")[0]))
-            else:
-                scales[name] = decay ** (body.depth + 1)
-        return scales
+        return layer_scales(self.model, "backbone.dense.body.", self.model.body, decay)
 
     @torch.no_grad()
     def draw(self, test_set: Iterable[Any], directory: Path, meters: Sequence[Meter] = ()) -> None:

@@ -15,7 +15,7 @@ import models_mamba
 from fusion import Meter
 from fusion.visualize_pruning import draw_directions
 from loading import EvalBatches
-from tasks.dense.backbone import FEATURES
+from tasks.dense.backbone import FEATURES, layer_scales
 from tasks.dense.measure import SegmentationMeter
 from tasks.dense.necks import resize, synchronise_batch_norm
 from tasks.dense.pictures import denormalise, draw_kept_patches, draw_segmentation, save_prediction
@@ -26,7 +26,7 @@ from tasks.segment.models import build_segmenter
 from tasks.task import Data, Metric, Task
 from utils import UsageError, nearest
 from utils.flags import number
-from utils.processes import sum_over_processes
+from utils.processes import sum_over_processes, world_size
 
 NUM_PICTURES = 8
 IGNORED = 255
@@ -209,6 +209,8 @@ class Segment(Task):
         self._evaluator: _Evaluator | None = None
 
     def begin_training(self) -> None:
+        if self.args.batch_size * world_size() < 2:
+            raise UsageError("--batch-size 1 leaves BatchNorm a single value of a pooled image; wanted 2 or more.")
         # DyVM's segmenters learn from no teacher, only from its two keep targets
         weights = self.args.token_pruning_weight, self.args.block_pruning_weight
         self.criterion = SegmentationLoss(self.model.backbone.pruning, token_weight=weights[0], block_weight=weights[1])
@@ -273,21 +275,7 @@ class Segment(Task):
         return lines + super().report(batches, meters, autocast)
 
     def layer_scales(self, decay: float) -> dict[str, float] | None:
-        """decay^(depth - i) for layer i, decay^(depth + 1) for embedding and positions, 1 for the heads."""
-        body = self.model.backbone.body
-        if not isinstance(body, models_mamba.VisionMamba):
-            return None
-        scales = {}
-        for name, _ in self.model.named_parameters():
-            part = name.removeprefix("backbone.body.")
-            first, _, rest = part.partition(".")
-            if part == name or first not in ("layers", "patch_embed", "pos_embed", "pos_embed_cls", "cls_token"):
-                scales[name] = 1.0
-            elif first == "layers":
-                scales[name] = decay ** (body.depth - int(rest.partition(".")[0]))
-            else:
-                scales[name] = decay ** (body.depth + 1)
-        return scales
+        return layer_scales(self.model, "backbone.body.", self.model.backbone.body, decay)
 
     @torch.no_grad()
     def draw(self, test_set: Iterable[Any], directory: Path, meters: Sequence[Meter] = ()) -> None:

@@ -1,4 +1,4 @@
-"""Causal depthwise 1-D convolution: one operator for a sequence, one for a step, and their obvious versions."""
+"""Causal depthwise 1-D convolution of a sequence: the function, its obvious version, and the operator."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ WIDTHS = (2, 3, 4)
 _DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
-def _uses_silu(activation: str | None) -> bool:
+def uses_silu(activation: str | None) -> bool:
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"activation is {activation!r}, wanted None, 'silu' or 'swish'")
     return activation is not None
 
 
-def _check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_tensor("weight", weight)
     check_ndim("weight", weight, "(dim, width)")
-    if weight.shape[0] != x.shape[1] or weight.shape[1] not in WIDTHS:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, wanted (dim, width) with dim {x.shape[1]} and width 2, 3 or 4"
-        )
+    if weight.shape[0] != x.shape[1] or weight.shape[1] < 1:
+        given = tuple(weight.shape)
+        raise ValueError(f"weight has shape {given}, wanted (dim, width) with dim {x.shape[1]} and width 1 or more")
     check_dtype("weight", weight, _DTYPES)
     check_device("weight", weight, x, "x")
     if bias is not None:
@@ -41,8 +40,17 @@ def _check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def causal_conv1d_fn(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, *, reverse: bool = False
-) -> Tensor:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | str | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    reverse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Causal depthwise convolution along the sequence, differentiable.
 
     `out[b, d, t] = act(bias[d] + sum_w weight[d, w] * x[b, d, t - (width - 1) + w])`, with zeros left of the sequence.
@@ -50,32 +58,93 @@ def causal_conv1d_fn(
     Args:
         x: (batch, dim, seqlen), any strides; float32, bfloat16, float16 or float64. Channel-last memory (stride 1 along
             dim) is as fast as contiguous and is not copied.
-        weight: (dim, width) with width 2, 3 or 4.
+        weight: (dim, width); there are kernels for widths of 2, 3 and 4.
         bias: (dim,) or None.
+        seq_idx: (batch, seqlen), whole numbers: tokens are seen by tokens of the same number only. In the first
+            releases the activation stood in this place; a string here is one.
+        initial_states: (batch, dim, width - 1), what stands left of the sequence instead of zeros.
+        return_final_states: also return the last width - 1 tokens (batch, dim, width - 1).
+        final_states_out: where to write those.
         activation: None, "silu" or "swish".
         reverse: run against the sequence, that is `flip(conv(flip(x)))`, without the flipped copies.
 
     Returns:
         (batch, dim, seqlen) in the dtype and memory layout of `x`; sums are taken in float32 (float64 for float64 `x`).
+        With `return_final_states`, that and the final states.
 
     Raises:
         ValueError: a shape, device or activation that does not fit.
         TypeError: not a tensor, or a dtype that does not fit.
     """
+    if isinstance(seq_idx, str):
+        seq_idx, activation = None, seq_idx
     check_tensor("x", x)
     check_ndim("x", x, "(batch, dim, seqlen)")
     check_dtype("x", x, _DTYPES)
-    _check_parameters(x, weight, bias)
-    if wants_reference(x, weight, bias):
-        return causal_conv1d_ref(x, weight, bias, activation, reverse=reverse)
-    return torch.ops.causal_conv1d.forward(x, weight, bias, _uses_silu(activation), reverse)
+    check_parameters(x, weight, bias)
+    silu = uses_silu(activation)
+    if seq_idx is None and initial_states is None and not return_final_states:
+        return _convolve(x, weight, bias, silu, reverse)
+    _check_states(x, weight, seq_idx, initial_states, return_final_states, reverse)
+    if seq_idx is not None:
+        return _convolve_packed(x, weight, bias, silu, seq_idx)
+    before = weight.shape[1] - 1
+    states = x.new_zeros(*x.shape[:2], before) if initial_states is None else initial_states.to(x.dtype)
+    seen = torch.cat([states, x], dim=-1)
+    out = _convolve(seen, weight, bias, silu, reverse)[..., before:]
+    if not return_final_states:
+        return out
+    last = seen[..., seen.shape[-1] - before :].contiguous()
+    return out, last if final_states_out is None else final_states_out.copy_(last)
+
+
+def _check_states(
+    x: Tensor,
+    weight: Tensor,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    return_final_states: bool,
+    reverse: bool,
+) -> None:
+    if reverse:
+        raise ValueError("reverse is True beside seq_idx or states, wanted one of them: states are left of a sequence")
+    if seq_idx is not None:
+        if initial_states is not None or return_final_states:
+            raise ValueError("seq_idx is given beside states, wanted one of them: of which sequence would they be?")
+        check_tensor("seq_idx", seq_idx)
+        check_shape("seq_idx", seq_idx, (x.shape[0], x.shape[2]), "(batch, seqlen)")
+        check_dtype("seq_idx", seq_idx, (torch.int32, torch.int64))
+        check_device("seq_idx", seq_idx, x, "x")
+    if initial_states is not None:
+        check_tensor("initial_states", initial_states)
+        check_shape("initial_states", initial_states, (*x.shape[:2], weight.shape[1] - 1), "(batch, dim, width - 1)")
+        check_dtype("initial_states", initial_states, _DTYPES)
+        check_device("initial_states", initial_states, x, "x")
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
+    if weight.shape[1] not in WIDTHS or wants_reference(x, weight, bias):
+        return _reference(x, weight, bias, silu, reverse)
+    return torch.ops.causal_conv1d.forward(x, weight, bias, silu, reverse)
+
+
+def _convolve_packed(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, seq_idx: Tensor) -> Tensor:
+    """Sequences one behind the other, as `seq_idx` (batch, seqlen) tells them apart."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    out, width = torch.zeros_like(wide), weight.shape[1]
+    for shift in range(min(width, x.shape[2])):
+        same = seq_idx[:, shift:] == seq_idx[:, : x.shape[2] - shift]
+        part = wide[..., : x.shape[2] - shift] * same.unsqueeze(1) * weight[:, width - 1 - shift, None].to(wide.dtype)
+        out = out + F.pad(part, (shift, 0))
+    out = out if bias is None else out + bias.to(wide.dtype)[:, None]
+    return (F.silu(out) if silu else out).to(x.dtype)
 
 
 def causal_conv1d_ref(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, *, reverse: bool = False
 ) -> Tensor:
     """What `causal_conv1d_fn` computes, as one padded `conv1d`; also the version for other widths."""
-    silu, (dim, width) = _uses_silu(activation), weight.shape
+    silu, (dim, width) = uses_silu(activation), weight.shape
     wide = x if x.dtype == torch.float64 else x.float()
     wide = wide.flip(-1) if reverse else wide
     out = F.conv1d(
@@ -86,74 +155,6 @@ def causal_conv1d_ref(
     )
     out = F.silu(out) if silu else out
     return (out.flip(-1) if reverse else out).to(x.dtype)
-
-
-def causal_conv1d_update(
-    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
-) -> Tensor:
-    """One step of the convolution, for decoding token by token; not differentiated.
-
-    Args:
-        x: (batch, dim), the new token.
-        conv_state: (batch, dim, width), the last `width` tokens; moved on by one in place.
-        weight, bias, activation: as for `causal_conv1d_fn`.
-
-    Returns:
-        (batch, dim) in the dtype of `x`.
-
-    Raises:
-        ValueError, TypeError: as for `causal_conv1d_fn`.
-    """
-    check_tensor("x", x)
-    check_ndim("x", x, "(batch, dim)")
-    check_dtype("x", x, _DTYPES)
-    _check_parameters(x, weight, bias)
-    check_tensor("conv_state", conv_state)
-    check_shape("conv_state", conv_state, (*x.shape, weight.shape[1]), "(batch, dim, width)")
-    check_dtype("conv_state", conv_state, (torch.float64,) if x.dtype == torch.float64 else KERNEL_DTYPES)
-    check_device("conv_state", conv_state, x, "x")
-    _check_writable(conv_state, x)
-    if wants_reference(x, conv_state, weight, bias):
-        return causal_conv1d_update_ref(x, conv_state, weight, bias, activation)
-    bias = None if bias is None else bias.detach()
-    return torch.ops.causal_conv1d.update(x.detach(), conv_state, weight.detach(), bias, _uses_silu(activation))
-
-
-def _check_writable(conv_state: Tensor, x: Tensor) -> None:
-    """Raise what torch's own in-place operations raise: one sentence, unless `conv_state` can be written to."""
-    if conv_state.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("conv_state requires a gradient, wanted a state without: it is written to")
-    if torch.compiler.is_compiling():
-        return
-    if conv_state.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError("conv_state was made in inference mode, wanted that it is written to in inference mode too")
-    if _may_overlap(conv_state):
-        given = f"strides {conv_state.stride()} and shape {tuple(conv_state.shape)}"
-        raise RuntimeError(f"conv_state has {given}, wanted a place in memory of its own for each element")
-    if x.numel() and x.untyped_storage().data_ptr() == conv_state.untyped_storage().data_ptr():
-        raise RuntimeError("x shares its memory with conv_state, wanted a tensor of its own: conv_state is written to")
-
-
-def _may_overlap(x: Tensor) -> bool:
-    """Whether two elements of `x` may be at one place: where a dimension's step is shorter than all of those inside."""
-    reach = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1):
-        if stride < reach:
-            return True
-        reach = stride * (size - 1) + reach
-    return False
-
-
-def causal_conv1d_update_ref(
-    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
-) -> Tensor:
-    """What `causal_conv1d_update` computes."""
-    silu = _uses_silu(activation)
-    conv_state.copy_(torch.roll(conv_state, shifts=-1, dims=-1))
-    conv_state[:, :, -1] = x
-    out = torch.sum(conv_state * weight, dim=-1)
-    out = out if bias is None else out + bias
-    return (F.silu(out) if silu else out).to(x.dtype)
 
 
 # --- registration ----------------------------------------------------------------------------------------------------
@@ -169,13 +170,6 @@ def _backward(
     return backends.pick(x).conv_backward(dout, x, weight, bias, silu, reverse)
 
 
-def _update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    out = backends.pick(x).conv_update(x, conv_state, weight, bias, silu)
-    # kernels write past torch: what has saved the state for its gradient is to know
-    torch.autograd.graph.increment_version(conv_state)
-    return out
-
-
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
     return torch.empty_like(x)
 
@@ -185,10 +179,6 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dbias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return torch.empty_like(x), weight.new_empty(weight.shape), dbias
-
-
-def _fake_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
@@ -225,7 +215,4 @@ OPERATORS.register(
     "backward(Tensor dout, Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
-)
-OPERATORS.register(
-    "update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu) -> Tensor", _update, _fake_update
 )
