@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,9 @@ import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
+import benchmarks.micro_models  # noqa: F401 - their names join the registry
 import engine
+from benchmarks import segmentation
 from fusion.dynamic_pruning import Choices
 from models_mae import MaskedAutoencoder
 from models_registry import registry_keywords
@@ -323,3 +327,16 @@ def test_meter_equals_scikit_learn() -> None:
     assert meter.stats()["mIoU"] == pytest.approx(float(iou[:5].mean()))
     with pytest.raises(ValueError, match="class 6"):
         meter.update(torch.zeros(1), torch.full((1,), 6))
+
+
+def test_benchmark_times_whole_and_body(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    names = ("vim_micro_patch8_32", "fastvim_micro_patch8_32")
+    flags = ["--models", *names, "--sizes", 32, "--seconds", 0, "--channels", 8, "--out", tmp_path / "rows.json"]
+    assert segmentation.main([str(flag) for flag in flags]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == [*names]
+    told = capsys.readouterr().out
+    for row in rows:
+        assert min(row["body_images_per_second"], row["images_per_second"]) > 0
+        assert row["peak_bytes"] > 4 * row["parameters"]
+        assert f"| 32 | {row['model']} |" in told
