@@ -67,7 +67,7 @@ def as_text(value: Any) -> str:
 
 
 def understood() -> list[Any]:
-    """The commands that mean something; `pending` says what one still waits for, and the test when it no longer does."""
+    """The commands that mean something; `pending` says what one waits for, and the test when it no longer does."""
     found = []
     for each in PUBLISHED:
         if "means" in each.said:
