@@ -129,16 +129,16 @@ VEC V exp2_within(V x) {
 #endif
 #endif
 
-// 1 / x for x >= 1, to a unit in the last place; 2^-125 beyond 2^125, where 1 / x would be lost.
+// 1 / x for x >= 1, to a unit in the last place; 0 beyond 2^125, NaN for NaN.
 VEC V reciprocal(V x) {
 #if ISA_AVX512
-    x = min(set(0x1p125f), x);
     V r = (V)_mm512_rcp14_ps((__m512)x);
-    return fma(r, fma(set(0.f) - x, r, set(1.f)), r);
+    r = fma(r, fma(set(0.f) - x, r, set(1.f)), r);
+    return x > set(0x1p125f) ? set(0.f) : r;
 #elif ISA_AVX2
-    x = min(set(0x1p125f), x);
     V r = (V)_mm256_rcp_ps((__m256)x), rest = fma(set(0.f) - x, r, set(1.f));
-    return fma(r, fma(rest, rest, rest), r);  // twelve bits, three times as many
+    r = fma(r, fma(rest, rest, rest), r);  // twelve bits, three times as many
+    return x > set(0x1p125f) ? set(0.f) : r;
 #else
     return set(1.f) / x;
 #endif
