@@ -143,14 +143,14 @@ VEC V reciprocal(V x) {
     return set(1.f) / x;
 #endif
 }
-// log(1 + x) for x in [0, 1], to 2.4e-7 relative. A polynomial, in two halves that do not wait for each other.
+// log(1 + x) for x in [0, 1], to 2.4e-7 relative (3e-7 without fma). A polynomial, in two halves that do not wait for each other.
 VEC V log1p(V x) {
     const V q = x * x;
     V even = fma(set(0.00536482f), q, set(0.07920451f));
     V odd = fma(set(-0.03006577f), q, set(-0.137538f));
     even = fma(even, q, set(0.19153654f)), odd = fma(odd, q, set(-0.24857163f));
     even = fma(even, q, set(0.33321323f)), odd = fma(odd, q, set(-0.49999648f));
-    return x * fma(odd, x, fma(even, q, set(1.f)));
+    return x * fma(fma(even, x, odd), x, set(1.f));
 }
 
 VEC V from_half_bits(BitsV h) {
