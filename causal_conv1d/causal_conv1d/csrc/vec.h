@@ -143,7 +143,8 @@ VEC V reciprocal(V x) {
     return set(1.f) / x;
 #endif
 }
-// log(1 + x) for x in [0, 1], to 2.4e-7 relative (3e-7 without fma). A polynomial, in two halves that do not wait for each other.
+// log(1 + x) for x in [0, 1], to 2.4e-7 relative (3e-7 without fma): a polynomial, in two
+// halves that do not wait for each other.
 VEC V log1p(V x) {
     const V q = x * x;
     V even = fma(set(0.00536482f), q, set(0.07920451f));
