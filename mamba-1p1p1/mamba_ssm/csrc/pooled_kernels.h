@@ -266,7 +266,8 @@ template <class T> int pooled_scan_of(const PooledScanArgs &s) {
     const int64_t outputs = s.rank + 2 * s.dstate, tokens = s.batch * s.lines, blocks = padded(s.dim) / LANES;
     const int64_t own = (2 * s.dstate + s.rank + 4 * s.lines) * LANES, work = 2 * tokens * blocks * (outputs + s.dstate * 4);
     const int shares = parallel::shares_for(s.threads, blocks, work);
-    float *const rows = static_cast<float *>(std::malloc((2 * tokens * outputs + shares * own) * sizeof(float)));
+    const memory::Buffer buffer((2 * tokens * outputs + shares * own) * sizeof(float));
+    float *const rows = static_cast<float *>(buffer.data());
     if (!rows) return 1;
     parallel::run(shares, [&](int share) {
         for (int backward = 0; backward < 2; ++backward) {
@@ -280,7 +281,6 @@ template <class T> int pooled_scan_of(const PooledScanArgs &s) {
         for (int64_t task = range.begin; task < range.end; ++task)
             scan_channels<T>(s, task / blocks, task % blocks * LANES, rows, scratch);
     });
-    std::free(rows);
     return 0;
 }
 
