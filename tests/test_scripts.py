@@ -23,6 +23,7 @@ import torch
 
 import fusion
 import main as program
+from tasks.detect import build_detector
 from tasks.segment import build_segmenter
 from tests import micro_models, program_data, shapes_data
 from tests.conftest import Result
@@ -107,6 +108,15 @@ class Files:
         return path
 
 
+    def detector(self, family: str) -> Path:
+        """Weights of an untrained micro detector for SHAPES, of the size that the tests give the program."""
+        path = self.root / f"{family}-detector.pth"
+        if not path.exists():
+            model = build_detector(f"{family}_micro_patch8_32", 5, img_size=32, out_channels=8, fc_channels=16)
+            torch.save({"model": model.state_dict()}, path)
+        return path
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return Files(tmp_path_factory.mktemp("files"))
@@ -143,6 +153,8 @@ def substitute(flags: list[str], files: Files, folder: Path) -> list[str]:
     }
     if value(flags, "--task") == "segment":
         stands["--resume"] = files.segmenter(family)
+    if value(flags, "--task") == "detect":
+        stands["--resume"] = files.detector(family)
     return [str(stands.get(before, flag)) for before, flag in zip(["", *flags], flags)]
 
 
