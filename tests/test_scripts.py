@@ -23,6 +23,7 @@ import torch
 
 import fusion
 import main as program
+from tasks import TASKS
 from tasks.detect import build_detector
 from tasks.segment import build_segmenter
 from tests import micro_models, program_data, shapes_data
@@ -106,7 +107,6 @@ class Files:
         if not path.exists():
             torch.save({"model": build_segmenter(f"{family}_micro_patch8_32", 6, img_size=32).state_dict()}, path)
         return path
-
 
     def detector(self, family: str) -> Path:
         """Weights of an untrained micro detector for SHAPES, of the size that the tests give the program."""
@@ -354,7 +354,7 @@ def run_module(name: str, arguments: list[str], files: Files, folder: Path, monk
 
 
 def test_flags_in_code_spans_exist() -> None:
-    known = set(program.get_args_parser()._option_string_actions)
+    known = set().union(*(program.get_args_parser(task)._option_string_actions for task in TASKS.values()))
     for page in PAGES:
         text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
         for span in re.findall(r"`(--[^`\n]+)`", text):
