@@ -224,7 +224,7 @@ def test_parameters() -> None:
     assert model.pos_embed.shape == (1, 64, 64)
     assert "patch_embed.channel_embed.weight" in model.no_weight_decay()
     assert 0.01 < float(model.patch_embed.channel_embed.weight.detach().std()) < 0.03
-    assert float(model.patch_embed.proj.bias.abs().max()) > 0
+    assert float(model.patch_embed.proj.bias.detach().abs().max()) > 0
     assert all(layer.mixer.layernorm is not None for layer in model.layers)
     bare = timm.create_model("channelvim_nano_patch4_32", use_norm_after_ssm=False)
     assert all(layer.mixer.layernorm is None for layer in bare.layers)
