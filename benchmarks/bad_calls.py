@@ -65,9 +65,17 @@ def _both_directions(xz: Any, **tensors: Any) -> Tensor:
     return directions_fn(xz, [Direction(*given[:7]), Direction(*given[7:], True)], 0.5)
 
 
+def _lines(x: Any, count: Any, across: Any) -> Lines | None:
+    """`count` lines of the tokens of `x`, as many of each as there are, one after another or side by side."""
+    length = (
+        x.shape[1] // count if isinstance(count, int) and count > 0 and isinstance(x, Tensor) and x.dim() > 1 else 1
+    )
+    return Lines.of_grid((length, count), (1, 0)) if across else Lines.of_grid((count, length))
+
+
 def _pooled_conv(x: Any, count: Any, across: Any, **taps: Any) -> tuple[Tensor, ...]:
     given = list(taps.values())
-    return pooled_conv_fn(x, Taps(*given[:3]), Taps(*given[3:]), Lines(count, across))
+    return pooled_conv_fn(x, Taps(*given[:3]), Taps(*given[3:]), _lines(x, count, across))
 
 
 def _pooled_scan(groups: Any, groups_b: Any, **projections: Any) -> Tensor:
@@ -76,7 +84,7 @@ def _pooled_scan(groups: Any, groups_b: Any, **projections: Any) -> Tensor:
 
 
 def _pooled_gate(skip: Any, groups: Any, z: Any, weight: Any, bias: Any, count: Any, across: Any) -> Tensor:
-    return pooled_gate_fn(skip, groups, z, weight, bias, 1e-5, Lines(count, across), 0.5)
+    return pooled_gate_fn(skip, groups, z, weight, bias, 1e-5, _lines(skip, count, across), 0.5)
 
 
 def _match(metric: Any, fused: Any, places: list[int], moved: list[int]) -> tuple[Tensor, ...]:
