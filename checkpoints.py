@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from embeddings import resize_pos_embed
+from fusion.registry import accept as accept_by_methods
+from fusion.token_state import join_cls
 from utils import UsageError, first_line
 from utils.files import download, is_url, write_atomically
 from utils.flags import Parser
@@ -44,6 +46,7 @@ INERT_PACKAGES = (
 )
 # what is beside an encoder in the weights of self-supervised training
 DECODER_PREFIXES = ("decoder", "mask_token")
+REGISTER_KEYS = ("cls_token", "neck.weight", "norm_neck.weight", "pos_embed_cls")  # MambaReg's
 
 
 def read(path: str) -> Any:
@@ -215,17 +218,18 @@ def load_strictly(
 
 
 def class_positions(model: nn.Module, num_patches: int) -> tuple[int, ...]:
-    """Where class tokens stand in a sequence of `num_patches` patch tokens; timm's models hold them in front."""
-    if hasattr(model, "class_token_positions"):
-        return tuple(model.class_token_positions(num_patches))
+    """Which rows of `pos_embed` are class tokens', for `num_patches` patch tokens; timm's models hold them in front."""
+    if hasattr(model, "class_row_positions"):
+        return tuple(model.class_row_positions(num_patches))
     return tuple(range(getattr(model, "num_prefix_tokens", 0)))
 
 
 def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict[str, Tensor], Callable[[str], bool]]:
-    """Fit `weights` to `model`'s image size and class count.
+    """Fit `weights` to `model`'s image size and class count; those of a masked autoencoder to a classifier too.
 
-    The position embedding is resized; a head for another number of classes, or none at all, and a decoder beside the
-    encoder are left out; all of it is said. Returns the weights and a test for the keys that may be missing from them.
+    The position embedding is resized; a head for another number of classes, or none at all, registers of another number
+    or width, and a decoder beside the encoder are left out; all of it is said. Returns the weights and a test for the
+    keys that may be missing from them.
     """
     own, weights = model.state_dict(), dict(weights)
     decoder = [key for key in weights if key not in own and key.startswith(DECODER_PREFIXES)]
@@ -240,10 +244,20 @@ def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict
         _logger.info("%s: its head for %d classes is left out; the new one starts afresh.", path, classes)
         weights = {key: value for key, value in weights.items() if key.partition(".")[0] not in heads}
         dropped = [key for key in own if key.partition(".")[0] in heads]
-    elif not any(key in weights for key in in_head):
+    elif in_head and not any(key in weights for key in in_head):
+        others = [key for key in weights if key.startswith("head.")]
+        _logger.info("%s has %s; the new one starts afresh.", path, "another head" if others else "no head")
+        weights = {key: value for key, value in weights.items() if key not in others}
         dropped = in_head
-        if in_head:
-            _logger.info("%s has no head; the new one starts afresh.", path)
+    _place_masked_rows(weights, own, bool(decoder), model)
+    # registers, and what reads them, of another number or width start afresh
+    registers = [] if "pos_embed_cls" not in own or "pos_embed_cls" not in weights else REGISTER_KEYS
+    shapes = [{key: value.shape for key, value in entries.items() if key in registers} for entries in (own, weights)]
+    others = sorted(key for key in {*shapes[0], *shapes[1]} if shapes[0].get(key) != shapes[1].get(key))
+    if others:
+        _logger.info("%s: %s are left out, of another shape; the new ones start afresh.", path, ", ".join(others))
+        weights = {key: value for key, value in weights.items() if key not in others}
+        dropped = [*dropped, *others]
     name = "pos_embed"
     if name in own and name in weights and own[name].shape[1] != weights[name].shape[1]:
         new_grid = tuple(getattr(model, "pos_embed_grid", None) or model.patch_embed.grid_size)
@@ -257,6 +271,20 @@ def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict
     return weights, lambda key: key in dropped
 
 
+def _place_masked_rows(weights: dict[str, Tensor], own: dict[str, Tensor], was_masked: bool, model: nn.Module) -> None:
+    """Bring the positions of a masked autoencoder (`models_mae`) to where `model` has them.
+
+    Another autoencoder's follow from its grid. In a classifier (`was_masked`: the decoder is left out already) the
+    class token's row, which comes first in an autoencoder, moves to the place of the token.
+    """
+    for name in ("pos_embed", "decoder_pos_embed") if "decoder_pos_embed" in own else ():
+        if name in weights:
+            weights[name] = own[name]
+    if was_masked and "cls_token" in weights and "pos_embed" in weights:
+        classes, patches = weights["pos_embed"].tensor_split([1], 1)
+        weights["pos_embed"] = join_cls(classes, patches, class_positions(model, patches.shape[1]))
+
+
 def divided(value: Tensor, like: Tensor) -> Tensor:
     """`value`, divided among the processes if `like` is."""
     if not isinstance(like, DTensor):
@@ -264,10 +292,12 @@ def divided(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
-def start(model: nn.Module, path: str, name: str, *, fit: bool, may_miss: set[str] = frozenset()) -> None:
+def start(model: nn.Module, path: str, name: str, *, fit: bool, may_miss: set[str] = frozenset()) -> Any:
     """Give `model`, which is called `name`, the weights of the file or address `path`; with `fit`, fitted to its image
-    size and class count. Keys in `may_miss` keep their initial value where the file lacks them."""
-    weights, origin = find_weights(read(path), path)
+    size and class count. Keys in `may_miss` keep their initial value where the file lacks them. Returns what the file
+    holds."""
+    checkpoint = read(path)
+    weights, origin = find_weights(checkpoint, path)
     _logger.info("Weights from %s (%s).", path, origin)
     is_left_out: Callable[[str], bool] = may_miss.__contains__
     if fit:
@@ -276,6 +306,22 @@ def start(model: nn.Module, path: str, name: str, *, fit: bool, may_miss: set[st
         weights, is_dropped = fitted
         is_left_out = lambda key: key in may_miss or is_dropped(key)  # noqa: E731
     load_strictly(model, weights, path, name, may_miss=is_left_out)
+    return checkpoint
+
+
+def saved_flags(checkpoint: Any) -> dict[str, Any]:
+    """The flags of the run that wrote `checkpoint`; none where it does not say."""
+    flags = checkpoint.get("args") if isinstance(checkpoint, dict) else None
+    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    return flags if isinstance(flags, dict) else {}
+
+
+def accept(args: argparse.Namespace, model: nn.Module, checkpoint: Any, path: str) -> None:
+    """Let the methods of `model` see what it starts from: settings follow from it, or contradict it (UsageError)."""
+    try:
+        accept_by_methods(model, args, find_weights(checkpoint, path)[0], saved_flags(checkpoint), path)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -47,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--val-split", default="validation", help="its evaluation split (default: validation)")
     group.add_argument(
         "--num-classes", type=number(int, 1), default=None, help="classes of a timm/ set that does not say"
+    )
+    group.add_argument(
+        "--label-share",
+        type=number(float, 0, 1, above=True),
+        default=1.0,
+        metavar="SHARE",
+        help="train on this share of each class, chosen by --seed (default: 1)",
     )
     group.add_argument(
         "--max-pixels", type=number(int, 1), default=MAX_PIXELS, metavar="N", help="of an image (default: %(default)s)"
@@ -428,7 +435,21 @@ def build_dataset(
     targets = getattr(dataset, "targets", None)
     if targets is not None:
         check_labels(torch.as_tensor(targets), classes, "training" if is_train else "evaluation")
+    if is_train and args.label_share < 1:
+        dataset = _share(dataset, targets, args)
     return dataset, classes
+
+
+def _share(dataset: Dataset, targets: Sequence[int] | None, args: argparse.Namespace) -> Subset:
+    """--label-share of every class, at least one image each."""
+    if targets is None:
+        raise UsageError(f"--label-share wants a data set that lists its labels; {args.data_set} does not.")
+    targets, chosen = np.asarray(targets), []
+    generator = np.random.default_rng(args.seed)
+    for target in np.unique(targets):
+        members = generator.permutation(np.flatnonzero(targets == target))
+        chosen.append(members[: max(1, round(args.label_share * len(members)))])
+    return Subset(dataset, np.sort(np.concatenate(chosen)).tolist())
 
 
 def check_labels(targets: Tensor, num_classes: int, what: str) -> None:

@@ -31,13 +31,18 @@ class PatchEmbed(nn.Module):
         dynamic: bool = False,
     ) -> None:
         super().__init__()
-        self.img_size, self.patch_size, self.stride = to_2tuple(img_size), to_2tuple(patch_size), to_2tuple(stride)
-        self.dynamic = dynamic
-        if any(size < patch for size, patch in zip(self.img_size, self.patch_size)):
-            raise ValueError(f"img_size is {self.img_size}; wanted at least one patch of {self.patch_size}.")
-        self.grid_size = self.grid_of(*self.img_size)
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.patch_size, self.stride, self.dynamic = to_2tuple(patch_size), to_2tuple(stride), dynamic
+        self.resize(img_size)
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride)
+
+    def resize(self, img_size: int | tuple[int, int]) -> None:
+        """Take images of `img_size` from now on."""
+        img_size = to_2tuple(img_size)
+        if any(size < patch for size, patch in zip(img_size, self.patch_size)):
+            raise ValueError(f"img_size is {img_size}; wanted at least one patch of {self.patch_size}.")
+        self.img_size = img_size
+        self.grid_size = self.grid_of(*img_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """(rows, cols) of the token grid of an image, padded first where that is allowed."""

@@ -24,10 +24,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
-from fusion import Meter
 from loading import EvalBatches, TrainBatches
 from run import Run
-from tasks.task import Task
+from tasks.task import Meter, Task
 from utils import PeerError, RunError, UsageError, first_line, nearest
 from utils.flags import add_switch, number
 from utils.memory import reset_peak_memory

@@ -28,7 +28,7 @@ import loading
 import run as runs
 from loading import EvalBatches, TrainBatches
 from run import Run
-from tasks import TASKS, backbone
+from tasks import TASKS, backbone, implied_task
 from tasks.task import Data, Task
 from utils import PeerError, RunError, UsageError, nearest, processes
 from utils.flags import Parser
@@ -60,10 +60,10 @@ def get_args_parser(task: type[Task] | None = None) -> Parser:
 
 
 def choose_task(argv: list[str] | None = None) -> type[Task]:
-    """The task that the flags name."""
+    """The task that the flags name, or imply."""
     parser = Parser(prog="main.py", add_help=False, allow_abbrev=False)
-    parser.add_argument("--task", default="classify")
-    name = parser.parse_known_args(argv)[0].task
+    parser.add_argument("--task")
+    name = parser.parse_known_args(argv)[0].task or implied_task(argv)
     if name not in TASKS:
         raise UsageError(f"--task {name!r} is unknown; wanted {', '.join(TASKS)}{nearest(name, TASKS)}.")
     return TASKS[name]
@@ -135,7 +135,8 @@ def load_weights(args: argparse.Namespace, task: type[Task], model: nn.Module, d
         may_miss = fusion.added_parameters(model)
     path = args.finetune or ("" if args.eval and args.resume else args.model_path)
     if path:
-        checkpoints.start(model, path, args.model, fit=bool(args.finetune), may_miss=may_miss)
+        checkpoint = checkpoints.start(model, path, args.model, fit=bool(args.finetune), may_miss=may_miss)
+        checkpoints.accept(args, model, checkpoint, path)
     return teacher
 
 
@@ -172,6 +173,7 @@ def evaluate_only(args: argparse.Namespace, task: Task, batches: EvalBatches) ->
     if args.resume:
         path, checkpoint = runs.find(args)
         versions = [("", checkpoints.find_weights(checkpoint, path)[0])]
+        checkpoints.accept(args, task.model, checkpoint, path)
         if isinstance(checkpoint, dict):
             task.load_task_state(checkpoint.get("task_state"))
             if args.model_ema and checkpoint.get("model_ema"):

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import torch
 from mamba_ssm.modules.mamba_simple import Mamba
-from mamba_ssm.ops.triton.layernorm import RMSNorm, layer_norm_fn
+from mamba_ssm.ops.triton.layernorm import RMSNorm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, lecun_normal_, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -29,125 +29,29 @@ from fusion import Methods, build_site_methods, method_keywords
 from fusion.dynamic_pruning import PruningOutput, pruning_output
 from fusion.token_state import (
     ClassIndex,
-    ClassTokens,
     TokenState,
     join_cls,
     mean_over_kept,
     patch_policy,
+    reorder,
     split_cls,
 )
-from models_registry import ALIASES, FASTVIM, PUBLISHED_SPELLINGS, REGISTRY, registry_keywords, registry_name
+from models_layers import Block, add_norm, init_linears
+from models_registry import (
+    ALIASES,
+    FASTVIM,
+    PUBLISHED_SPELLINGS,
+    REGISTRY,
+    VimSettings,
+    registry_keywords,
+    registry_name,
+)
 
 __all__ = ["PUBLISHED_SPELLINGS", "Block", "VimSettings", "VisionMamba", "registry_keywords", "registry_name"]
 
 
-class Block(nn.Module):
-    """One encoder layer: add the last output to the residual, normalise, mix."""
-
-    def __init__(
-        self,
-        mixer: Mamba,
-        norm: nn.Module,
-        drop_path: float,
-        fused_add_norm: bool = False,
-        residual_in_fp32: bool = False,
-    ) -> None:
-        super().__init__()
-        self.mixer, self.norm = mixer, norm
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.fused_add_norm, self.residual_in_fp32 = fused_add_norm, residual_in_fp32
-
-    def forward(self, hidden: Tensor, residual: Tensor | None, **mixer_args: Any) -> tuple[Tensor, Tensor]:
-        """hidden, residual (B, L, D) -> the mixer's output and the new residual; `mixer_args` go to the mixer."""
-        if residual is not None:
-            hidden = self.drop_path(hidden)
-        hidden, residual = add_norm(self.norm, hidden, residual, self.fused_add_norm, self.residual_in_fp32)
-        return self.mixer(hidden, **mixer_args), residual
-
-
-def add_norm(
-    norm: nn.Module, hidden: Tensor, residual: Tensor | None, fused: bool, residual_in_fp32: bool
-) -> tuple[Tensor, Tensor]:
-    """residual + hidden, and its norm: in one operator if `fused`, else step by step in the dtypes that torch gives."""
-    if fused:
-        is_rms = isinstance(norm, RMSNorm)
-        return layer_norm_fn(
-            hidden, norm.weight, norm.bias, residual, norm.eps, True, residual_in_fp32, is_rms_norm=is_rms
-        )
-    residual = hidden if residual is None else residual + hidden
-    if residual_in_fp32:
-        residual = residual.float()
-    return norm(residual.to(norm.weight.dtype)), residual
-
-
-@dataclass(frozen=True)
-class VimSettings:
-    """The keywords of `VisionMamba` that are no method's: those of the published constructor, and a few more.
-
-    `stride` defaults to `patch_size`. Class token: `use_middle_cls_token` puts it at index M // 2 of M patches,
-    `use_double_cls_token` one at each end (read as their mean), else it comes first; `if_cls_token=False` averages all
-    tokens (`final_pool_type="mean"`). `if_bidirectional` takes layers in pairs, the second on the reversed sequence;
-    `pair_residual` says whether the two residuals, equal but for drop-path, are summed (published: it doubles the
-    residual at every site) or averaged. `flip_img_sequences_ratio` is the chance that training reverses the sequence.
-    `use_norm_after_ssm` puts a LayerNorm between scan and gate; None does so with spatial pooling only.
-    """
-
-    img_size: int | tuple[int, int] = 224
-    patch_size: int = 16
-    stride: int | None = None
-    depth: int = 24
-    embed_dim: int = 192
-    d_state: int = 16
-    in_chans: int = 3
-    num_classes: int = 1000
-    ssm_cfg: dict[str, Any] | None = None
-    drop_rate: float = 0.0
-    drop_path_rate: float = 0.1
-    norm_epsilon: float = 1e-5
-    rms_norm: bool = False
-    fused_add_norm: bool = False
-    residual_in_fp32: bool = False
-    ft_seq_len: int | None = None
-    pt_hw_seq_len: int = 14
-    if_bidirectional: bool = False
-    pair_residual: str = "sum"
-    final_pool_type: str = "none"
-    if_abs_pos_embed: bool = False
-    if_rope: bool = False
-    if_rope_residual: bool = False
-    flip_img_sequences_ratio: float = -1.0
-    if_bimamba: bool = False
-    bimamba_type: str = "none"
-    if_cls_token: bool = False
-    if_divide_out: bool = False
-    init_layer_scale: float | None = None
-    use_double_cls_token: bool = False
-    use_middle_cls_token: bool = False
-    use_norm_after_ssm: bool | None = None
-    if_devide_out: bool | None = None  # the published spelling
-
-    def __post_init__(self) -> None:
-        if self.final_pool_type not in ("none", "mean"):
-            raise ValueError(f"final_pool_type is {self.final_pool_type!r}; wanted 'none' or 'mean'.")
-        if self.if_bidirectional and self.depth % 2:
-            raise ValueError(
-                f"depth is {self.depth}; wanted an even number, since if_bidirectional takes layers in pairs."
-            )
-        if self.pair_residual not in ("sum", "mean"):
-            raise ValueError(f"pair_residual is {self.pair_residual!r}; wanted 'sum' or 'mean'.")
-
-    @property
-    def class_tokens(self) -> ClassTokens:
-        """How many class tokens there are, and their places."""
-        if not self.if_cls_token:
-            return ClassTokens()
-        if self.use_double_cls_token:
-            return ClassTokens(2, "ends")
-        return ClassTokens(1, "middle" if self.use_middle_cls_token else "front")
-
-
 class VisionMamba(nn.Module):
-    """Vision Mamba: patch embedding, class tokens, `depth` Mamba layers, norm, linear head.
+    """Vision Mamba: patch embedding, class tokens or registers, `depth` Mamba layers, norm, linear head.
 
     Keywords are the fields of `VimSettings`, and those of the methods (`fusion.method_keywords`). `methods` holds every
     method's settings, and `site_methods` those that are on, outermost first.
@@ -163,7 +67,7 @@ class VisionMamba(nn.Module):
         self.methods = Methods.from_keywords(**{name: value for name, value in keywords.items() if name not in own})
 
         self.num_classes, self.drop_rate = settings.num_classes, settings.drop_rate
-        self.embed_dim = self.num_features = self.head_hidden_size = settings.embed_dim
+        self.embed_dim = self.num_features = settings.embed_dim
         self.depth, self.norm_epsilon = settings.depth, settings.norm_epsilon
         self.fused_add_norm, self.residual_in_fp32 = settings.fused_add_norm, settings.residual_in_fp32
         self.if_bidirectional, self.pair_residual = settings.if_bidirectional, settings.pair_residual
@@ -197,11 +101,14 @@ class VisionMamba(nn.Module):
         names = ("cls_token_head", "cls_token_tail") if settings.use_double_cls_token else ("cls_token",)
         self.cls_token_names = names if self.class_tokens.count else ()
         for name in self.cls_token_names:
-            self.register_parameter(name, nn.Parameter(torch.zeros(1, 1, dim)))
-        self.pos_embed = None
+            self.register_parameter(name, nn.Parameter(torch.zeros(1, self.class_tokens.count // len(names), dim)))
+        self.pos_embed = self.pos_embed_cls = None
         if settings.if_abs_pos_embed:
-            num_tokens = self.patch_embed.num_patches + self.class_tokens.count
-            self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, dim))
+            num_patches = self.patch_embed.num_patches
+            rows = num_patches + len(self.class_row_positions(num_patches))
+            self.pos_embed = nn.Parameter(torch.zeros(1, rows, dim))
+            if self.class_tokens.positions == "own":
+                self.pos_embed_cls = nn.Parameter(torch.zeros(1, self.class_tokens.count, dim))
         self.pos_drop = nn.Dropout(settings.drop_rate)
         self.rope, self.if_rope_residual = None, settings.if_rope_residual
         if settings.if_rope:
@@ -218,7 +125,7 @@ class VisionMamba(nn.Module):
         dim, depth, norm_after_ssm = settings.embed_dim, settings.depth, settings.use_norm_after_ssm
         if norm_after_ssm is None:
             norm_after_ssm = self.methods.get("pooling") is not None
-        norm_layer = partial(RMSNorm if settings.rms_norm else nn.LayerNorm, dim, eps=settings.norm_epsilon)
+        norm_layer = partial(RMSNorm if settings.rms_norm else nn.LayerNorm, eps=settings.norm_epsilon)
         new_mixer = partial(
             Mamba,
             dim,
@@ -232,12 +139,13 @@ class VisionMamba(nn.Module):
         # layer 0 never drops, since it starts the residual; layer 1 takes the first rate, the final add the last
         rates = [0.0, *(settings.drop_path_rate * i / max(depth - 1, 1) for i in range(depth))]
         self.layers = nn.ModuleList(
-            Block(new_mixer(layer_idx=i), norm_layer(), rates[i], self.fused_add_norm, self.residual_in_fp32)
+            Block(new_mixer(layer_idx=i), norm_layer(dim), rates[i], self.fused_add_norm, self.residual_in_fp32)
             for i in range(depth)
         )
         self.drop_path = DropPath(settings.drop_path_rate) if settings.drop_path_rate > 0 else nn.Identity()
-        self.norm_f = norm_layer()
-        self.head = nn.Linear(dim, settings.num_classes) if settings.num_classes > 0 else nn.Identity()
+        self.norm_f = norm_layer(dim)
+        self.neck = self.norm_neck = None
+        self._build_head(settings.num_classes, settings.global_pool, settings.cls_reduce)
         layers_per_site = 2 if self.if_bidirectional else 1
         self.num_sites = depth // layers_per_site
         self.feature_info = [
@@ -245,27 +153,44 @@ class VisionMamba(nn.Module):
             for last in range(layers_per_site - 1, depth, layers_per_site)
         ]
 
+    def _build_head(self, num_classes: int, global_pool: str | None, reduce: int = 1) -> None:
+        """What the head reads, and the head; `reduce` narrows registers where there is a neck to be made."""
+        own = "token" if self.class_tokens.count else "avg" if self.final_pool_type == "mean" else "last"
+        pool = {None: own, "mean": "avg"}.get(global_pool, global_pool)
+        if pool not in ("", "avg", own):
+            raise ValueError(
+                f"global_pool is {global_pool!r}; wanted 'token', 'avg' or '': this model reads its class token, or "
+                "the mean where it has none."
+            )
+        self.num_classes, self.global_pool = num_classes, pool
+        registers = self.class_tokens.count if self.class_tokens.readout == "concat" and pool == "token" else 0
+        if not registers:
+            self.neck = self.norm_neck = None
+        elif reduce > 1:
+            self.neck = nn.Linear(self.embed_dim, self.embed_dim // reduce, bias=False)
+            norm = RMSNorm if isinstance(self.norm_f, RMSNorm) else nn.LayerNorm
+            self.norm_neck = norm(registers * self.neck.out_features, eps=self.norm_epsilon)
+        width = self.embed_dim if self.neck is None else self.neck.out_features
+        self.head_hidden_size = width * max(registers, 1)
+        self.head = nn.Linear(self.head_hidden_size, num_classes) if num_classes > 0 else nn.Identity()
+
     # --- weights ---
 
     def init_weights(self) -> None:
-        """Initialise as Vim does: LeCun-normal patch convolution, truncated normal (0.02) head, tokens and positions;
-        linear biases zero but for dt_proj's; out_proj Kaiming-uniform over sqrt(depth), one residual branch a layer."""
+        """Initialise as Vim does: LeCun-normal patch convolution, truncated normal (0.02) head, neck, tokens and
+        positions; linear biases zero but for dt_proj's; out_proj Kaiming-uniform over sqrt(depth), one residual branch
+        a layer."""
         lecun_normal_(self.patch_embed.proj.weight)
         nn.init.zeros_(self.patch_embed.proj.bias)
         tokens = [getattr(self, name) for name in self.cls_token_names]
-        for parameter in [*tokens, *([] if self.pos_embed is None else [self.pos_embed])]:
-            trunc_normal_(parameter, std=0.02)
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear):
+        for parameter in [*tokens, self.pos_embed, self.pos_embed_cls]:
+            if parameter is None:
                 continue
-            if module is self.head:
-                trunc_normal_(module.weight, std=0.02)
-            elif name.endswith("out_proj"):
-                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-                with torch.no_grad():
-                    module.weight /= math.sqrt(self.depth)
-            if module.bias is not None and not getattr(module.bias, "_no_reinit", False):
-                nn.init.zeros_(module.bias)
+            trunc_normal_(parameter, std=0.02)
+        init_linears(self, self.depth)
+        for linear in (self.neck, self.head):
+            if isinstance(linear, nn.Linear):
+                trunc_normal_(linear.weight, std=0.02)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -273,7 +198,7 @@ class VisionMamba(nn.Module):
         scan = {
             name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("A_log", "A_b_log", "D", "D_b")
         }
-        return scan | {"pos_embed", *self.cls_token_names}
+        return scan | {"pos_embed", "pos_embed_cls", *self.cls_token_names}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -292,21 +217,39 @@ class VisionMamba(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head; `global_pool` must stay what the model reads from (class token or mean)."""
-        if global_pool not in (None, "", "mean" if self.num_prefix_tokens == 0 else "token"):
-            raise ValueError(
-                f"global_pool is {global_pool!r}; this model reads its class token, or the mean where it has none."
-            )
-        self.num_classes = num_classes
-        head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        """Replace the head; `global_pool` says what it reads (see `VimSettings`), None what it read before.
+
+        A MambaReg that goes back to its registers from another reading reads them without a neck.
+        """
+        self._build_head(num_classes, self.global_pool if global_pool is None else global_pool)
         if num_classes > 0:
-            trunc_normal_(head.weight, std=0.02)
-            nn.init.zeros_(head.bias)
-        self.head = head.to(self.norm_f.weight.device)
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+        weight = self.layers[0].mixer.out_proj.weight
+        self.head.to(device=weight.device, dtype=weight.dtype)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Take images of another size from now on: positions are resized, class tokens stand by their rule."""
+        embed, old_grid = self.patch_embed, self.pos_embed_grid
+        embed.resize(img_size)
+        if self.pos_embed is not None and self.pos_embed_grid != old_grid:
+            resized = resize_pos_embed(self.pos_embed.detach(), old_grid, self.pos_embed_grid, self.class_row_positions)
+            self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
+        if self.rope is not None:
+            rope = RotaryEmbedding2d(self.embed_dim, embed.grid_size, self.rope.pretrain_side)
+            self.rope = rope.to(self.rope.freqs_cos.device)
+        for method in self.site_methods:
+            method.resize(self)
 
     def class_token_positions(self, num_patches: int) -> tuple[int, ...]:
         """Where the class tokens stand among `num_patches` patch tokens."""
         return self.class_tokens.places(num_patches)
+
+    def class_row_positions(self, num_patches: int) -> tuple[int, ...]:
+        """Which rows of `pos_embed` are the class tokens', for a grid of `num_patches`; none where those have
+        positions of their own."""
+        return self.class_token_positions(num_patches) if self.class_tokens.positions == "shared" else ()
 
     # --- forward ---
 
@@ -330,12 +273,16 @@ class VisionMamba(nn.Module):
         cls = self.class_tokens.among(left)
         if random_cls_position and cls.count == 1:
             cls = cls.moved((int(torch.randint(left + 1, ())),))
+        elif random_cls_position and cls.count:
+            cls = cls.moved(tuple(torch.randperm(left + cls.count)[: cls.count].sort().values.tolist()))
         # a class token that stands elsewhere has the row of that place
         cls_rows, patch_rows = self.position_rows(
             grid, cls.index if keep is None else self.class_tokens.places(num_patches)
         )
         if patch_rows is not None:
             patches = patches + patch_rows
+        drops_classes = cls.positions == "shared"  # registers take no dropout
+        patches = patches if drops_classes else self.pos_drop(patches)
         if left < num_patches:
             patches = patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
         if cls.count:
@@ -343,15 +290,16 @@ class VisionMamba(nn.Module):
             classes = classes if cls_rows is None else classes + cls_rows
             patches = join_cls(classes.expand(batch, -1, -1), patches, cls)
         positions = keep if left < num_patches else None
-        state = TokenState(self.pos_drop(patches), cls=cls, grid=grid, positions=positions)
+        hidden = self.pos_drop(patches) if drops_classes else patches
+        state = TokenState(hidden, cls=cls, grid=grid, positions=positions)
         if random_token_rank:
-            state = _reorder(state, torch.randperm(state.num_tokens))
+            state = reorder(state, torch.randperm(state.num_tokens))
         if (
             self.training
             and self.flip_img_sequences_ratio > 0
             and float(torch.rand(())) < self.flip_img_sequences_ratio
         ):
-            state = _reorder(state, torch.arange(state.num_tokens - 1, -1, -1))
+            state = reorder(state, torch.arange(state.num_tokens - 1, -1, -1))
         return state
 
     def position_rows(self, grid: tuple[int, int], index: ClassIndex) -> tuple[Tensor | None, Tensor | None]:
@@ -359,7 +307,8 @@ class VisionMamba(nn.Module):
         the patch tokens of `grid` (1, M, D); None where there are none."""
         if self.pos_embed is None:
             return None, None
-        return split_cls(self.pos_embed_for(grid), index)
+        table = self.pos_embed_for(grid)
+        return split_cls(table, index) if self.class_tokens.positions == "shared" else (self.pos_embed_cls, table)
 
     @property
     def pos_embed_grid(self) -> tuple[int, int]:
@@ -374,7 +323,7 @@ class VisionMamba(nn.Module):
         pos_embed = self.pos_embed
         new_grid = grid[::-1] if self._colwise else grid
         if new_grid != self.pos_embed_grid:
-            pos_embed = resize_pos_embed(pos_embed, self.pos_embed_grid, new_grid, self.class_token_positions)
+            pos_embed = resize_pos_embed(pos_embed, self.pos_embed_grid, new_grid, self.class_row_positions)
         return pos_embed.unflatten(1, new_grid).transpose(1, 2).flatten(1, 2) if self._colwise else pos_embed
 
     def run_site(self, index: int, state: TokenState, **mixer_args: Any) -> TokenState:
@@ -426,7 +375,10 @@ class VisionMamba(nn.Module):
         for method in self.site_methods:
             method.finish(state)
         hidden = self.drop_path(state.hidden)
-        hidden, _ = add_norm(self.norm_f, hidden, state.residual, self.fused_add_norm, self.residual_in_fp32)
+        if isinstance(self.norm_f, nn.Identity):
+            hidden = hidden + state.residual
+        else:
+            hidden, _ = add_norm(self.norm_f, hidden, state.residual, self.fused_add_norm, self.residual_in_fp32)
         if isinstance(state.cls.index, Tensor) or state.cls.index != tuple(range(state.num_cls)):
             hidden = torch.cat(split_cls(hidden, state.cls), 1)
         return hidden
@@ -438,13 +390,24 @@ class VisionMamba(nn.Module):
         return self.finish(self.encode(self.embed(x, if_random_cls_token_position, if_random_token_rank)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, token_policy: Tensor | None = None) -> Tensor:
-        """Tokens of `forward_features` -> logits (B, num_classes), or with `pre_logits` the features (B, D) they are
-        read from; a mean over patch tokens leaves out those whose `token_policy` (B, M) is 0."""
-        if self.num_prefix_tokens:
-            x = x[:, : self.num_prefix_tokens].mean(1)
-        else:
-            x = mean_over_kept(x, token_policy) if self.final_pool_type == "mean" else x[:, -1]
+        """Tokens of `forward_features` -> logits (B, num_classes), or with `pre_logits` the features they are read from
+        (B, `head_hidden_size`); a mean over patch tokens leaves out those whose `token_policy` (B, M) is 0."""
+        count = self.num_prefix_tokens
+        if self.global_pool == "token":
+            x = self._read(x[:, :count])
+        elif self.global_pool == "avg":
+            x = mean_over_kept(x[:, count:], token_policy)
+        elif self.global_pool == "last":
+            x = x[:, -1]
         return x if pre_logits else self.head(x)
+
+    def _read(self, classes: Tensor) -> Tensor:
+        """Normalised class tokens (B, K, D) -> what the head reads (B, `head_hidden_size`)."""
+        if self.class_tokens.readout == "mean":
+            return classes.mean(1)
+        if self.neck is None:
+            return classes.flatten(1)
+        return self.norm_neck(self.neck(classes).flatten(1))
 
     def forward(
         self,
@@ -453,7 +416,7 @@ class VisionMamba(nn.Module):
         if_random_cls_token_position: bool = False,
         if_random_token_rank: bool = False,
     ) -> Any:
-        """Images (B, C, H, W) -> logits (B, num_classes), or with `return_features` the features (B, D) under the
+        """Images (B, C, H, W) -> logits (B, num_classes), or with `return_features` the features under the
         head. In training mode a method may return something of its own instead (`SiteMethod.output`)."""
         state, tokens, features = self._features(x, if_random_cls_token_position, if_random_token_rank)
         if return_features:
@@ -490,17 +453,20 @@ class VisionMamba(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         return_prefix_tokens: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        output_dict: bool = False,
+    ) -> list[Any] | tuple[Tensor, list[Any]] | dict[str, Any]:
         """Token maps after chosen sites, as timm's models give them: (B, D, rows, cols), or (B, M, D) for output_fmt
         "NLC".
 
-        With `return_prefix_tokens` each map comes with its class tokens (B, K, D). Needs models that keep their full
-        token grid.
+        With `return_prefix_tokens` each map comes with its class tokens (B, K, D). With `output_dict` maps are under
+        `image_intermediates`, class tokens under `image_intermediates_prefix`, final tokens under `image_features`.
+        Needs models that keep their full token grid.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; wanted 'NCHW' or 'NLC'.")
         take, last = feature_take_indices(self.num_sites, indices)
-        maps: list[Any] = []
+        maps: list[Tensor] = []
+        prefixes: list[Tensor] = []
 
         def visit(index: int, state: TokenState) -> None:
             if index not in take:
@@ -511,23 +477,46 @@ class VisionMamba(nn.Module):
             classes, patches = split_cls(self.norm_f(tokens) if norm else tokens, state.cls)
             if output_fmt == "NCHW":
                 patches = patches.transpose(1, 2).unflatten(2, state.grid).contiguous()
-            maps.append((patches, classes) if return_prefix_tokens else patches)
+            maps.append(patches)
+            prefixes.append(classes)
 
         state = self.encode(self.embed(x), visit, last + 1 if stop_early and intermediates_only else None)
-        return maps if intermediates_only else (self.finish(state), maps)
+        features = None if intermediates_only else self.finish(state)
+        if output_dict:
+            found: dict[str, Any] = {"image_intermediates": maps}
+            if return_prefix_tokens:
+                found["image_intermediates_prefix"] = prefixes
+            return found if features is None else found | {"image_features": features}
+        pairs = list(zip(maps, prefixes)) if return_prefix_tokens else maps
+        return pairs if features is None else (features, pairs)
 
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | list[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """DINO's interface to `forward_intermediates`: the last `n` sites, or those named; maps with `reshape`."""
+        output_fmt = "NCHW" if reshape else "NLC"
+        return self.forward_intermediates(x, n, norm, True, output_fmt, True, return_prefix_tokens)
 
-def _reorder(state: TokenState, order: Tensor) -> TokenState:
-    """The same tokens in another order (L,), for the whole batch; the patches' positions are written down."""
-    old_cls = torch.tensor(state.cls.index, dtype=torch.long)
-    cls = state.cls.moved(tuple(int(index) for index in torch.isin(order, old_cls).nonzero()))
-    order = order.to(state.hidden.device)
-    batch = state.hidden.shape[0]
-    positions = state.positions
-    if positions is None:
-        positions = torch.arange(state.num_patches, device=order.device).expand(batch, -1)
-    slots = join_cls(positions.new_full((batch, cls.count, 1), -1), positions.unsqueeze(-1), state.cls)[:, order]
-    return state.replace(hidden=state.hidden[:, order], cls=cls, positions=split_cls(slots, cls)[1].squeeze(-1))
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the layers behind the last of the sites `indices`, and with them what is named; returns the sites."""
+        if self.methods.get("pruning") is not None:
+            raise ValueError("Learned pruning counts the layers it was built with: wanted a model without it.")
+        take, last = feature_take_indices(self.num_sites, indices)
+        per_site = self.depth // self.num_sites
+        self.num_sites, self.depth = last + 1, (last + 1) * per_site
+        self.layers, self.feature_info = self.layers[: self.depth], self.feature_info[: last + 1]
+        if prune_norm:
+            self.norm_f = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VisionMamba) -> dict[str, Tensor]:
@@ -535,13 +524,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VisionMamba) -> d
     pos_embed = state_dict.get("pos_embed")
     if pos_embed is None or model.pos_embed is None or pos_embed.shape[1] == model.pos_embed.shape[1]:
         return state_dict
-    num_patches = pos_embed.shape[1] - model.num_prefix_tokens
+    num_patches = pos_embed.shape[1] - len(model.class_row_positions(model.patch_embed.num_patches))
     side = math.isqrt(max(num_patches, 0))
     if side * side != num_patches:
         raise ValueError(
             f"pos_embed has {num_patches} patch rows; wanted a square number, to know the grid it was made for."
         )
-    resized = resize_pos_embed(pos_embed, (side, side), model.pos_embed_grid, model.class_token_positions)
+    resized = resize_pos_embed(pos_embed, (side, side), model.pos_embed_grid, model.class_row_positions)
     return state_dict | {"pos_embed": resized}
 
 

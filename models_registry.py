@@ -1,11 +1,99 @@
-"""The names of timm's registry that spell this project's models: what each stands for, its aliases, and how published
-systems spell it."""
+"""What a Vision Mamba is built from: its keywords, and the names of timm's registry that stand for them, with their
+aliases and the spellings of published systems."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import timm
+
+from fusion.token_state import ClassTokens
+
+
+@dataclass(frozen=True)
+class VimSettings:
+    """The keywords of `VisionMamba` that are no method's: those of the published constructor, and a few more.
+
+    `stride` defaults to `patch_size`. Class token: `use_middle_cls_token` puts it at index M // 2 of M patches,
+    `use_double_cls_token` one at each end (read as their mean), else it comes first; `if_cls_token=False` averages all
+    tokens (`final_pool_type="mean"`). `if_bidirectional` takes layers in pairs, the second on the reversed sequence;
+    `pair_residual` says whether the two residuals, equal but for drop-path, are summed (published: it doubles the
+    residual at every site) or averaged. `flip_img_sequences_ratio` is the chance that training reverses the sequence.
+    `use_norm_after_ssm` puts a LayerNorm between scan and gate; None does so with spatial pooling only.
+    `num_cls_tokens` puts that many registers, spread among the patches, in the class token's place (MambaReg,
+    arXiv:2405.14858); all are read, each narrowed to embed_dim / `cls_reduce` channels. `global_pool` is timm's: what
+    the head reads, the class tokens ("token"), the mean of the patch tokens ("avg"), or each token ("", so that the
+    model returns them all); None reads class tokens where there are any.
+    """
+
+    img_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    stride: int | None = None
+    depth: int = 24
+    embed_dim: int = 192
+    d_state: int = 16
+    in_chans: int = 3
+    num_classes: int = 1000
+    ssm_cfg: dict[str, Any] | None = None
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.1
+    norm_epsilon: float = 1e-5
+    rms_norm: bool = False
+    fused_add_norm: bool = False
+    residual_in_fp32: bool = False
+    ft_seq_len: int | None = None
+    pt_hw_seq_len: int = 14
+    if_bidirectional: bool = False
+    pair_residual: str = "sum"
+    final_pool_type: str = "none"
+    if_abs_pos_embed: bool = False
+    if_rope: bool = False
+    if_rope_residual: bool = False
+    flip_img_sequences_ratio: float = -1.0
+    if_bimamba: bool = False
+    bimamba_type: str = "none"
+    if_cls_token: bool = False
+    if_divide_out: bool = False
+    init_layer_scale: float | None = None
+    use_double_cls_token: bool = False
+    use_middle_cls_token: bool = False
+    num_cls_tokens: int | None = None
+    cls_reduce: int = 1
+    global_pool: str | None = None
+    use_norm_after_ssm: bool | None = None
+    if_devide_out: bool | None = None  # the published spelling
+
+    def __post_init__(self) -> None:
+        if self.final_pool_type not in ("none", "mean"):
+            raise ValueError(f"final_pool_type is {self.final_pool_type!r}; wanted 'none' or 'mean'.")
+        if self.if_bidirectional and self.depth % 2:
+            raise ValueError(
+                f"depth is {self.depth}; wanted an even number, since if_bidirectional takes layers in pairs."
+            )
+        if self.pair_residual not in ("sum", "mean"):
+            raise ValueError(f"pair_residual is {self.pair_residual!r}; wanted 'sum' or 'mean'.")
+
+        if self.num_cls_tokens is not None and self.num_cls_tokens < 1:
+            raise ValueError(f"num_cls_tokens is {self.num_cls_tokens}; wanted 1 register or more.")
+        if self.cls_reduce != 1 and self.num_cls_tokens is None:
+            raise ValueError(f"cls_reduce is {self.cls_reduce}; wanted it with num_cls_tokens only.")
+        if self.cls_reduce < 1 or self.embed_dim % self.cls_reduce:
+            raise ValueError(f"cls_reduce is {self.cls_reduce}; wanted a divisor of embed_dim, {self.embed_dim}.")
+
+    @property
+    def class_tokens(self) -> ClassTokens:
+        """How many class tokens there are, their places and positions, and how they are read."""
+        if self.num_cls_tokens is not None:
+            return ClassTokens(self.num_cls_tokens, "spread", positions="own", readout="concat")
+        if not self.if_cls_token:
+            return ClassTokens()
+        if self.use_double_cls_token:
+            return ClassTokens(2, "ends")
+        return ClassTokens(1, "middle" if self.use_middle_cls_token else "front")
+
+
+# --- names ---
 
 VIM = dict(
     rms_norm=True,
@@ -19,13 +107,23 @@ VIM = dict(
     use_middle_cls_token=True,
 )
 FASTVIM = VIM | dict(if_cls_token=False, use_middle_cls_token=False, spatial_pool=True)
+_VIM_NORM = VIM | dict(use_norm_after_ssm=True)  # the Vim that FastVim's authors pre-train and fine-tune
 _FAMBAV = VIM | dict(if_bidirectional=True, use_middle_cls_token=False)
 _DYVM = dict(pruning="both")
+_MAMBAREG = VIM | dict(use_middle_cls_token=False, num_cls_tokens=12)
 _VIDEOMAMBA = VIM | dict(use_middle_cls_token=False, if_divide_out=False)
 
 _TINY, _SMALL, _BASE = (dict(embed_dim=dim, depth=24) for dim in (192, 384, 768))
+_LARGE = dict(embed_dim=1024, depth=48)
 _NANO = dict(img_size=32, patch_size=4, embed_dim=64, depth=8, num_classes=10, drop_path_rate=0.0)
 _STRIDE8 = dict(stride=8)
+_MAMBAREG_SIZES = {
+    "tiny_patch16_224": _TINY,
+    "small_patch16_224": _SMALL | dict(cls_reduce=2),
+    "base_patch16_224": _BASE | dict(cls_reduce=4),
+    "large_patch16_224": dict(embed_dim=1024, depth=48, num_cls_tokens=16, cls_reduce=8),
+    "nano_patch4_32": _NANO | dict(num_cls_tokens=4, cls_reduce=2),
+}
 
 REGISTRY: dict[str, dict[str, Any]] = {
     "vim_nano_patch4_32": VIM | _NANO,
@@ -43,7 +141,7 @@ REGISTRY: dict[str, dict[str, Any]] = {
     "fastvim_tiny_patch16_224": FASTVIM | _TINY,
     "fastvim_small_patch16_224": FASTVIM | _SMALL,
     "fastvim_base_patch16_224": FASTVIM | _BASE,
-    "fastvim_large_patch16_224": FASTVIM | dict(embed_dim=1024, depth=48),
+    "fastvim_large_patch16_224": FASTVIM | _LARGE,
     "fastvim_huge_patch14_224": FASTVIM | dict(embed_dim=1280, depth=64, patch_size=14),
     "dyvm_tiny_patch16_224": VIM | _TINY | _DYVM,
     "dyvm_small_patch16_224": VIM | _SMALL | _DYVM,
@@ -57,18 +155,37 @@ REGISTRY: dict[str, dict[str, Any]] = {
     "dyvm_videomamba_middle_patch16_224": _VIDEOMAMBA | dict(embed_dim=576, depth=32) | _DYVM,
     "dyvm_videomamba_base_patch16_224": _VIDEOMAMBA | _BASE | _DYVM,
 }
+for _size, _keywords in _MAMBAREG_SIZES.items():
+    _stages = dict(pruning_loc=(2, 4, 6)) if _size.startswith("nano") else {}
+    REGISTRY[f"mambareg_{_size}"] = _MAMBAREG | _keywords
+    REGISTRY[f"dyvm_mambareg_{_size}"] = _MAMBAREG | _keywords | _DYVM | _stages
+
+REGISTRY |= {
+    f"vim_{size}_patch16_224_final_pool_mean_abs_pos_embed_with_midclstok_div2": _VIM_NORM | settings
+    for size, settings in (("tiny", _TINY), ("small", _SMALL), ("base", _BASE), ("large", _LARGE))
+}
 
 _LONG = "bimambav2_final_pool_mean_abs_pos_embed_with"
-ALIASES = {
-    f"vim_tiny_patch16_224_{_LONG}_midclstok_div2": "vim_tiny_patch16_224",
-    f"vim_small_patch16_224_{_LONG}_midclstok_div2": "vim_small_patch16_224",
-    f"vim_tiny_patch16_stride8_224_{_LONG}_midclstok_div2": "vim_tiny_patch16_224_stride8",
-    f"vim_small_patch16_stride8_224_{_LONG}_midclstok_div2": "vim_small_patch16_224_stride8",
-    f"vim_base_patch16_224_{_LONG}_middle_cls_token_div2": "vim_base_patch16_224",
-} | {
-    f"vim_{size}_final_pool_mean_abs_pos_embed_with_noclstok_div2": f"fastvim_{size}"
-    for size in ("tiny_patch16_224", "small_patch16_224", "base_patch16_224", "large_patch16_224", "huge_patch14_224")
-}
+ALIASES = (
+    {f"mambar_{size}": f"mambareg_{size}" for size in _MAMBAREG_SIZES if "nano" not in size}
+    | {
+        f"vim_tiny_patch16_224_{_LONG}_midclstok_div2": "vim_tiny_patch16_224",
+        f"vim_small_patch16_224_{_LONG}_midclstok_div2": "vim_small_patch16_224",
+        f"vim_tiny_patch16_stride8_224_{_LONG}_midclstok_div2": "vim_tiny_patch16_224_stride8",
+        f"vim_small_patch16_stride8_224_{_LONG}_midclstok_div2": "vim_small_patch16_224_stride8",
+        f"vim_base_patch16_224_{_LONG}_middle_cls_token_div2": "vim_base_patch16_224",
+    }
+    | {
+        f"vim_{size}_final_pool_mean_abs_pos_embed_with_noclstok_div2": f"fastvim_{size}"
+        for size in (
+            "tiny_patch16_224",
+            "small_patch16_224",
+            "base_patch16_224",
+            "large_patch16_224",
+            "huge_patch14_224",
+        )
+    }
+)
 
 # How `--model` is spelt in DyVM's release, and what each is here.
 PUBLISHED_SPELLINGS = {
@@ -77,6 +194,10 @@ PUBLISHED_SPELLINGS = {
     "Vim-Base": "dyvm_base_patch16_224",
     "VideoMamba-Tiny": "dyvm_videomamba_tiny_patch16_224",
     "VideoMamba-Small": "dyvm_videomamba_small_patch16_224",
+    "MambaReg-Tiny": "dyvm_mambareg_tiny_patch16_224",
+    "MambaReg-Small": "dyvm_mambareg_small_patch16_224",
+    "MambaReg-Base": "dyvm_mambareg_base_patch16_224",
+    "MambaReg-Large": "dyvm_mambareg_large_patch16_224",
 }
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from checkpoints import divided, find_weights, load_strictly, read
+from checkpoints import accept, divided, find_weights, load_strictly, read, saved_flags
 from tasks.task import Task
 from utils import RunError, UsageError, first_line
 from utils.files import copy_whole, is_url, remove_temporaries, write_atomically
@@ -340,10 +340,10 @@ def resume(run: Run, args: argparse.Namespace) -> dict[str, Any] | None:
         return None
     if not isinstance(checkpoint, dict):
         raise UsageError(f"{path} holds a {type(checkpoint).__name__}; wanted the checkpoint of a run.")
-    before = checkpoint.get("args") or {}
-    before = vars(before) if isinstance(before, argparse.Namespace) else before
+    before = saved_flags(checkpoint)
     try:
         _check_run(checkpoint)
+        accept(args, run.model, checkpoint, path)
         if before.get("opt", args.opt) != args.opt and "optimizer" in checkpoint:
             raise UsageError(
                 f"{path} was trained with --opt {before['opt']}, and --opt {args.opt} cannot go on from its state; "

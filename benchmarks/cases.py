@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import tempfile
+import warnings
 from ast import Name, literal_eval
 from ast import parse as parse_python
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -17,7 +20,7 @@ from torch.nn import functional as F
 import benchmarks.peers  # noqa: F401 - its models join the registry
 import models_mamba  # noqa: F401 - so do these
 from measure.memory import peak_memory
-from utils import UsageError
+from utils import UsageError, first_line
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -114,3 +117,36 @@ class Case:
         return peak_memory(
             self, self.images.device, [*self.model.parameters(), *self.model.buffers(), self.images, *kept]
         )
+
+
+class OnnxCase:
+    """Inference of a model as ONNX Runtime runs its export, on as many threads as torch; float32, on a CPU.
+
+    The program's own operators are exported in operators that ONNX has (`examples.export_onnx`). Raises UsageError
+    without the packages, or for a model that cannot be exported.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        try:
+            import onnxruntime
+            import onnxscript  # noqa: F401 - torch's exporter wants it
+
+            from examples.export_onnx import plain_program
+        except ImportError as error:
+            raise UsageError(f"--onnx wants the packages onnx, onnxscript and onnxruntime: {error}.") from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporter's own future
+            file = str(Path(folder, "model.onnx"))
+            try:
+                program = plain_program(model, images)
+                torch.onnx.export(program, (images,), file, external_data=False, verbose=False)
+                self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # exporters fail in many ways
+                raise UsageError(f"a {type(model).__name__} has no ONNX export: {first_line(error)}") from error
+        self.inputs = {self.session.get_inputs()[0].name: images.numpy()}
+
+    def __call__(self) -> Tensor:
+        """The logits of the images."""
+        return torch.from_numpy(self.session.run(None, self.inputs)[0])

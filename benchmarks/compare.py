@@ -63,7 +63,7 @@ def plan(args: argparse.Namespace, more: Sequence[str]) -> list[Run]:
             flags += [*(method.nano_flags if nano else method.flags), *(tuning if method.fine_tunes else ()), *more]
             flags += ["--epochs", str(epochs), "--seed", str(seed)]
             full = f"{name}-seed{seed}"
-            start = runs[f"none-seed{seed}"] if method.fine_tunes else None
+            start = runs[f"{method.start}-seed{seed}"] if method.fine_tunes else None
             runs[full] = Run(full, name, seed, args.output_dir / full, start, epochs, flags)
     return list(runs.values())
 
@@ -181,8 +181,8 @@ def report(
     made = f"{args.data_set}, {args.size} models, {_epochs(args.epochs)}, {seeds}"
     if fine_tuned:
         made += (
-            f"; {', '.join(fine_tuned)}: {_epochs(args.fine_tune_epochs)} from the trained Vim, whose training is in "
-            "their time"
+            f"; {', '.join(fine_tuned)}: {_epochs(args.fine_tune_epochs)} from the trained plain model, whose training "
+            "is in their time"
         )
     made += f". {in_words(about)}.\n"
     columns = {title: f"{{{figure}_text}}" for figure, (title, *_) in figures_of(score).items()}
@@ -250,8 +250,11 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if args.data_path:
         args.data_path = Path(args.data_path).resolve()
     args.methods = [name for given in args.methods for name in table.groups.get(given, (given,))]
-    if "none" not in args.methods and any(table.methods[name].fine_tunes for name in args.methods):
-        raise UsageError("DyVM starts from the trained Vim: wanted none among --methods.")
+    for name in args.methods:
+        method = table.methods[name]
+        if method.fine_tunes and method.start not in args.methods:
+            start = table.methods[method.start].title
+            raise UsageError(f"DyVM starts from the trained {start}: wanted {method.start} among --methods.")
     # what others start from comes first
     args.methods = [name for name in table.methods if name in args.methods]
     return args, more

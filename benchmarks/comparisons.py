@@ -8,13 +8,14 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Method:
     """What is compared: its title, its model's name without the size, its flags at sizes other than nano and at nano,
-    and whether it starts from the plain model's weights."""
+    and whether it starts from trained weights: those of the method `start`."""
 
     title: str
     family: str
     flags: tuple[str, ...] = ()
     nano_flags: tuple[str, ...] | None = None
     fine_tunes: bool = False
+    start: str = "none"
 
 
 def _merging(strategy: str, tokens: int, layer: int = 0) -> tuple[str, ...]:
@@ -51,7 +52,15 @@ for _name in _STRATEGIES:
 for _policy in ("random", "static"):
     _flags = (*_BOTH, "--pruning-policy", _policy)
     _METHODS[f"dyvm-{_policy}"] = Method(f"DyVM (both, {_policy})", "dyvm", _flags, fine_tunes=True)
+# registers against the one class token, and pruning on them
+_METHODS |= {
+    "mambareg": Method("MambaReg", "mambareg"),
+    "dyvm-mambareg": Method(
+        "DyVM on MambaReg (both)", "dyvm_mambareg", _BOTH, _BOTH + _SURE, fine_tunes=True, start="mambareg"
+    ),
+}
 _GROUPS = {
+    "registers": ("none", "dyvm-both", "mambareg", "dyvm-mambareg"),
     "merging": ("none", *_STRATEGIES, *(f"{name}-raster" for name in _STRATEGIES)),
     "policies": ("none", "dyvm-both", "dyvm-random", "dyvm-static"),
 }

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, model_spec
 from benchmarks.command import add_device, add_threads, command, parser, write_json
 from measure.machine import in_words, machine
 from measure.timing import time_in_turns
@@ -109,7 +109,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a Markdown table, write JSON."""
     flags = parser("benchmarks.detection", __doc__)
     count = number(int, 1)
-    flags.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME", help="default: %(default)s")
+    flags.add_argument(
+        "--models", nargs="+", type=model_spec, default=list(MODELS), metavar="NAME", help="default: %(default)s"
+    )
     flags.add_argument("--size", type=number(int, 64), default=1024, metavar="SIDE", help="default: 1024")
     flags.add_argument("--heads", default="fastvim", choices=[*KINDS], help="of all models (default: %(default)s)")
     flags.add_argument("--proposals", type=count, default=1000, help="an image (default: %(default)s)")

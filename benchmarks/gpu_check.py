@@ -121,9 +121,11 @@ def _parser() -> argparse.ArgumentParser:
 def _published(name: str) -> ModuleType | None:
     """The published extension, if there is one to import."""
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except ImportError:
         return None
+    # this project's own module of that name is no other build
+    return None if getattr(module, "PORTABLE", False) else module
 
 
 # --- timing ----------------------------------------------------------------------------------------------------------

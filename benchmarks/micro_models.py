@@ -15,19 +15,24 @@ if __name__ == "__main__":
 import timm
 from timm.models import generate_default_cfgs, register_model
 
+import models_mae  # noqa: F401 - its names join the registry
 import models_mamba
 
 SIZES: dict[str, Any] = dict(depth=4, embed_dim=32, patch_size=8)
+FAMILIES = ("vim", "fambav", "fastvim", "dyvm", "mambareg", "dyvm_mambareg", "mae_vim", "mae_fastvim")
 default_cfgs = generate_default_cfgs(
     {
-        f"{family}_micro_patch8_32": dict(input_size=(3, 32, 32), fixed_input_size=True, num_classes=10)
-        for family in ("vim", "fambav", "fastvim", "dyvm")
+        f"{family}_micro_patch8_32": dict(
+            input_size=(3, 32, 32), fixed_input_size=True, num_classes=0 if family.startswith("mae_") else 10
+        )
+        for family in FAMILIES
     }
 )
 
 
 def _entry(family: str) -> Any:
-    own = SIZES | (dict(pruning_loc=(1, 2, 3)) if family == "dyvm" else {})
+    more = {"dyvm": dict(pruning_loc=(1, 2, 3)), "mae": dict(decoder_embed_dim=32)}
+    own = SIZES | more.get(family.partition("_")[0], {})
 
     def build(pretrained: bool = False, **kwargs: Any) -> models_mamba.VisionMamba:
         keywords = own | kwargs
@@ -39,7 +44,7 @@ def _entry(family: str) -> Any:
     return register_model(build)
 
 
-for _family in ("vim", "fambav", "fastvim", "dyvm"):
+for _family in FAMILIES:
     globals()[f"{_family}_micro_patch8_32"] = _entry(_family)
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, model_spec
 from benchmarks.command import add_device, add_threads, command, parser, write_json
 from measure.machine import in_words, machine
 from measure.timing import time_in_turns
@@ -81,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a Markdown table, write JSON."""
     flags = parser("benchmarks.segmentation", __doc__)
     side = number(int, 16)
-    flags.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME", help="default: %(default)s")
+    flags.add_argument(
+        "--models", nargs="+", type=model_spec, default=list(MODELS), metavar="NAME", help="default: %(default)s"
+    )
     flags.add_argument("--sizes", type=side, nargs="+", default=[512, 1024], metavar="SIDE", help="default: 512 1024")
     flags.add_argument("--channels", type=number(int, 1), default=192, help="of the decoder (default: %(default)s)")
     add_device(flags)

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from benchmarks import bad_inputs
+from benchmarks import bad_calls, bad_inputs
 
 
 @dataclass
@@ -129,7 +129,7 @@ def bad_inputs_of_all_kinds(folder: Path, count: int, seed: int) -> list[Sweep]:
         sweep("image files", images.files(), images.judge, count, seed),
         sweep("command lines", bad_inputs.FLAGS, judge_flags, count, seed),
     ]
-    for operator in bad_inputs.OPERATORS:
-        calls = bad_inputs.calls(operator)
-        sweeps.append(sweep(f"arguments of `{operator}`", calls, bad_inputs.judge_call, count, seed))
+    for operator in bad_calls.OPERATORS:
+        calls = bad_calls.calls(operator)
+        sweeps.append(sweep(f"arguments of `{operator}`", calls, bad_calls.judge_call, count, seed))
     return sweeps

@@ -3,12 +3,15 @@
     python -m benchmarks.throughput vim_nano_patch4_32 fastvim_nano_patch4_32 deit_nano_patch4_32
     python -m benchmarks.throughput vim_tiny_patch16_224 deit_tiny_patch16_224 --img-size 224 512 --dtype bfloat16
     python -m benchmarks.throughput "vim_tiny_patch16_224:fusion_strategy=upper,fusion_layer=4,fusion_token=8"
+    python -m benchmarks.throughput vim_tiny_patch16_224 --peers --compile --onnx      # against what one would take
 
 A model is a registry name, with keywords behind a colon. Everything that shares an image and batch size is measured in
 turns in one process, in a new random order each round, so that a machine that slows down slows down all of it; a figure
 is the median over the rounds, after a warm-up. dtypes other than float32 run under autocast, as the program's AMP does.
 Peak memory is the model, its images and the most that a call allocates on top of them. The gates of a model that
-skips scan directions are set to the share that its training aims at, since random weights would skip none.
+skips scan directions are set to the share that its training aims at, since random weights would skip none. With
+`--peers` the models that a user would take on a CPU come along (`benchmarks.peers`), with `--compile` every model under
+torch.compile, and with `--onnx` every one as ONNX Runtime runs its export.
 """
 
 from __future__ import annotations
@@ -22,14 +25,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import DTYPES, Case, build, model_spec, own_size
+from benchmarks.cases import DTYPES, Case, OnnxCase, build, model_spec, own_size
 from benchmarks.command import add_device, add_threads, command, parser, write_json
+from benchmarks.peers import PEERS
 from measure.flops import model_flops
 from measure.machine import in_words, machine
 from measure.pruning import force_gates, kept_directions
-from measure.timing import time_in_turns
+from measure.timing import Call, time_in_turns
 from models_mamba import VisionMamba
+from utils import UsageError
 from utils.flags import number
+
+FIGURES = ("images_per_second", "peak_bytes")
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -47,7 +54,7 @@ def _measure_together(
 ) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
-    timed: list[tuple[dict[str, Any], str, Case]] = []
+    timed: list[tuple[dict[str, Any], str, Call]] = []
     for spec in args.models:
         model = build(spec, img_size).to(device)
         side = img_size or own_size(model)
@@ -66,12 +73,18 @@ def _measure_together(
             "flops_full": flops.full,
         }
         for dtype in args.dtype:
-            for compiled in (False, True) if args.compile else (False,):
-                row = shared | {"dtype": dtype, "compiled": compiled}
+            for way in ways_of(args, dtype):
+                row = shared | {"dtype": dtype, "way": way, "compiled": way == "compiled"}
                 rows.append(row)
+                row |= {f"{kind}_{figure}": None for kind in ("eval", "train")[: 1 + args.train] for figure in FIGURES}
+                if way == "ONNX Runtime":
+                    try:
+                        timed.append((row, "eval", OnnxCase(model, images)))
+                    except UsageError as error:
+                        row["note"] = str(error)
+                    continue
                 for kind in ("eval", "train") if args.train else ("eval",):
-                    case = Case(model, images, dtype=dtype, compiled=compiled, train=kind == "train")
-                    row |= {f"{kind}_images_per_second": None, f"{kind}_peak_bytes": None}
+                    case = Case(model, images, dtype=dtype, compiled=way == "compiled", train=kind == "train")
                     try:
                         row[f"{kind}_peak_bytes"] = case.peak_bytes()
                         timed.append((row, kind, case))
@@ -85,6 +98,12 @@ def _measure_together(
     return rows
 
 
+def ways_of(args: argparse.Namespace, dtype: str) -> list[str]:
+    """How every model is run."""
+    ways = ["eager", *(["compiled"] if args.compile else [])]
+    return [*ways, *(["ONNX Runtime"] if args.onnx and dtype == "float32" else [])]
+
+
 def table(rows: Sequence[dict[str, Any]], train: bool) -> str:
     """Rows of `measure` as Markdown."""
     kinds = ("eval", "train") if train else ("eval",)
@@ -93,7 +112,7 @@ def table(rows: Sequence[dict[str, Any]], train: bool) -> str:
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in rows:
         cells = [row["model"].replace("|", "\\|"), row["img_size"], row["batch_size"]]
-        cells.append(row["dtype"] + (", compiled" if row["compiled"] else ""))
+        cells.append(row["dtype"] + ("" if row["way"] == "eager" else f", {row['way']}"))
         cells += [f"{row['parameters'] / 1e6:.3f}"]
         cells += [f"{row[name] / 1e9:.4f}" for name in ("flops_published", "flops_full")]
         for kind in kinds:
@@ -118,6 +137,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES, help="default: float32")
     flags.add_argument("--compile", action="store_true", help="measure every model under torch.compile as well")
     flags.add_argument("--train", action="store_true", help="measure a training step as well")
+    flags.add_argument(
+        "--onnx", action="store_true", help="measure every model in ONNX Runtime as well: inference, float32, on a CPU"
+    )
+    flags.add_argument("--peers", action="store_true", help=f"measure {', '.join(PEERS)} as well")
     add_device(flags)
     add_threads(flags)
     flags.add_argument(
@@ -127,6 +150,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     flags.add_argument("--json", type=Path, metavar="FILE", help="write rows and machine here")
     args = flags.parse_args(argv)
+    if args.onnx and torch.device(args.device).type != "cpu":
+        raise UsageError("--onnx contradicts a GPU: ONNX Runtime is measured on a CPU.")
+    if args.peers:
+        args.models += [name for name in PEERS if name not in args.models]
     if args.threads:
         torch.set_num_threads(args.threads)
     rows, about = measure(args), machine(torch.device(args.device))

@@ -45,6 +45,7 @@ setup(
     # NVRTC itself comes with torch's CUDA wheels; the bindings must be of torch's major version of CUDA.
     extras_require={"cuda": ["cuda-bindings"]},
     packages=find_packages(include=["causal_conv1d", "causal_conv1d.*"]),
+    py_modules=["causal_conv1d_cuda"],
     # The explicit root makes an editable install a plain path entry, which a same-named folder cannot shadow.
     package_dir={"": "."},
     package_data={"causal_conv1d": ["csrc/*"]},

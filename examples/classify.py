@@ -16,8 +16,8 @@ from torch import Tensor
 import checkpoints
 import datasets
 import main as program
+from tasks import augmentation
 from tasks.backbone import build_backbone
-from tasks.classify import augmentation
 from utils import UsageError
 from utils.flags import Parser
 

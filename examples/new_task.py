@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 import datasets
 import main as program
-from tasks import TASKS, backbone
-from tasks.classify import augmentation
+from tasks import TASKS, augmentation, backbone
 from tasks.task import Data, Metric, Task
 from utils.flags import number
 

@@ -8,6 +8,7 @@ from fusion.method import Meter, Settings, SiteMethod, added_parameters, methods
 from fusion.registry import (
     METHODS,
     Methods,
+    accept,
     add_arguments,
     build_site_methods,
     check,
@@ -28,6 +29,7 @@ __all__ = [
     "Methods",
     "Settings",
     "SiteMethod",
+    "accept",
     "add_arguments",
     "added_parameters",
     "build_site_methods",

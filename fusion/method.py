@@ -204,6 +204,9 @@ class SiteMethod:
         """Once, when the model is built: learn its sizes, and add the parameters that the method owns. Raises
         ValueError for a model that it does not fit."""
 
+    def resize(self, model: nn.Module) -> None:
+        """Learn the sizes of `model` again, whose image size has changed."""
+
     def __call__(self, index: int, state: TokenState, run: Callable[..., TokenState]) -> TokenState:
         """Wrap site `index`: `run(state, **mixer_args)` runs it, handing `mixer_args` to its mixers."""
         return run(state)
@@ -231,6 +234,12 @@ class SiteMethod:
 
     def check(self, args: argparse.Namespace, typed: set[str]) -> None:
         """At the start, the model built without memory: ValueError (one sentence) for flags that do not fit."""
+
+    def accept(
+        self, args: argparse.Namespace, weights: Mapping[str, Tensor], saved: Mapping[str, Any], path: str
+    ) -> Any:
+        """See what the model starts from: the `weights` of file `path`, and the flags `saved` with them. Returns the
+        settings that follow from them, None where they stay; ValueError (one sentence) for what contradicts them."""
 
     def describe(self) -> None:
         """Log once, when a program starts, what the method will do."""

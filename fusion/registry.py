@@ -128,6 +128,19 @@ def describe(model: nn.Module) -> None:
         method.describe()
 
 
+def accept(
+    model: nn.Module, args: argparse.Namespace, weights: Mapping[str, Tensor], saved: Mapping[str, Any], path: str
+) -> None:
+    """Let the methods that are on in `model` see the `weights` and flags of the file `path` that it starts from
+    (`SiteMethod.accept`)."""
+    for module in list(model.modules()):
+        for method in getattr(module, "site_methods", []):
+            settings = method.accept(args, weights, saved, path)
+            if settings is not None:
+                method.settings = settings
+                module.methods = Methods({**module.methods, method.name: settings})
+
+
 def meters_of(model: nn.Module) -> list[Meter]:
     """A new meter of every method that is on and has one."""
     meters = (method.meter() for method in methods_of(model))

@@ -9,17 +9,26 @@ for the full grid, `VisiblePooling` for a subset of it.
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from mamba_ssm.ops.pooled import Lines
+from mamba_ssm.ops.visible import VisibleLines
 from torch import Tensor, nn
 
 from fusion.method import Settings, SiteMethod, option
 from fusion.token_state import TokenState
 
+_logger = logging.getLogger(__name__)
+
+MASKED_SCALE = 0.25  # of what goes on from a masked autoencoder, as published
 SCAN_PATHS = ("rowwise", "colwise")
 COLLAPSE_METHODS = ("mean", "max")
 
@@ -29,7 +38,7 @@ class PoolingSettings(Settings):
     """What the scan sees of the token grid.
 
     `pool_dims` says how many axes one site pools. On a grid with more axes than rows and columns, `spatial_axes` says
-    which of its axes those two are.
+    which of its axes those two are. `published_rows` matters where only some tokens are present (`VisiblePooling`).
     """
 
     scanpath_type: str = option("rowwise", choices=SCAN_PATHS)
@@ -42,6 +51,7 @@ class PoolingSettings(Settings):
     )
     pool_dims: int = option(1, choices=(1, 2))
     spatial_axes: tuple[int, int] = option((0, 1))
+    published_rows: bool = option(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +77,7 @@ class GridPooling:
     pooled: int | tuple[int, ...] = -1
     method: str = "mean"
     scale: float = 1.0
+    backward: ClassVar[None] = None
 
     @property
     def lines(self) -> Lines | None:
@@ -125,25 +136,44 @@ class VisiblePooling:
     `positions` (B, V), long, is the raster index of each visible token on the grid `grid` (rows, cols). A token belongs
     to the row of its position (`transposed`: to its column), a group is the sum over its visible tokens divided by the
     full length of the row, times `scale`; a row without visible tokens is zero.
+
+    `published_rows` does as FastVim's release, which reverses the tokens for the backward direction but not the numbers
+    of their rows: there token i of V counts to the row that mirrors the row of token V - 1 - i.
     """
 
     positions: Tensor
     grid: tuple[int, int]
     transposed: bool = False
     scale: float = 1.0
-    lines: ClassVar[None] = None
+    published_rows: bool = False
     # (B, V) each: which token is walked k-th, when each token is walked, and the group of the one walked k-th
     walk: Tensor = field(init=False)
     place: Tensor = field(init=False)
     group: Tensor = field(init=False)
+    # None where there are no kernels
+    lines: VisibleLines | None = field(init=False)
 
     def __post_init__(self) -> None:
         rows, cols = self.grid
-        line = rows if self.transposed else cols
+        count, length = (cols, rows) if self.transposed else (rows, cols)
         where = self.positions % cols * rows + self.positions // cols if self.transposed else self.positions
         where, walk = where.sort(1)
-        for name, value in (("walk", walk), ("place", walk.argsort(1)), ("group", where // line)):
+        group, lines = where // length, None
+        if not self.published_rows:
+            ends = torch.arange(count + 1, device=group.device).expand(len(group), -1).contiguous()
+            lines = VisibleLines(walk, torch.searchsorted(group, ends), self.scale / length)
+        for name, value in (("walk", walk), ("place", walk.argsort(1)), ("group", group), ("lines", lines)):
             object.__setattr__(self, name, value)
+
+    @cached_property
+    def backward(self) -> VisiblePooling | None:
+        """The map of the backward direction, where it is another."""
+        if not self.published_rows:
+            return None
+        count = self.grid[1] if self.transposed else self.grid[0]
+        mirrored = copy.copy(self)
+        object.__setattr__(mirrored, "group", count - 1 - self.group.flip(1))
+        return mirrored
 
     def order(self, x: Tensor) -> Tensor:
         """Tokens as they stand -> in walking order."""
@@ -233,13 +263,35 @@ class SpatialPooling(SiteMethod):
             return "Spatial pooling needs the full token grid and both scan directions: wanted it without pruning."
         return None
 
+    def accept(
+        self, args: argparse.Namespace, weights: Mapping[str, Tensor], saved: Mapping[str, Any], path: str
+    ) -> PoolingSettings | None:
+        """A masked autoencoder pooled the visible tokens of a row alone: what goes on from it scales the mean of all by
+        their share. The weights do not show it, so that afterwards the scale has to be typed."""
+        scale, flags = self.settings.scaling_factor, vars(args)
+        is_masked = any(name.startswith("decoder_pred") for name in weights)
+        if flags.get("pool_scale") is not None or scale != 1 or flags.get("task") == "pretrain":
+            return None
+        if not is_masked:
+            trained = saved.get("pool_scale")
+            if trained is not None and trained != scale:
+                raise ValueError(
+                    f"{path} was trained at another scale of the pooled mean; wanted --pool-scale {trained:g}."
+                )
+            return None
+        args.pool_scale = round(1 - float(saved.get("mask_ratio", 1 - MASKED_SCALE)), 6)
+        _logger.info(
+            "%s is a masked autoencoder: --pool-scale %g, its share of visible patches.", path, args.pool_scale
+        )
+        return dataclasses.replace(self.settings, scaling_factor=args.pool_scale)
+
     def attach(self, model: nn.Module) -> None:
         """Refuse a model whose tokens are no plain grid."""
         embed = model.patch_embed
         if embed.stride != embed.patch_size or model.num_prefix_tokens or model.flip_img_sequences_ratio > 0:
             raise ValueError(
-                "Spatial pooling needs a plain grid: wanted stride equal to patch_size, no class token, no flipped "
-                "sequences."
+                "Spatial pooling needs a plain grid: wanted stride equal to patch_size, no class token or register "
+                "among the patches, no flipped sequences."
             )
 
     def __call__(self, index: int, state: TokenState, run: Callable[..., TokenState]) -> TokenState:
@@ -278,4 +330,5 @@ class SpatialPooling(SiteMethod):
     def _visible_pooling(self, across: bool, state: TokenState) -> VisiblePooling:
         if self.settings.collapse_method != "mean" or len(state.grid) != 2:
             raise ValueError("Some of the tokens are absent: wanted pooling by 'mean', over rows and columns alone.")
-        return VisiblePooling(state.positions, state.grid, across, self.settings.scaling_factor)
+        settings = self.settings
+        return VisiblePooling(state.positions, state.grid, across, settings.scaling_factor, settings.published_rows)

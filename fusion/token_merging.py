@@ -362,6 +362,10 @@ class TokenMerging(SiteMethod):
             raise ValueError(
                 "A merged token has no one position to turn by: wanted the rotary embedding without token merging."
             )
+        self.resize(model)
+
+    def resize(self, model: nn.Module) -> None:
+        """Count the tokens after each site."""
         num_patches, num_cls, num_sites = model.patch_embed.num_patches, model.num_prefix_tokens, model.num_sites
         self.sites = self.settings.sites(num_sites)
         self.schedule = token_schedule(self.settings, num_patches, num_cls, num_sites)

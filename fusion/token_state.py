@@ -182,6 +182,19 @@ def spread(patches: Tensor, state: TokenState) -> Tensor:
     return patches.new_zeros(patches.shape[0], math.prod(state.grid), patches.shape[-1]).scatter(1, index, patches)
 
 
+def reorder(state: TokenState, order: Tensor) -> TokenState:
+    """The same tokens in another order (L,), for the whole batch; the patches' positions are written down."""
+    old_cls = torch.tensor(state.cls.index, dtype=torch.long)
+    cls = state.cls.moved(tuple(int(index) for index in torch.isin(order, old_cls).nonzero()))
+    order = order.to(state.hidden.device)
+    batch = state.hidden.shape[0]
+    positions = state.positions
+    if positions is None:
+        positions = torch.arange(state.num_patches, device=order.device).expand(batch, -1)
+    slots = join_cls(positions.new_full((batch, cls.count, 1), -1), positions.unsqueeze(-1), state.cls)[:, order]
+    return state.replace(hidden=state.hidden[:, order], cls=cls, positions=split_cls(slots, cls)[1].squeeze(-1))
+
+
 def patch_policy(state: TokenState) -> Tensor:
     """1 for every patch token still kept, else 0: (B, n)."""
     if state.token_mask is None:

@@ -37,9 +37,11 @@ def visualize_merging(
 
     Image n gets the folder `directory`/image_n with `hidden_states.npz`: float32 (L_i, D) under `layer_{i}` for site i;
     `groups.npz`: the patch token that each patch now lives in (`DROPPED` if it was pruned), int (rows, cols) under
-    `layer_{i}`; `similarity_{i}.png`: the cosine similarity between all tokens in sequence order; `groups_{i}.png`: the
-    image with each token's patches in their mean colour and one border; and `overview.png`: all of it on one sheet. The
-    model is run in eval mode without gradients and left in the mode it was in.
+    `layer_{i}`, and under `class_tokens_{i}` the patch that each class token or register stands behind (`class_marks`);
+    `similarity_{i}.png`: the cosine similarity between all tokens in sequence order; `groups_{i}.png`: the image with
+    each token's patches in their mean colour and one border, and a white square for each class token; and
+    `overview.png`: all of it on one sheet. The model is run in eval mode without gradients and left in the mode it was
+    in.
     """
     states = trace(model, images)
     rows, cols = patch_cells(model, images.shape[-2:])
@@ -50,9 +52,11 @@ def visualize_merging(
         hidden = [state.hidden[number].float().cpu() for state in states]
         groups = [patch_groups(state)[number].cpu().view(int(rows.max()) + 1, -1).numpy() for state in states]
         similarity = [cosine_similarity(tokens).numpy() for tokens in hidden]
-        overlays = [draw_groups(image, group, rows, cols) for group in groups]
+        marks = [class_marks(state, number) for state in states]
+        overlays = [draw_groups(image, group, rows, cols, at) for group, at in zip(groups, marks)]
         np.savez_compressed(folder / "hidden_states.npz", **{f"layer_{i}": x.numpy() for i, x in enumerate(hidden)})
-        np.savez_compressed(folder / "groups.npz", **{f"layer_{i}": x for i, x in enumerate(groups)})
+        places = {f"class_tokens_{i}": np.array(at, dtype=int) for i, at in enumerate(marks)}
+        np.savez_compressed(folder / "groups.npz", **{f"layer_{i}": x for i, x in enumerate(groups)}, **places)
         for index, (overlay, heat) in enumerate(zip(overlays, similarity)):
             imsave(folder / f"groups_{index}.png", overlay)
             imsave(folder / f"similarity_{index}.png", _enlarge(heat), cmap="viridis", vmin=-1, vmax=1)
@@ -84,19 +88,32 @@ def patch_groups(state: TokenState) -> Tensor:
     return torch.full_like(state.groups, DROPPED).scatter(1, state.positions, left)
 
 
+def class_marks(state: TokenState, image: int) -> list[int]:
+    """The raster index of the patch that each class token of one image stands behind: the last one that lives in the
+    patch token before it; -1 for one in front of all."""
+    index = state.cls.index
+    index = index[image].tolist() if isinstance(index, Tensor) else index
+    groups = patch_groups(state)[image]
+    tokens = [at - number - 1 for number, at in enumerate(index)]
+    return [-1 if token < 0 else int((groups == token).nonzero().max()) for token in tokens]
+
+
 def cosine_similarity(tokens: Tensor) -> Tensor:
     """Tokens (L, D) -> (L, L), -1 to 1."""
     tokens = F.normalize(tokens.float(), dim=-1)
     return tokens @ tokens.T
 
 
-def draw_groups(image: np.ndarray, groups: np.ndarray, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+def draw_groups(
+    image: np.ndarray, groups: np.ndarray, rows: np.ndarray, cols: np.ndarray, marks: Sequence[int] = ()
+) -> np.ndarray:
     """Paint the patches of each token in their mean colour, with a border around them.
 
     image (H, W, 3) in 0..1; groups (R, C) int, the token of each patch; rows (H,) and cols (W,) say which patch a pixel
     belongs to. Returns the picture, enlarged by a whole factor to at least `SIDE` pixels of height. Tokens of several
     patches have borders in a colour of their own, so that patches far from each other are seen to belong together; the
-    others have grey ones. Patches labelled `DROPPED` are white.
+    others have grey ones. Patches labelled `DROPPED` are white. Behind each patch of `marks`, a raster index or -1 for
+    in front of all, is a small white square.
     """
     parts = groups - groups.min()
     several = np.bincount(parts.ravel()) > 1
@@ -106,6 +123,7 @@ def draw_groups(image: np.ndarray, groups: np.ndarray, rows: np.ndarray, cols: n
     sums = [np.bincount(parts.ravel(), image[..., channel].ravel(), len(several)) for channel in range(3)]
     colour = np.stack(sums, -1) / np.maximum(np.bincount(parts.ravel(), minlength=len(several)), 1)[:, None]
     painted = np.where(labels[..., None] == DROPPED, 1.0, colour[parts])
+    factor = _factor(painted)
     painted, labels, parts = (_enlarge(array) for array in (painted, labels, parts))
 
     # a pixel is on a border if one within the border's width, up, down, left or right, is of another group
@@ -120,11 +138,29 @@ def draw_groups(image: np.ndarray, groups: np.ndarray, rows: np.ndarray, cols: n
     hues = np.arange(len(several)) * 0.618034 % 1
     bright = hsv_to_rgb(np.stack([hues, np.full_like(hues, 0.9), np.ones_like(hues)], -1))
     edges = np.where(several[:, None], bright, 0.35)
-    return np.where(border[..., None], edges[parts], painted)
+    picture = np.where(border[..., None], edges[parts], painted)
+    for mark in marks:
+        row, col = divmod(max(mark, 0), groups.shape[1])
+        (top, bottom), (left, right) = (_span(cells, at, factor) for cells, at in ((rows, row), (cols, col)))
+        side = max(2, (bottom - top) // 8)
+        middle, edge = (top + bottom) // 2, right if mark >= 0 else left
+        for half, shade in ((side, 0.0), (side - 1, 1.0)):
+            picture[max(middle - half, 0) : middle + half, max(edge - half, 0) : edge + half] = shade
+    return picture
+
+
+def _span(cells: np.ndarray, at: int, factor: int) -> tuple[int, int]:
+    """The first pixel of cell `at`, and the one behind its last, in a picture enlarged by `factor`."""
+    pixels = np.flatnonzero(cells == at)
+    return int(pixels[0]) * factor, (int(pixels[-1]) + 1) * factor
+
+
+def _factor(array: np.ndarray) -> int:
+    return -(-SIDE // len(array))
 
 
 def _enlarge(array: np.ndarray) -> np.ndarray:
-    factor = -(-SIDE // len(array))
+    factor = _factor(array)
     return array.repeat(factor, 0).repeat(factor, 1)
 
 

@@ -58,6 +58,7 @@ setup(
     install_requires=["torch>=2.6", "causal_conv1d==1.1.1+portable"],
     extras_require={"cuda": ["causal_conv1d[cuda]==1.1.1+portable"]},
     packages=find_packages(include=["mamba_ssm", "mamba_ssm.*"]),
+    py_modules=["selective_scan_cuda"],
     # The explicit root makes an editable install a plain path entry.
     package_dir={"": "."},
     package_data={"mamba_ssm": ["csrc/*"]},

@@ -1,10 +1,10 @@
 """Multiply-adds of one image through a model, counted two ways.
 
 *Published* is the convention of the DyVM release, whose figures other papers quote: of the two scan directions only one
-is counted, and the convolution's padding is. *Full* counts every direction that runs. Both count linears, the patch
-convolution and, for a scan over G positions of d_inner channels with d_state states, 9 * d_inner * d_state * G plus
-d_inner for each token's skip D and gate z; norms and activations are left out. Where directions are skipped, both
-multiply by the share that runs: the model's target, or what was measured.
+is counted. *Full* counts every direction that runs. Both count linears, the patch convolution, the mixers' convolutions
+with their padding and, for a scan over G positions of d_inner channels with d_state states, 9 * d_inner * d_state * G
+plus d_inner for each token's skip D and gate z; norms, activations and the heads that skip directions are left out.
+Where directions are skipped, both multiply by the share that runs: the model's target, or what was measured.
 """
 
 from __future__ import annotations
@@ -58,18 +58,15 @@ def model_flops(
     for layer, seen, share in zip(model.layers, lengths, keep):
         mixer = layer.mixer
         projections = 3 * mixer.d_inner * mixer.d_model * seen.tokens
-        published += projections + _direction_flops(mixer, seen, padding=mixer.d_conv - 1) * float(share.mean())
+        published += projections + _direction_flops(mixer, seen) * float(share.mean())
         full += projections + _direction_flops(mixer, seen) * float(share.sum())
-        if hasattr(mixer, "block_head"):
-            # the gate projects the class token apart
-            full += mixer.in_proj.weight.numel() + mixer.block_head.weight.numel()
     return Flops(round(published), round(full))
 
 
-def _direction_flops(mixer: nn.Module, seen: LayerLengths, padding: int = 0) -> int:
-    """One direction of a mixer: convolution, x_proj, dt_proj, scan with D and z."""
+def _direction_flops(mixer: nn.Module, seen: LayerLengths) -> int:
+    """One direction of a mixer: convolution with its padding, x_proj, dt_proj, scan with D and z."""
     inner, rank, states = mixer.d_inner, mixer.dt_rank, mixer.d_state
-    convolution = inner * mixer.d_conv * (seen.tokens + padding)
+    convolution = inner * mixer.d_conv * (seen.tokens + mixer.d_conv - 1)
     scan = inner * (rank + 2 * states) + rank * inner + 9 * inner * states
     return convolution + scan * seen.scanned + 2 * inner * seen.tokens
 

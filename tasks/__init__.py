@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 
 from tasks.task import Task
+from utils.flags import Parser
 
 
 class _Tasks(Mapping[str, "type[Task]"]):
@@ -36,7 +37,17 @@ class _Tasks(Mapping[str, "type[Task]"]):
 TASKS = _Tasks(
     {
         "classify": "tasks.classify.task:Classify",
+        "pretrain": "tasks.pretrain.task:Pretrain",
         "segment": "tasks.segment.task:Segment",
         "detect": "tasks.detect.task:Detect",
     }
 )
+
+
+def implied_task(argv: list[str] | None = None) -> str:
+    """The task of a command line without --task: pre-training if it has --pretrain or a masked autoencoder's name."""
+    parser = Parser(prog="main.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--pretrain")
+    parser.add_argument("--model", default="")
+    known = parser.parse_known_args(argv)[0]
+    return "pretrain" if known.pretrain or known.model.startswith("mae_") else "classify"

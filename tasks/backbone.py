@@ -9,11 +9,12 @@ import timm
 from torch import nn
 
 import fusion
+import models_mae  # noqa: F401 - its names join the registry
 import models_mamba
 from utils import UsageError, nearest
 from utils.flags import number
 
-OWN_MODULES = ("models_mamba",)
+OWN_MODULES = ("models_mamba", "models_mae")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.program import MICRO, QUICK, ROOT, Result, call_program, finish, lines, ranks_of, start
 from tests import micro_models, program_data
+from utils import telling
 
-__all__ = ["MICRO", "QUICK", "ROOT", "Result", "call_program", "finish", "lines", "ranks_of", "start"]
+__all__ = ["MICRO", "QUICK", "ROOT", "Result", "call_program", "finish", "lines", "ranks_of", "same", "start"]
 
 
 @pytest.fixture
@@ -27,6 +31,37 @@ def one_thread() -> Iterator[None]:
 def program(one_thread: None) -> Callable[..., Result]:
     """Call the program in this process: `program(*flags)`."""
     return call_program
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two checkpoints agree bit for bit; the seconds that an epoch took may differ."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(
+            same(first[key], second[key]) for key in first if key not in ("seconds", "peak_memory_mib", "args")
+        )
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second or (first != first and second != second)
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Have a signal arrive once so many steps, of training and evaluation, are done."""
+
+    def arrange(steps: int) -> None:
+        plain, left = telling.Progress.step, [steps]
+
+        def step(self: telling.Progress, *args: Any) -> None:
+            plain(self, *args)
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(telling.Progress, "step", step)
+
+    return arrange
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def fill(name: str, shape: tuple[int, ...], salt: int) -> Tensor:
         x = x - 4
     elif last in ("D", "D_b"):
         x = 1 + 0.1 * x
-    elif last in ("pos_embed", "cls_token"):
+    elif last in ("pos_embed", "cls_token", "decoder_pos_embed", "mask_token"):
         x = 0.2 * x
     elif name.endswith("bias"):
         x = 0.1 * x

@@ -17,11 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
 import main as program
 from benchmarks import cases, compare, ops, plot, summary, throughput
+from benchmarks.peers import PEERS
 from measure.flops import model_flops
 from tests import micro_models
 from tests.conftest import ROOT
@@ -85,10 +87,38 @@ def test_throughput_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture
     assert out.count("\n| ") == 1 + len(found["rows"])
 
 
+def test_peers_and_onnx_runtime(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = cases.build("vim_micro_patch8_32:depth=1", None)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(cases.OnnxCase(model, images)(), model(images), rtol=1e-3, atol=1e-4)
+    file = tmp_path / "rows.json"
+    flags = ["--onnx", "--batch-size", "1", "--seconds", "0", "--threads", "1", "--device", "cpu", "--json", str(file)]
+    assert throughput.main(["test_vit", "dyvm_micro_patch8_32:depth=4", *flags]) == 0
+    rows = {(row["model"], row["way"]): row for row in json.loads(file.read_text())["rows"]}
+    assert rows["test_vit", "ONNX Runtime"]["eval_images_per_second"] > 0
+    assert rows["test_vit", "ONNX Runtime"]["eval_peak_bytes"] is None
+    told = rows["dyvm_micro_patch8_32:depth=4", "ONNX Runtime"]["note"]
+    assert "has no ONNX export" in told
+    assert told in capsys.readouterr().out
+    assert all(timm.is_model(name) for name in PEERS)
+
+
 def test_gates_are_set_to_their_share() -> None:
     args = argparse.Namespace(
         models=["dyvm_micro_patch8_32:pruning=block,block_keep_ratio=0.5"],
-        **dict(dtype=["float32"], compile=False, train=False, device="cpu", seconds=0.0, img_size=None, batch_size=[8]),
+        **dict(
+            dtype=["float32"],
+            compile=False,
+            onnx=False,
+            train=False,
+            device="cpu",
+            seconds=0.0,
+            img_size=None,
+            batch_size=[8],
+        ),
     )
     (row,) = throughput.measure(args)
     model = cases.build(args.models[0], None)
@@ -296,8 +326,11 @@ def test_operators_against_peers_and_ports(tmp_path: Path, capsys: pytest.Captur
 # --- mistakes ---
 
 MISTAKES = {
+    "detection": [["--models", "nothing"], ["--size", "3"], ["--heads", "x"]],
+    "few_labels": [[], ["{here}"]],
     "flops": [["nothing"], ["vim_nano_patch4_32:depht=2"], ["--img-size", "0"]],
     "gpu_check": [["--device", "cuda:99"], ["--sizes", "1,2"], ["--models", "nothing"]],
+    "mae": [["--model", "nothing"], ["--model", "vim_micro_patch8_32"], ["--mask-ratio", "1"]],
     "merging": [["--model", "nothing"], ["--model", "test_vit"], ["--rounds", "0"], ["--device", "meta"]],
     "ops": [["--sizes", "8,384"], ["--threads", "0"], ["--dtype", "int8"], ["--nonsense"]],
     "plot": [
@@ -310,6 +343,7 @@ MISTAKES = {
     "pruning": [["--model", "deit_tiny_patch16_224"], ["--token-keep", "1.5"], ["--batch-size", "x"]],
     "reliability": [["--kills", "-1"], ["--sections", "floods"]],
     "resolution": [["--models", "nothing"], ["--sizes", "0"], ["--device", "x"], ["--add", "--out", "{broken}"]],
+    "segmentation": [["--models", "nothing"], ["--sizes", "8"], ["--seconds", "-1"]],
     "summary": [[], ["{here}"], ["{run}"], ["{bad}"]],
     "throughput": [
         *(["vim_nan_patch4_32"], ["vim_nano_patch4_32:depht=2"], ["vim_nano_patch4_32", "--batch-size", "0"]),

@@ -21,7 +21,7 @@ import datasets
 import loading
 import main
 from loading import SeededDataset, SeededSampler
-from tasks.classify import augmentation
+from tasks import augmentation
 from tasks.classify.task import Classify
 from tasks.task import Data
 from tests import program_data

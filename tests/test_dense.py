@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,12 @@ import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
+import benchmarks.micro_models  # noqa: F401 - their names join the registry
 import engine
+from benchmarks import segmentation
 from fusion.dynamic_pruning import Choices
+from models_mae import MaskedAutoencoder
+from models_registry import registry_keywords
 from tasks.dense.backbone import DenseBackbone, create_body, from_classifier, spread_indices
 from tasks.dense.measure import SegmentationMeter
 from tasks.dense.necks import MultiScale
@@ -33,11 +39,24 @@ def backbone(name: str, size: int | tuple[int, int] = 32, feature: str = "stream
 # --- images of any size ---
 
 
-@pytest.mark.parametrize("name", ["vim_nano_patch4_32", "fastvim_nano_patch4_32", "dyvm_nano_patch4_32"])
+REGISTERED = dict(num_cls_tokens=3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vim_nano_patch4_32",
+        "fastvim_nano_patch4_32",
+        "dyvm_nano_patch4_32",
+        "mambareg_nano_patch4_32",
+        "dyvm_mambareg_nano_patch4_32",
+    ],
+)
 @pytest.mark.parametrize("size", [(32, 32), (48, 20), (30, 41)])
 def test_maps_of_any_size(name: str, size: tuple[int, int]) -> None:
-    keywords = SHARES if name.startswith("dyvm") else {}
+    keywords = (SHARES if name.startswith("dyvm") else {}) | (REGISTERED if "mambareg" in name else {})
     model = backbone(name, **keywords)
+    assert model.body.class_tokens.count == (3 if "mambareg" in name else 0)
     grid = tuple(math.ceil(side / 4) for side in size)
     x = images((2, 3, *size), 0)
     with torch.no_grad():
@@ -171,14 +190,28 @@ def test_gradient_reaches_the_predictors_from_live_and_from_dropped_patches() ->
 # --- where weights come from ---
 
 
-@pytest.mark.parametrize("name", ["vim_nano_patch4_32", "fambav_nano_patch4_32", "fastvim_nano_patch4_32"])
+@pytest.mark.parametrize(
+    "name",
+    ["vim_nano_patch4_32", "fambav_nano_patch4_32", "fastvim_nano_patch4_32", "mambareg_nano_patch4_32"],
+)
 def test_a_body_starts_from_its_classifier(name: str) -> None:
     classifier = timm.create_model(name, img_size=32, **NANO).eval()
     body = create_body(name, 32, **NANO).eval()
     body.load_state_dict(from_classifier(classifier.state_dict(), body), strict=True)
     assert torch.equal(body.layers[0].mixer.in_proj.weight, classifier.layers[0].mixer.in_proj.weight)
-    rows = [row for row in range(classifier.pos_embed.shape[1]) if row not in classifier.class_token_positions(64)]
+    shared = classifier.class_token_positions(64) if classifier.class_tokens.positions == "shared" else ()
+    rows = [row for row in range(classifier.pos_embed.shape[1]) if row not in shared]
     assert torch.equal(body.pos_embed, classifier.pos_embed[:, rows])
+
+
+@pytest.mark.parametrize("name", ["vim_nano_patch4_32", "fastvim_nano_patch4_32"])
+def test_a_body_starts_from_a_masked_autoencoder(name: str) -> None:
+    sizes = dict(img_size=32, patch_size=4, **NANO)
+    keywords = registry_keywords(name) | sizes | dict(num_classes=0)
+    autoencoder = MaskedAutoencoder(**keywords, decoder_embed_dim=16, decoder_depth=1)
+    body = create_body(name, 32, **NANO)
+    body.load_state_dict(from_classifier(autoencoder.state_dict(), body), strict=True)
+    assert torch.equal(body.pos_embed, autoencoder.pos_embed[:, autoencoder.num_prefix_tokens :])
 
 
 def test_a_pruned_body_starts_from_a_plain_classifier() -> None:
@@ -231,6 +264,14 @@ def test_maps_come_to_four_strides(stride: int) -> None:
     assert [one.shape[-1] for one in maps] == [16, 8, 4, 2]
     with pytest.raises(ValueError, match="wanted 4, 8 or 16"):
         MultiScale(8, 32)
+
+
+def test_logits_of_a_padded_image_are_cut_in_training_too() -> None:
+    model = build_segmenter("vim_nano_patch4_32", 3, img_size=32, **NANO)
+    output = model.train()(images((2, 3, 32, 32), 0))
+    assert (output.logits.shape[-2:], output.aux.shape[-2:]) == ((8, 8), (2, 2))
+    output = model(images((2, 3, 30, 41), 0))
+    assert output.logits.shape[-2:] == output.aux.shape[-2:] == (30, 41)
 
 
 # --- loss, windows, meter ---
@@ -286,3 +327,16 @@ def test_meter_equals_scikit_learn() -> None:
     assert meter.stats()["mIoU"] == pytest.approx(float(iou[:5].mean()))
     with pytest.raises(ValueError, match="class 6"):
         meter.update(torch.zeros(1), torch.full((1,), 6))
+
+
+def test_benchmark_times_whole_and_body(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    names = ("vim_micro_patch8_32", "fastvim_micro_patch8_32")
+    flags = ["--models", *names, "--sizes", 32, "--seconds", 0, "--channels", 8, "--out", tmp_path / "rows.json"]
+    assert segmentation.main([str(flag) for flag in flags]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == [*names]
+    told = capsys.readouterr().out
+    for row in rows:
+        assert min(row["body_images_per_second"], row["images_per_second"]) > 0
+        assert row["peak_bytes"] > 4 * row["parameters"]
+        assert f"| 32 | {row['model']} |" in told

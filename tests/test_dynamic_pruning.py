@@ -49,7 +49,9 @@ def no_noise() -> Any:
 # --- published numbers ---
 
 
-@pytest.mark.parametrize("case", ["dyvm_vim", "dyvm_vim_balanced", "dyvm_videomamba"])
+@pytest.mark.parametrize(
+    "case", ["dyvm_vim", "dyvm_vim_balanced", "dyvm_videomamba", "dyvm_mambareg", "dyvm_mambareg_balanced"]
+)
 def test_golden_model(case: str) -> None:
     config, arrays = load(case)
     model = timm.create_model(config["model"], drop_path_rate=0.0, **config["kwargs"])
@@ -137,7 +139,7 @@ def test_loss_without_kept_tokens_and_teacher_that_stays_in_eval_mode() -> None:
 # --- training equals inference ---
 
 
-def _forced(decisions: list[Tensor]) -> tuple[Any, Any]:
+def forced(decisions: list[Tensor]) -> tuple[Any, Any]:
     """The same choices as a token policy for training and one for inference, of decisions over the original patches."""
 
     def mask(stage: int, tokens: Tensor, policy: Tensor) -> Tensor:
@@ -157,7 +159,7 @@ def _forced(decisions: list[Tensor]) -> tuple[Any, Any]:
     return mask, index
 
 
-def _sets(keep: list[float], batch: int, patches: int, seed: int) -> list[Tensor]:
+def random_sets(keep: list[float], batch: int, patches: int, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(batch, patches, generator=generator).argsort(1).argsort(1)
     return [(order < int(share * patches)).float() for share in keep]
@@ -168,10 +170,10 @@ def _sets(keep: list[float], batch: int, patches: int, seed: int) -> list[Tensor
 def test_training_equals_inference(cls: str, keep: list[float]) -> None:
     model = small(**CLASS_TOKENS[cls])
     method = model.site_methods[0]
-    x, sets = images((3, 3, 32, 32), 5), _sets(keep, 3, 64, seed=1)
+    x, sets = images((3, 3, 32, 32), 5), random_sets(keep, 3, 64, seed=1)
     gates = torch.rand(8, 3, 2, generator=torch.Generator().manual_seed(2)).round()
     method.direction_policy = lambda layer, column: gates[layer]
-    mask, index = _forced(sets)
+    mask, index = forced(sets)
     method.token_policy = mask
     with torch.no_grad():
         trained = model.train()(x)
@@ -215,7 +217,7 @@ def test_training_equals_inference_in_paired_models() -> None:
     keywords = SMALL | dict(pruning="both", drop_path_rate=0.0)
     model = fill_model(timm.create_model("fambav_tiny_patch16_224", **keywords), 4).eval()
     method = model.site_methods[0]
-    x, (mask, index) = images((2, 3, 32, 32), 4), _forced(_sets(list(SHARES), 2, 64, seed=3))
+    x, (mask, index) = images((2, 3, 32, 32), 4), forced(random_sets(list(SHARES), 2, 64, seed=3))
     gates = torch.rand(8, 2, 2, generator=torch.Generator().manual_seed(2)).round()
     method.direction_policy = lambda layer, column: gates[layer]
     with torch.no_grad():
@@ -230,7 +232,7 @@ def test_dropped_tokens_touch_nothing() -> None:
     model = small()
     method = model.site_methods[0]
     method.direction_policy = None
-    method.token_policy, _ = _forced(_sets(list(SHARES), 2, 64, seed=1))
+    method.token_policy, _ = forced(random_sets(list(SHARES), 2, 64, seed=1))
     model.train()
     x = images((2, 3, 32, 32), 1)
     prune = method._drop_tokens

@@ -8,7 +8,9 @@ import timm
 import models_mamba  # noqa: F401 (registers the models)
 from tests.golden_rules import GOLDEN, fill_model, images, load, relative_error
 
-CASES = sorted(path.stem for pattern in ("vim_*", "fambav_*", "fastvim_*") for path in GOLDEN.glob(f"{pattern}.npz"))
+CASES = sorted(
+    path.stem for pattern in ("vim_*", "fambav_*", "fastvim_*", "mambareg_*") for path in GOLDEN.glob(f"{pattern}.npz")
+)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -20,21 +20,33 @@ NAMES = timm.list_models(module="models_mamba")
 LONG_TINY = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
 
 
+def registers_of(name: str) -> tuple[int, int]:
+    """How many registers the MambaReg of that name has, and by what they are narrowed; 0 for other names."""
+    sizes = {"tiny": (12, 1), "small": (12, 2), "base": (12, 4), "large": (16, 8), "nano": (4, 2)}
+    return next((sizes[size] for size in sizes if f"mambar_{size}" in name or f"mambareg_{size}" in name), (0, 1))
+
+
 def published_layout(name: str, model: models_mamba.VisionMamba) -> dict[str, tuple[int, ...]]:
     """Keys and shapes as the published systems write them, from the sizes alone."""
     dim, classes = model.embed_dim, model.num_classes
     inner, rank, state = 2 * dim, math.ceil(dim / 16), 16
     patch = model.patch_embed.patch_size
     fast = "fastvim" in name or "noclstok" in name
+    registers, reduce = registers_of(name)
     layout = {
-        "pos_embed": (1, model.patch_embed.num_patches + (not fast), dim),
+        "pos_embed": (1, model.patch_embed.num_patches + (not fast and not registers), dim),
         "patch_embed.proj.weight": (dim, 3, *patch),
         "patch_embed.proj.bias": (dim,),
         "head.weight": (classes, dim),
         "head.bias": (classes,),
         "norm_f.weight": (dim,),
     }
-    if not fast:
+    if registers:
+        layout["cls_token"] = layout["pos_embed_cls"] = (1, registers, dim)
+        layout["head.weight"] = (classes, registers * dim // reduce)
+        if reduce > 1:
+            layout |= {"neck.weight": (dim // reduce, dim), "norm_neck.weight": (registers * dim // reduce,)}
+    elif not fast:
         layout["cls_token"] = (1, 1, dim)
     for i in range(model.depth):
         layer = {"norm.weight": (dim,), "mixer.in_proj.weight": (2 * inner, dim), "mixer.out_proj.weight": (dim, inner)}
@@ -48,7 +60,7 @@ def published_layout(name: str, model: models_mamba.VisionMamba) -> dict[str, tu
                 f"mixer.dt_proj{b}.weight": (inner, rank),
                 f"mixer.dt_proj{b}.bias": (inner,),
             }
-        if fast:
+        if fast or name.endswith("_final_pool_mean_abs_pos_embed_with_midclstok_div2") and "bimambav2" not in name:
             layer |= {"mixer.layernorm.weight": (inner,), "mixer.layernorm.bias": (inner,)}
         if "dyvm" in name:
             layer |= {"mixer.block_head.weight": (2, 2 * inner), "mixer.block_head.bias": (2,)}

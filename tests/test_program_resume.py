@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import QUICK, Result
-from utils import telling
+from tests.conftest import QUICK, Result, same
 
 SETTINGS = {
     "vim": ["--num_workers", 2, "--if_amp"],
@@ -23,42 +19,11 @@ SETTINGS = {
 }
 
 
-def same(first: Any, second: Any) -> bool:
-    """Whether two checkpoints agree bit for bit; the seconds that an epoch took may differ."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(
-            same(first[key], second[key]) for key in first if key not in ("seconds", "peak_memory_mib", "args")
-        )
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(same, first, second))
-    return first == second or (first != first and second != second)
-
-
 def log_lines(output: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
     return [
         {name: value for name, value in line.items() if name not in ("seconds", "peak_memory_mib")} for line in lines
     ]
-
-
-@pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Have a signal arrive once so many steps, of training and evaluation, are done."""
-
-    def arrange(steps: int) -> None:
-        plain, left = telling.Progress.step, [steps]
-
-        def step(self: telling.Progress, *args: Any) -> None:
-            plain(self, *args)
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        monkeypatch.setattr(telling.Progress, "step", step)
-
-    return arrange
 
 
 @pytest.mark.parametrize("family", SETTINGS)

@@ -96,7 +96,7 @@ def test_output(trained: Path) -> None:
     assert {"model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args"} <= set(state)
     assert state["epoch"] == 2
     assert state["args"]["lr"] == 0.02
-    assert checkpoints.read(str(trained / "best_checkpoint.pth"))["best_accuracy"] == best
+    assert checkpoints.read(str(trained / "best_checkpoint.pth"))["best_metric"] == best
     assert json.loads((trained / "args.json").read_text())["model"] == "vim_micro_patch8_32"
     events = EventAccumulator(str(trained)).Reload()
     points = events.Scalars("test/acc1")

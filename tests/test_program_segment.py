@@ -180,6 +180,9 @@ def test_a_bad_annotation_ends_a_run_in_a_sentence(program: Callable[..., Result
     result = program(*FLAGS, "--data-path", root, "--num_workers", 1)
     assert result.code == 2
     assert "shapes_0003.png has the value" in result.err
+    result = program(*FLAGS, "--data-path", root, "--batch-size", 1)
+    assert result.code == 2
+    assert "wanted 2 or more" in result.err
     (root / "objectInfo150.txt").unlink()
     assert program(*FLAGS, "--data-path", root).code == 2
 

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,22 +36,33 @@ SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts"
 # not experiments: what each is, and which test runs it
 SOURCED = {"scripts/launch.sh", "scripts/fambav/experiment.sh"}
 INSTALLS = {"scripts/setup.sh", "scripts/test.sh"}  # the suite runs inside them
-WHOLE = {"scripts/quickstart.sh", "scripts/compare.sh", "scripts/seg/quickstart.sh", "scripts/det/quickstart.sh"}
+WHOLE = {
+    "scripts/quickstart.sh",
+    "scripts/compare.sh",
+    "scripts/seg/quickstart.sh",
+    "scripts/det/quickstart.sh",
+    "scripts/mae/digits.sh",
+}
 EXPERIMENTS = [script for script in SCRIPTS if script not in SOURCED | INSTALLS | WHOLE]
 # take minutes, or a GPU: that they start is all that is tried here
-LONG = {f"benchmarks.{name}" for name in ("flops", "pruning", "merging", "resolution", "compare", "segmentation")}
+LONG = {
+    f"benchmarks.{name}"
+    for name in ("flops", "pruning", "merging", "resolution", "compare", "mae", "segmentation", "detection", "cells")
+}
 LONG_SCRIPTS = {"benchmarks/gpu_check.sh"}
 CLASSES = {"CIFAR": 100, "IMNET": 3, "ADE20K": 3, "COCO": 3, "SHAPES": 3}
 TINY = ("--input-size", "32", "--batch-size", "4", "--num_workers", "0")
+BY_STEPS = (*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0")
 SMALL = {
     "classify": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
-    "segment": (*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0"),
+    "pretrain": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
+    "segment": BY_STEPS,
     "detect": (
-        *(*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0"),
+        *BY_STEPS,
         *("--det-channels", "8", "--det-fc-channels", "16", "--det-boxes", "16", "--det-proposals", "20"),
     ),
 }
-TOLD = {"classify": "top-1", "segment": "mIoU", "detect": "box AP"}
+TOLD = {"classify": "top-1", "pretrain": "loss", "segment": "mIoU", "detect": "box AP"}
 
 
 # --- reading the pages ---
@@ -97,6 +109,7 @@ class Files:
         """Weights of an untrained micro model."""
         path = self.root / f"{family}-{classes}.pth"
         if not path.exists():
+            classes = 0 if family.startswith("mae_") else classes
             model = micro_models.timm.create_model(f"{family}_micro_patch8_32", num_classes=classes)
             torch.save({"model": model.state_dict()}, path)
         return path
@@ -124,8 +137,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 def family_of(model: str) -> str:
     """The micro model's family that stands for `model`."""
+    if model.startswith(("mambareg", "mambar_")):
+        return "mambareg"
+    if model.startswith(("dyvm_mambareg", "MambaReg-")):
+        return "dyvm_mambareg"
     if model.startswith(("dyvm", "Vim-", "VideoMamba-")):
         return "dyvm"
+    if model.startswith("mae_"):
+        return "mae_fastvim" if "fastvim" in model.lower() else "mae_vim"
     return "fastvim" if model.startswith("fastvim") or "noclstok" in model else "vim"
 
 
@@ -145,7 +164,8 @@ def substitute(flags: list[str], files: Files, folder: Path) -> list[str]:
     if data_set == "SHAPES" and "--data-path" not in flags:
         flags += ["--data-path", ""]
     family = family_of(value(flags, "--model", "vim_nano_patch4_32"))
-    start = "vim" if family == "dyvm" and "--eval" not in flags else family
+    plain = {"dyvm": "vim", "dyvm_mambareg": "mambareg"}
+    start = plain.get(family, family) if "--eval" not in flags else family
     stands = {
         "--data-path": files.data[data_set],
         **dict.fromkeys(("--output_dir", "--visualize"), folder / "output"),
@@ -163,8 +183,10 @@ def check_and_run(flags: list[str], files: Files, folder: Path, run: Callable[..
     flags = substitute(flags, files, folder)
     program.parse(flags)
     model = value(flags, "--model", "vim_nano_patch4_32")
-    task = value(flags, "--task", "classify")
-    small = [*flags, "--model", f"{family_of(model)}_micro_patch8_32", *SMALL[task], "--device", "cpu"]
+    task = program.choose_task(flags).name
+    by_steps = task in ("classify", "pretrain") and "--iterations" in flags
+    tiny = BY_STEPS if by_steps else SMALL[task]
+    small = [*flags, "--model", f"{family_of(model)}_micro_patch8_32", *tiny, "--device", "cpu"]
     if value(flags, "--fusion-strategy", "no") != "no":
         small += ["--fusion-layer", "1", "--fusion-token", "2"]
     result = run(*small)
@@ -209,7 +231,8 @@ def program_flags(words: list[str]) -> list[str]:
 @pytest.mark.parametrize("script", EXPERIMENTS)
 def test_experiment_script(script: str, files: Files, program: Callable[..., Result], tmp_path: Path) -> None:
     asks = "--model-path" in (ROOT / script).read_text()
-    extra = ["--model-path", str(files.weights("vim", 3))] if asks else []
+    start = "mambareg" if "mambareg" in script else "vim"
+    extra = ["--model-path", str(files.weights(start, 3))] if asks else []
     (command,) = run_script(ROOT / script, [str(tmp_path), *extra], tmp_path)
     assert Path(command[0]) == ROOT / "main.py"
     assert value(command, "--data-path") == str(tmp_path), "the first argument is the data path"
@@ -269,6 +292,21 @@ def test_quickstart_installs_trains_and_evaluates(
         flags = line[1:] if "--eval" in line else without(line[1:], "--resume")
         check_and_run(flags, files, tmp_path, program)
     assert lines[-1][:2] == ["-m", "benchmarks.summary"]
+
+
+def test_digits_pretrains_fine_tunes_and_probes(
+    clone: Path, files: Files, program: Callable[..., Result], tmp_path: Path
+) -> None:
+    environment = dict(STEPS="8", FEW_STEPS="4", SEEDS="0 1", OUTPUT_DIR=str(tmp_path / "digits"))
+    lines = run_script(clone / "scripts/mae/digits.sh", [], clone, **environment)
+    runs = [without(line[1:], "--resume") for line in lines if line[0] == "main.py"]
+    assert [Path(value(flags, "--output_dir")).name for flags in runs] == [
+        *("pretrain", "finetuned-0", "scratch-0", "finetuned-1", "scratch-1", "probe")
+    ]
+    for flags in (runs[0], runs[1], runs[2], runs[5]):
+        # CIFAR stands for the digits, with too few images for a tenth of them
+        check_and_run(without(flags, "--label-share"), files, tmp_path, program)
+    assert lines[-1] == ["-m", "benchmarks.few_labels", str(tmp_path / "digits")]
 
 
 def without(flags: list[str], name: str) -> list[str]:
@@ -354,7 +392,7 @@ def run_module(name: str, arguments: list[str], files: Files, folder: Path, monk
 
 
 def test_flags_in_code_spans_exist() -> None:
-    known = set().union(*(program.get_args_parser(task)._option_string_actions for task in TASKS.values()))
+    known = set().union(*(program.get_args_parser(TASKS[name])._option_string_actions for name in TASKS))
     for page in PAGES:
         text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
         for span in re.findall(r"`(--[^`\n]+)`", text):
@@ -363,10 +401,12 @@ def test_flags_in_code_spans_exist() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_run(page: Path) -> None:
+def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         if "register_model" not in block:  # the worked example is tests/test_examples.py's
-            exec(compile(block, str(page), "exec"), {"__name__": "page"})
+            module = types.ModuleType("page")  # which dataclasses look up
+            monkeypatch.setitem(sys.modules, "page", module)
+            exec(compile(block, str(page), "exec"), vars(module))
 
 
 def test_pages_hold_commands() -> None:

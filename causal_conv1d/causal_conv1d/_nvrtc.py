@@ -6,7 +6,8 @@ binary is kept on disk under a hash of everything that went into it. Later proce
 start at once: a file appears under its final name complete or not at all.
 
 The cache is `$KERNEL_CACHE_DIR`, else `$XDG_CACHE_HOME/vision-mamba-kernels`, else `~/.cache/vision-mamba-kernels`;
-where it cannot be written, kernels are compiled anew in every process.
+where it cannot be written, kernels are compiled anew in every process. What is read from it runs, so nothing is taken
+that another user may have put there: only regular files of this user, which nobody else can write to.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import ctypes
 import hashlib
 import os
 import re
+import stat
 import tempfile
 import threading
 from functools import cache, lru_cache
@@ -156,7 +158,31 @@ def cache_directory() -> Path:
     """Where compiled kernels are kept."""
     if os.environ.get(CACHE_VARIABLE):
         return Path(os.environ[CACHE_VARIABLE])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vision-mamba-kernels"
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # a relative path is to be ignored, says the XDG Base Directory Specification
+    return (shared if shared.is_absolute() else Path.home() / ".cache") / "vision-mamba-kernels"
+
+
+def _is_own(status: os.stat_result) -> bool:
+    """Whether a file or folder is this user's, and nobody else's to write to."""
+    if not hasattr(os, "getuid"):  # Windows, whose folders in a user's home are that user's
+        return True
+    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _read_own(file: Path) -> bytes:
+    """What is in a regular file of this user's, followed through no link and waited for at no pipe.
+
+    Raises:
+        OSError: there is none, or it is another's.
+    """
+    careful = [getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY")]
+    handle = os.open(file, os.O_RDONLY | sum(careful))
+    with os.fdopen(handle, "rb") as stream:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or not _is_own(status):
+            raise PermissionError(f"{file} is not a regular file that only this user can write to")
+        return stream.read()
 
 
 def cached_kernel(path: Path, arguments: str, target: str, *, renew: bool = False) -> bytes:
@@ -167,13 +193,13 @@ def cached_kernel(path: Path, arguments: str, target: str, *, renew: bool = Fals
     try:
         file = cache_directory() / name
         if not renew:
-            return file.read_bytes()
+            return _read_own(file)
     except (OSError, RuntimeError):
         pass
     code = compile_kernel(path, arguments, target).code
     try:
         file = cache_directory() / name
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f"{name}.")
         try:
             with os.fdopen(handle, "wb") as stream:

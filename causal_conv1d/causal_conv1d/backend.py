@@ -85,12 +85,14 @@ class Backends:
 
     def has(self, tensor: torch.Tensor, function: str) -> bool:
         """Whether the kernel set for `tensor` has `function`, which not all have. Not while a graph is exported, whose
-        reader knows the plain operators only."""
+        reader knows the plain operators only, nor under a transform of `torch.func`, which knows none."""
         exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
         if torch.jit.is_tracing() or exporting():
             return False
         if torch.compiler.is_compiling():
             _load_before_compiling(self, tensor.device.type)
+        elif torch._C._are_functorch_transforms_active():
+            return False
         return hasattr(self.pick(tensor), function)
 
     def _load(self, device_type: str) -> Any:

@@ -1,10 +1,6 @@
 """The published import path of the convolution."""
 
-from causal_conv1d.ops.convolution import (
-    causal_conv1d_fn,
-    causal_conv1d_ref,
-    causal_conv1d_update,
-    causal_conv1d_update_ref,
-)
+from causal_conv1d.ops.convolution import causal_conv1d_fn, causal_conv1d_ref
+from causal_conv1d.ops.update import causal_conv1d_update, causal_conv1d_update_ref
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_ref", "causal_conv1d_update", "causal_conv1d_update_ref"]

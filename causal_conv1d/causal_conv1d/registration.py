@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 
 class Operators:
@@ -23,6 +24,7 @@ class Operators:
         *,
         save: Callable[[Any, tuple, Any], None] | None = None,
         differentiate: Callable[..., tuple] | None = None,
+        flops: Callable[..., int] | None = None,
     ) -> None:
         """Give the operator of `schema` its kernel, its fake and, if it is differentiable, its gradient.
 
@@ -31,6 +33,8 @@ class Operators:
             kernel: computes it on every device.
             fake: the shapes and dtypes of its results.
             save, differentiate: `setup_context` and `backward` of `torch.library.register_autograd`.
+            flops: two for each multiply-add, of the operator's arguments with shapes in the place of tensors, for
+                `torch.utils.flop_counter`.
         """
         name = schema.partition("(")[0]
         self._library.define(schema, tags=torch.Tag.pt2_compliant_tag)
@@ -39,3 +43,6 @@ class Operators:
         if differentiate is not None:
             qualified = f"{self._namespace}::{name}"
             torch.library.register_autograd(qualified, differentiate, setup_context=save, lib=self._library)
+        if flops is not None:
+            operator = getattr(getattr(torch.ops, self._namespace), name)
+            register_flop_formula(operator)(lambda *args, out_shape=None, **kwargs: flops(*args, **kwargs))

@@ -183,7 +183,7 @@ def test_opcheck(name):
         ({"x": [1.0]}, TypeError, "x is a list, wanted a torch.Tensor"),
         ({"x": torch.zeros(2, 4, 5, dtype=torch.int64)}, TypeError, "x has dtype int64, wanted float32 or bfloat16"),
         ({"weight": torch.zeros(3, 4)}, ValueError, r"weight has shape \(3, 4\), wanted \(dim, width\) with dim 4"),
-        ({"weight": torch.zeros(4, 5)}, ValueError, r"weight has shape \(4, 5\), wanted .* width 2, 3 or 4"),
+        ({"weight": torch.zeros(4, 0)}, ValueError, r"weight has shape \(4, 0\), wanted .* width 1 or more"),
         ({"weight": torch.zeros(4, 1, 4)}, ValueError, r"weight has shape \(4, 1, 4\), wanted \(dim, width\)"),
         ({"weight": torch.zeros(4, 4, device="meta")}, ValueError, "weight is on meta, wanted cpu, the device of x"),
         ({"bias": torch.zeros(1)}, ValueError, r"bias has shape \(1,\), wanted \(dim,\) = \(4,\)"),
@@ -199,9 +199,41 @@ def test_bad_input(change, error, message):
 
 def test_bad_update_input():
     with pytest.raises(
-        ValueError, match=r"conv_state has shape \(2, 4, 3\), wanted \(batch, dim, width\) = \(2, 4, 4\)"
+        ValueError, match=r"conv_state has shape \(2, 4, 2\), wanted \(batch, dim, width\) = \(2, 4, 4\)"
     ):
-        causal_conv1d_update(torch.zeros(2, 4), torch.zeros(2, 4, 3), torch.zeros(4, 4))
+        causal_conv1d_update(torch.zeros(2, 4), torch.zeros(2, 4, 2), torch.zeros(4, 4))
+
+
+def test_update_writes_only_where_torch_would(kernels):
+    x, weight, bias = torch.randn(2, 8), torch.randn(8, 4), torch.randn(8)
+    for state in (torch.zeros(1, 8, 4).expand(2, 8, 4), torch.zeros(2, 8, 1).expand(2, 8, 4), torch.zeros(8, 8).T[:2]):
+        state = state.unfold(1, 4, 4)[:, :1].expand(2, 8, 4) if state.dim() == 2 else state
+        with pytest.raises(RuntimeError, match="wanted a place in memory of its own for each element"):
+            causal_conv1d_update(x, state, weight, bias)
+    with pytest.raises(RuntimeError, match="conv_state requires a gradient"):
+        causal_conv1d_update(x, torch.zeros(2, 8, 4, requires_grad=True), weight, bias)
+    state = torch.zeros(2, 8, 4)
+    with pytest.raises(RuntimeError, match="x shares its memory with conv_state"):
+        causal_conv1d_update(state[:, :, 0], state, weight, bias)
+    # a view with places of its own is as good as a whole
+    wide = torch.randn(2, 4, 16).transpose(1, 2)[:, ::2]
+    own = wide.clone()
+    torch.testing.assert_close(
+        causal_conv1d_update(x, wide, weight, bias), causal_conv1d_update_ref(x, own, weight, bias)
+    )
+    torch.testing.assert_close(wide, own)
+
+
+def test_update_of_a_state_that_a_graph_has_saved_is_an_error(kernels):
+    x, weight = torch.randn(2, 8), torch.randn(8, 4)
+    leaf = torch.randn(2, 8, 4, requires_grad=True)
+    state = leaf.detach() * 1
+    saved = (leaf * state).sum()
+    before = state._version
+    causal_conv1d_update(x, state, weight)
+    assert state._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()
 
 
 def test_unknown_backend():
@@ -210,3 +242,106 @@ def test_unknown_backend():
         backend.use("fast"),
     ):
         pass
+
+
+# --- what later releases take ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 5, 9])
+def test_any_width(width, kernels):
+    x, weight, bias = arguments(2, 6, 12, width, True)
+    for reverse in (False, True):
+        assert_as_reference(x, weight, bias, "silu", reverse, 2e-6)
+    state, steps = torch.zeros(2, 6, width), []
+    for t in range(12):
+        steps.append(causal_conv1d_update(x[..., t], state, weight, bias, "silu"))
+    torch.testing.assert_close(torch.stack(steps, -1), causal_conv1d_ref(x, weight, bias, "silu"))
+
+
+def test_the_fourth_place_is_told_apart_by_its_type():
+    x, weight, bias = arguments(2, 6, 12, 4, True)
+    wanted = causal_conv1d_fn(x, weight, bias, activation="silu")
+    for given in (("silu",), ("swish",), (None, None, False, None, "silu")):
+        assert torch.equal(causal_conv1d_fn(x, weight, bias, *given), wanted)
+    one = torch.zeros(2, 12, dtype=torch.int32)
+    torch.testing.assert_close(causal_conv1d_fn(x, weight, bias, one, None, False, None, "silu"), wanted)
+
+
+@pytest.mark.parametrize("width", [3, 4, 6])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_packed_sequences_do_not_see_each_other(width, activation, kernels):
+    x, weight, bias = arguments(1, 6, 12, width, True)
+    seq_idx = torch.tensor([[0] * 5 + [1] * 1 + [2] * 6], dtype=torch.int32)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    out = causal_conv1d_fn(*inputs, seq_idx=seq_idx, activation=activation)
+    parts = [causal_conv1d_ref(part, weight, bias, activation) for part in x.split([5, 1, 6], dim=-1)]
+    torch.testing.assert_close(out, torch.cat(parts, -1))
+    grads = [torch.autograd.grad(each.square().sum(), inputs) for each in (out, torch.cat(parts, -1))]
+    for got, want in zip(*grads):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [2, 4, 6])
+def test_states_carry_a_sequence_on(width, kernels):
+    x, weight, bias = arguments(2, 6, 12, width, True)
+    whole = causal_conv1d_ref(x, weight, bias, "silu")
+    pieces, states = [], None
+    for part in x.split([2, 7, 3], dim=-1):
+        room = torch.empty(2, 6, width - 1)
+        options = {"return_final_states": True, "final_states_out": room, "activation": "silu"}
+        piece, states = causal_conv1d_fn(part, weight, bias, initial_states=states, **options)
+        assert states is room
+        pieces.append(piece)
+    torch.testing.assert_close(torch.cat(pieces, -1), whole)
+    assert torch.equal(states, x[..., 12 - (width - 1) :])
+    given = torch.randn(2, 6, width - 1, requires_grad=True)
+    causal_conv1d_fn(x, weight, bias, initial_states=given).sum().backward()
+    assert given.grad.any()
+
+
+@pytest.mark.parametrize("length", [3, 4, 7])
+@pytest.mark.parametrize("steps", [None, 1, 3])
+@pytest.mark.parametrize("ring", [False, True])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_update_of_longer_states(length, steps, ring, chosen):
+    """A state of width - 1 or more, several steps at once, a ring, some of many: all go on as one pass does."""
+    x, weight, bias = arguments(2, 6, 12, 4, True)
+    whole = causal_conv1d_ref(x, weight, bias, "silu")
+    store = torch.zeros(5 if chosen else 2, 6, length)
+    rows = torch.tensor([3, 1], dtype=torch.int32) if chosen else None
+    outs = []
+    for start in range(0, 12, steps or 1):
+        part = x[..., start] if steps is None else x[..., start : start + steps]
+        written = torch.full((2,), start, dtype=torch.int32) if ring else None
+        outs.append(causal_conv1d_update(part, store, weight, bias, "silu", written, rows))
+        assert outs[-1].shape == part.shape
+    torch.testing.assert_close(torch.stack(outs, -1) if steps is None else torch.cat(outs, -1), whole)
+    if chosen:
+        assert not store[[0, 2, 4]].any()
+
+
+def test_update_is_differentiated_where_that_is_wanted(kernels):
+    x, weight, bias = (tensor.requires_grad_() for tensor in arguments(2, 6, 12, 4, True))
+    state, outs = torch.zeros(2, 6, 4), []
+    for t in range(3):
+        outs.append(causal_conv1d_update(x[..., t], state, weight, bias, "silu"))
+    assert not state.requires_grad
+    got = torch.autograd.grad(torch.stack(outs, -1).sum(), (weight, bias))
+    want = torch.autograd.grad(causal_conv1d_ref(x[..., :3], weight, bias, "silu").sum(), (weight, bias))
+    for one, other in zip(got, want):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seq_idx": torch.zeros(2, 4).int()}, r"seq_idx has shape \(2, 4\), wanted \(batch, seqlen\) = \(2, 5\)"),
+        ({"seq_idx": torch.zeros(2, 5)}, "seq_idx has dtype float32, wanted int32 or int64"),
+        ({"seq_idx": torch.zeros(2, 5).int(), "return_final_states": True}, "beside states, wanted one of them"),
+        ({"initial_states": torch.zeros(2, 4, 4)}, r"wanted \(batch, dim, width - 1\) = \(2, 4, 3\)"),
+        ({"return_final_states": True, "reverse": True}, "reverse is True beside"),
+    ],
+)
+def test_states_that_do_not_fit(change, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        causal_conv1d_fn(torch.zeros(2, 4, 5), torch.zeros(4, 4), **change)

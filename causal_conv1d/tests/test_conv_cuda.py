@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import importlib.util
 import json
+import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -136,6 +137,47 @@ def test_cache_that_cannot_be_written_is_done_without(small_kernel, tmp_path, mo
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(_nvrtc.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
     assert _nvrtc.cached_kernel(small_kernel, "1.f", "sm_90")
+
+
+@pytest.fixture
+def honest(small_kernel, tmp_path, monkeypatch):
+    """The cached file of a kernel, without a compiler; `read()` gives what the cache gives for it."""
+    monkeypatch.setattr(_nvrtc, "compiler_version", lambda: (13, 0))
+    monkeypatch.setattr(_nvrtc, "compile_kernel", lambda *job: _nvrtc.Binary(b"honest", ""))
+
+    def read():
+        return _nvrtc.cached_kernel(small_kernel, "1.f", "sm_90")
+
+    assert read() == b"honest"
+    (file,) = (tmp_path / "cache").iterdir()
+    return file, read
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files")
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder", "writable by all", "another's"])
+def test_cache_takes_nothing_that_another_may_have_put_there(kind, honest, tmp_path, monkeypatch):
+    file, read = honest
+    file.write_bytes(b"own")
+    assert read() == b"own"
+    if kind == "writable by all":
+        file.chmod(0o666)
+    elif kind == "another's":
+        monkeypatch.setattr(os, "getuid", lambda: file.stat().st_uid + 1)
+    else:
+        file.unlink()
+        (tmp_path / "elsewhere").write_bytes(b"foreign")
+        make = {"link": lambda: file.symlink_to(tmp_path / "elsewhere"), "fifo": lambda: os.mkfifo(file)}
+        make.get(kind, file.mkdir)()
+    assert read() == b"honest"
+
+
+def test_cache_folder_is_this_user_s(tmp_path, monkeypatch):
+    monkeypatch.delenv(_nvrtc.CACHE_VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _nvrtc.cache_directory() == tmp_path / ".cache" / "vision-mamba-kernels"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert _nvrtc.cache_directory() == tmp_path / "xdg" / "vision-mamba-kernels"
 
 
 @compiled

@@ -94,6 +94,49 @@ def test_values_and_gradients(bias, layout, own):
 
 
 @compiled
+@pytest.mark.parametrize(
+    ("x", "weight", "bias", "message"),
+    [
+        ((4, 30), (64, 40), None, r"weight has shape \(64, 40\), wanted \(out, in\) with x \(4, 30\)"),
+        ((4, 40), (64, 40, 1), None, r"weight has shape \(64, 40, 1\)"),
+        ((4, 40), (64, 40), (63,), r"bias has shape \(63,\), wanted \(out,\) = \(64,\)"),
+        ((4, 40), (64, 40), torch.ones(64, dtype=torch.int64), "bias has dtype int64, wanted float32"),
+        ((4, 40), (64, 40), torch.ones(64, device="meta"), "bias is on meta, wanted cpu"),
+        ((4, 40), torch.ones(64, 40).half(), None, "weight has dtype float16, wanted float32"),
+    ],
+)
+def test_what_does_not_fit_is_refused(x, weight, bias, message, own):
+    x, weight, bias = (torch.ones(each) if isinstance(each, tuple) else each for each in (x, weight, bias))
+    with pytest.raises((ValueError, TypeError), match=message):
+        linear(x, weight, bias)
+
+
+@compiled
+def test_dispatch(own):
+    """Compilers, tracers, counters and views that are not yet computed see one operator."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, weight, bias = torch.randn(3, 40), torch.randn(24, 40), torch.randn(24)
+    for tensors in ((x, weight, bias), (x, weight, None)):
+        tensors = [None if t is None else t.requires_grad_() for t in tensors]
+        torch.library.opcheck(torch.ops.mamba_ssm.linear.default, tuple(tensors))
+    detached = x.detach(), weight.detach(), bias.detach()
+    torch.testing.assert_close(
+        make_fx(linear)(*detached)(2 * detached[0], *detached[1:]), F.linear(2 * x, weight, bias)
+    )
+    with FlopCounterMode(display=False) as counter:
+        linear(*detached)
+    assert counter.get_total_flops() == 2 * 3 * 40 * 24
+    negated = torch.randn(3, 40, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    torch.testing.assert_close(linear(negated, *detached[1:]), F.linear(negated, *detached[1:]))
+    with FakeTensorMode():
+        assert linear(torch.empty(3, 40), torch.empty(24, 40)).shape == (3, 24)
+
+
+@compiled
 @pytest.mark.parametrize("prefer", [False, True])
 def test_into_and_weight_gradients(prefer, own, monkeypatch):
     """A slice of a wider tensor takes the result; narrow and wide inputs both have their weight's gradient."""

@@ -159,10 +159,33 @@ def test_what_is_refused():
         slot[1, 4] = place
         with pytest.raises(IndexError, match="wanted 0 to 0"):
             merge_tokens_fn(x, slot, count)
-    with pytest.raises(ValueError, match="of torch.int64"):
+    with pytest.raises(IndexError, match="or count no size"):
+        merge_tokens_fn(x, slot.abs(), count * 0)
+    with pytest.raises(TypeError, match="slot has dtype int32, wanted int64"):
         merge_tokens_fn(x, slot.int(), count)
-    with pytest.raises(ValueError, match="slot is"):
+    with pytest.raises(ValueError, match=r"slot has shape \(2, 8\), wanted \(batch, tokens\) = \(2, 9\)"):
         merge_tokens_fn(x, slot[:, :8], count)
+    for change in (x[0], x.long(), "x"):
+        with pytest.raises((ValueError, TypeError), match="metric (has|is)"):
+            match_tokens_fn(change, 2, none, [])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_references_are_the_operators(case):
+    """Without kernels, as for float64, they run in their place."""
+    tokens, cls, moved, odd_first = CASES[case]
+    cls, fused = torch.tensor([cls], dtype=torch.long).view(1, -1), min(4, (tokens - len(cls)) // 2)
+    x = torch.randn(2, tokens, 9)
+    for raster, sort in ((True, True), (False, True), (False, False)):
+        options = {"odd_first": odd_first, "raster": raster, "sort": sort}
+        found = match_tokens_fn(x, fused, cls, moved, **options)
+        wanted = match_tokens_fn(x.double(), fused, cls, moved, **options)
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted))
+    slot, _, count, _ = found
+    torch.testing.assert_close(merge_tokens_fn(x, slot, count).double(), merge_tokens_fn(x.double(), slot, count))
+    for bad in (slot + 1, slot - 1):
+        with pytest.raises(IndexError, match="no place of the merged sequence"):
+            merge_tokens_fn(x.double(), bad, count)
 
 
 def test_where_there_are_kernels():

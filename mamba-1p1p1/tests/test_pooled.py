@@ -204,6 +204,7 @@ class Rows:
     """Pools rows of two tokens."""
 
     lines = Lines(2, False)
+    backward = None
 
     def order(self, x):
         return x

@@ -5,5 +5,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 
 launch dyvm-vim-b IMNET "$@" -- \
     --model Vim-Base --pruning both --token-keep-ratio 0.7 --block-keep-ratio 0.7 \
-    --batch-size 32 --epochs 30 --lr 5e-5 --min-lr 1e-6 --warmup-epochs 5 --drop-path 0.0 --weight-decay 1e-8 \
-    --num_workers 25 --no_amp
+    --batch-size 32 --epochs 30 --lr 5e-5 --min-lr 1e-6 --warmup-lr 1e-5 --warmup-epochs 5 --drop-path 0.0 \
+    --weight-decay 1e-8 --token-pruning-weight 10 --block-pruning-weight 10 --num_workers 25 --no_amp

@@ -5,5 +5,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 
 launch vim-s-finetune IMNET "$@" -- \
     --model vim_small_patch16_stride8_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2 \
-    --batch-size 64 --epochs 30 --unscale-lr --lr 1e-5 --min-lr 1e-5 --warmup-lr 1e-5 --warmup-epochs 0 \
-    --drop-path 0.05 --weight-decay 1e-8 --num_workers 25 --no_amp
+    --batch-size 128 --epochs 30 --unscale-lr --lr 1e-5 --min-lr 1e-5 --warmup-lr 1e-5 --warmup-epochs 0 \
+    --drop-path 0.0 --weight-decay 1e-8 --num_workers 25 --no_amp

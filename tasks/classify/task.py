@@ -18,16 +18,16 @@ import fusion
 from fusion import Meter
 from loading import EvalBatches, TrainBatches
 from measure import against
+from models_mae import MaskedAutoencoder, linear_probe
 from models_mamba import VisionMamba
-from tasks import backbone
-from tasks.classify import augmentation, losses
+from tasks import augmentation, backbone
+from tasks.classify import losses
 from tasks.task import Data, Metric, Task
 from utils import UsageError
 from utils.flags import add_switch
 
 _logger = logging.getLogger(__name__)
 
-REPEATS = 3  # of repeated augmentation
 NUM_PICTURES = 4
 
 
@@ -59,6 +59,9 @@ class Classify(Task):
         add_switch(
             group, ["--repeated-aug"], ["--no-repeated-aug"], default=True, help="repeat each image 3 times in a row"
         )
+        group.add_argument(
+            "--linear-probe", action="store_true", help="train a new head alone, on --finetune's weights as they are"
+        )
         add_switch(
             group, ["--if_nan2num"], ["--no_nan2num"], default=False, help="replace non-finite outputs by numbers"
         )
@@ -81,6 +84,20 @@ class Classify(Task):
     def check(cls, args: argparse.Namespace, typed: set[str]) -> None:
         for owner in (losses, augmentation, datasets):
             owner.check(args)
+        if args.linear_probe:
+            for flag, wrong in (
+                ("--distillation-type", args.distillation_type != "none"),
+                ("--cosub", args.cosub),
+                ("--attn-only", args.attn_only),
+                ("--layer-decay", args.layer_decay is not None),
+                ("--fsdp", args.fsdp),
+            ):
+                if wrong:
+                    raise UsageError(
+                        f"{flag} contradicts --linear-probe, which trains one new layer by the labels alone."
+                    )
+            if not (args.finetune or args.resume):
+                raise UsageError("--linear-probe wants the weights that it probes: --finetune FILE.")
         if not args.train_mode and (args.if_random_cls_token_position or args.if_random_token_rank):
             raise UsageError("--no-train-mode contradicts random token positions, which belong to training.")
 
@@ -96,10 +113,18 @@ class Classify(Task):
 
     @classmethod
     def build_model(cls, args: argparse.Namespace, data: Data | None, **overrides: Any) -> nn.Module:
-        return backbone.build_backbone(args, 1 if data is None else data.num_classes, **overrides)
+        model = backbone.build_backbone(args, 1 if data is None else data.num_classes, **overrides)
+        if args.linear_probe:
+            try:
+                linear_probe(model)
+            except ValueError as error:
+                raise UsageError(f"--linear-probe: --model {args.model}: {error}") from error
+        return model
 
     @classmethod
     def check_model(cls, model: nn.Module, args: argparse.Namespace) -> None:
+        if isinstance(model, MaskedAutoencoder):
+            raise UsageError(f"--model {args.model} has no head to classify with; wanted --task pretrain.")
         if args.fsdp and not isinstance(model, VisionMamba):
             raise UsageError(f"--model {args.model} contradicts --fsdp, which trains Vision Mambas without pruning.")
         if isinstance(model, VisionMamba):
@@ -114,7 +139,7 @@ class Classify(Task):
 
     @classmethod
     def train_batches(cls, data: Data, args: argparse.Namespace) -> TrainBatches:
-        repeats = REPEATS if args.repeated_aug else 1
+        repeats = augmentation.REPEATS if args.repeated_aug else 1
         even = augmentation.mixes(args)
         return TrainBatches(data.train, args, repeats=repeats, even=even, steps=args.steps_per_epoch)
 

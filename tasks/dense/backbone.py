@@ -101,8 +101,11 @@ def from_classifier(weights: dict[str, Tensor], body: nn.Module) -> dict[str, Te
     dropped = [name for name in _TOKENS if name in weights and name not in own]
     state = {name: value for name, value in weights.items() if not name.startswith(_HEAD) and name not in dropped}
     if "pos_embed" in state:
-        count = sum(weights[name].shape[1] for name in dropped)
-        state["pos_embed"] = _without_token_rows(state["pos_embed"], count, body)
+        tokens = body.classifier_tokens
+        if any(name.startswith("decoder") for name in weights):
+            # a masked autoencoder has its class token's row in front
+            tokens = ClassTokens(sum(weights[name].shape[1] for name in dropped), "front")
+        state["pos_embed"] = _without_token_rows(state["pos_embed"], tokens if dropped else ClassTokens(), body)
     missing = [name for name in own if name not in state]
     kept = [name for name in missing if name.endswith(("norm.bias", "layernorm.bias"))]
     kept += [name for name in missing if name.startswith("score_predictors.") or ".block_head." in name]
@@ -111,11 +114,10 @@ def from_classifier(weights: dict[str, Tensor], body: nn.Module) -> dict[str, Te
     return state | {name: own[name] for name in kept}
 
 
-def _without_token_rows(pos_embed: Tensor, num_cls: int, body: models_mamba.VisionMamba) -> Tensor:
-    """(1, M + K, D) of a classifier with K = `num_cls` class tokens -> (1, M', D) for the body's grid."""
-    num_patches = pos_embed.shape[1] - num_cls
-    if num_cls:
-        pos_embed = split_cls(pos_embed, body.classifier_tokens.among(num_patches))[1]
+def _without_token_rows(pos_embed: Tensor, tokens: ClassTokens, body: models_mamba.VisionMamba) -> Tensor:
+    """(1, M + K, D) of a classifier with K class `tokens` -> (1, M', D) for the body's grid."""
+    num_patches = pos_embed.shape[1] - tokens.count
+    pos_embed = split_cls(pos_embed, tokens.among(num_patches))[1]
     grid = body.pos_embed_grid
     if num_patches == grid[0] * grid[1]:
         return pos_embed
@@ -217,7 +219,8 @@ class DenseBackbone(nn.Module):
 
         blocks = inner["blocks"]
         blocks = [(blocks, None)] if isinstance(blocks, str) else list(blocks)
-        return dict(stem=under(inner["stem"]), blocks=[*((under(p), at) for p, at in blocks), (r".*", (99999,))])
+        # one below the number by which timm joins a group to the one before
+        return dict(stem=under(inner["stem"]), blocks=[*((under(p), at) for p, at in blocks), (r".*", (99998,))])
 
     @property
     def pruning(self) -> PruningSettings | None:

@@ -31,8 +31,8 @@ class SegmenterOutput(NamedTuple):
     """What a segmenter computes in training, for B images.
 
     `logits` (B, classes, rows, cols) at the finest map's size; `aux` the same of the auxiliary head, at the third
-    map's; `decisions` and `block_policy` as in `fusion.pruning_loss.PruningOutput`, empty and None where nothing is
-    pruned.
+    map's; both at the image's size where that is no whole number of patches. `decisions` and `block_policy` are those
+    of `fusion.pruning_loss.PruningOutput`, empty and None where nothing is pruned.
     """
 
     logits: Tensor
@@ -114,10 +114,10 @@ class Segmenter(nn.Module):
         maps = self._adapt(maps)
         logits = self.decode_head(maps)
         if not self.training:
-            # cells that pad the image to whole patches are cut off, not squeezed in
-            rows, cols = self.backbone.padded_size(x.shape[-2:])
-            return resize(logits, (rows, cols))[..., : x.shape[-2], : x.shape[-1]]
+            return self._at_image_size(logits, x)
         aux = None if self.auxiliary_head is None else self.auxiliary_head(maps[2])
+        if self.backbone.padded_size(x.shape[-2:]) != tuple(x.shape[-2:]):
+            logits, aux = (None if part is None else self._at_image_size(part, x) for part in (logits, aux))
         chosen = Choices() if state is None else state.entry(DynamicPruning.name, Choices())
         return SegmenterOutput(
             logits=logits,
@@ -125,6 +125,11 @@ class Segmenter(nn.Module):
             decisions=list(chosen.decisions),
             block_policy=torch.stack(chosen.gates).unsqueeze(2) if chosen.gates else None,
         )
+
+    def _at_image_size(self, logits: Tensor, x: Tensor) -> Tensor:
+        """Logits of images x, at x's size; what pads an image to whole patches is cut off, not squeezed in."""
+        height, width = x.shape[-2:]
+        return resize(logits, self.backbone.padded_size((height, width)))[..., :height, :width]
 
     def renamed(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Published segmenters' weights under this model's names; others as they are."""

@@ -26,7 +26,7 @@ from tasks.segment.models import build_segmenter
 from tasks.task import Data, Metric, Task
 from utils import UsageError, nearest
 from utils.flags import number
-from utils.processes import sum_over_processes
+from utils.processes import sum_over_processes, world_size
 
 NUM_PICTURES = 8
 IGNORED = 255
@@ -209,6 +209,8 @@ class Segment(Task):
         self._evaluator: _Evaluator | None = None
 
     def begin_training(self) -> None:
+        if self.args.batch_size * world_size() < 2:
+            raise UsageError("--batch-size 1 leaves BatchNorm a single value of a pooled image; wanted 2 or more.")
         # DyVM's segmenters learn from no teacher, only from its two keep targets
         weights = self.args.token_pruning_weight, self.args.block_pruning_weight
         self.criterion = SegmentationLoss(self.model.backbone.pruning, token_weight=weights[0], block_weight=weights[1])

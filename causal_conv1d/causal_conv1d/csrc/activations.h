@@ -4,6 +4,7 @@
 //   M::V                   a float, or a vector of floats with + - * /
 //   M::set(float)          that float in every element
 //   M::exp2, M::log1p      2^x and log(1 + x); log1p is only asked for x in [0, 1]
+//   M::reciprocal          1 / x; only asked for x >= 1
 //   M::fma(a, b, c)        a * b + c
 //   M::max, M::abs         NaN in either argument may be lost by max, not by abs
 // Every function is a pure map between values of M::V: no memory, no branches.
@@ -30,18 +31,27 @@ template <class M> SHARED_MATH typename M::V softplus(typename M::V x) {
     return M::max(x, M::set(0.f)) + M::log1p(exp<M>(M::set(0.f) - M::abs(x)));
 }
 
+// softplus and its derivative, of one exponential.
+template <class M> struct Softplus {
+    typename M::V value, slope;
+};
+template <class M> SHARED_MATH Softplus<M> softplus_and_slope(typename M::V x) {
+    const typename M::V zero = M::set(0.f), e = exp<M>(zero - M::abs(x)), above = M::reciprocal(M::set(1.f) + e);
+    return {M::max(x, zero) + M::log1p(e), x < zero ? e * above : above};
+}
+
 // The derivative of softplus.
 template <class M> SHARED_MATH typename M::V sigmoid(typename M::V x) {
-    return M::set(1.f) / (M::set(1.f) + exp<M>(M::set(0.f) - x));
+    return M::reciprocal(M::set(1.f) + exp<M>(M::set(0.f) - x));
 }
 
 template <class M> SHARED_MATH typename M::V silu(typename M::V x) { return x * sigmoid<M>(x); }
 
-// The derivative of silu.
-template <class M> SHARED_MATH typename M::V silu_grad(typename M::V x) {
-    typename M::V s = sigmoid<M>(x);
+// The derivative of silu, of x and its sigmoid, and of x alone.
+template <class M> SHARED_MATH typename M::V silu_grad(typename M::V x, typename M::V s) {
     return s * M::fma(x, M::set(1.f) - s, M::set(1.f));
 }
+template <class M> SHARED_MATH typename M::V silu_grad(typename M::V x) { return silu_grad<M>(x, sigmoid<M>(x)); }
 
 }  // namespace shared_math
 

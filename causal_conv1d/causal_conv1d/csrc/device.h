@@ -144,6 +144,7 @@ struct Thread {
         p = fmaf(p, x, -0.49999901652336121f);
         return fmaf(p, x, 1.f) * x;
     }
+    static DEVICE float reciprocal(float x) { return 1.f / x; }
     static DEVICE float fma(float a, float b, float c) { return fmaf(a, b, c); }
     static DEVICE float max(float a, float b) { return fmaxf(a, b); }
     static DEVICE float abs(float a) { return fabsf(a); }

@@ -38,13 +38,68 @@ VEC V fma(V a, V b, V c) {
     return a * b + c;
 #endif
 }
-// Both return the second argument if either is NaN.
-VEC V max(V a, V b) { return a > b ? a : b; }
-VEC V min(V a, V b) { return a < b ? a : b; }
+// Both return the second argument if either is NaN. One instruction each on x86, which compilers do not make of a > b ? a : b.
+VEC V max(V a, V b) {
+#if ISA_AVX512
+    return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#elif ISA_AVX2
+    return (V)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+VEC V min(V a, V b) {
+#if ISA_AVX512
+    return (V)_mm512_min_ps((__m512)a, (__m512)b);
+#elif ISA_AVX2
+    return (V)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return a < b ? a : b;
+#endif
+}
 VEC V abs(V x) { return (V)((BitsV)x & 0x7fffffffu); }
 
-// 2^x to 1.6e-7 relative; 0 far below, infinity far above, NaN for NaN. The polynomial is minimax on [-1/2, 1/2] among those
-// that are exactly 1 at 0, so that decays near 1 keep their precision over long sequences.
+// Whether every lane is at most `bound`; false if one is NaN.
+VEC bool all_at_most(V x, float bound) {
+#if ISA_AVX2
+    return _mm256_movemask_ps((__m256)(x <= set(bound))) == 0xff;
+#else
+    bool all = true;
+    for (int i = 0; i < LANES; ++i) all &= x[i] <= bound;
+    return all;
+#endif
+}
+
+// 2^x to 1.6e-7 relative, and exactly 1 at 0, so that decays near 1 keep their precision over long sequences. `exp2` is 0 far
+// below, infinity far above, NaN for NaN; `exp2_within` is the same for |x| <= EXP2_WITHIN (or NaN), and nothing beyond.
+constexpr float EXP2_WITHIN = 125.f;
+
+#if ISA_AVX2
+// 2^x = 2^(i / 8) * 2^r: the whole part of i / 8 goes to the exponent, the rest is one of eight numbers in a register, and r
+// is in [-1/16, 1/16], where three multiplications do. This is two less than below, on the ports that a scan keeps busy.
+struct Exp2Parts {
+    V scale, r;
+};
+VEC Exp2Parts exp2_parts(V x) {
+    // The bits of 2^(i / 8), less what i adds to them when it is shifted to where its whole part meets the exponent.
+    const BitsV table = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+    const V magic = set(1572864.f);  // 1.5 * 2^20: adding it leaves round(8 * x) in the lowest bits
+    const V shifted = x + magic;
+    const BitsV entry = (BitsV)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)(BitsV)shifted);
+    return {(V)(entry + ((BitsV)shifted << 20)), x - (shifted - magic)};
+}
+// (2^r - 1) / r, minimax.
+VEC V exp2_slope(V r) { return fma(fma(set(0.05549622f), r, set(0.24025763f)), r, set(0.69314721f)); }
+VEC V exp2_within(V x) {
+    const Exp2Parts parts = exp2_parts(x);
+    return fma(parts.scale * parts.r, exp2_slope(parts.r), parts.scale);
+}
+VEC V exp2(V x) {
+    const Exp2Parts parts = exp2_parts(min(set(128.f), max(set(-127.f), x)));
+    return parts.scale * fma(exp2_slope(parts.r), parts.r, set(1.f));
+}
+#else
+// The polynomial is minimax on [-1/2, 1/2] among those that are exactly 1 at 0.
 VEC V exp2_fraction(V r) {
     V p = fma(set(0.0013274633092805743f), r, set(0.009671961888670921f));
     p = fma(p, r, set(0.055506784468889236f));
@@ -52,34 +107,50 @@ VEC V exp2_fraction(V r) {
     p = fma(p, r, set(0.6931470632553101f));
     return fma(p, r, set(1.f));
 }
-VEC V exp2(V x) {
 #if ISA_AVX512
+VEC V exp2(V x) {
     __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     return (V)_mm512_scalef_ps((__m512)exp2_fraction(x - (V)n), n);
+}
+VEC V exp2_within(V x) { return exp2(x); }
 #else
+VEC V exp2(V x) {
     // 1.5 * 2^23 + 127: adding it leaves round(x) + 127, the biased exponent of 2^round(x), in the lowest bits.
     const V magic = set(12582912.f + 127.f);
     x = min(set(128.f), max(set(-127.f), x));
     V shifted = x + magic;
     return exp2_fraction(x - (shifted - magic)) * (V)((BitsV)shifted << 23);
-#endif
 }
-// 1 / x for x in [1, 4], to a unit in the last place.
+VEC V exp2_within(V x) {
+    const V magic = set(12582912.f);
+    V shifted = x + magic;
+    return (V)((BitsV)exp2_fraction(x - (shifted - magic)) + ((BitsV)shifted << 23));
+}
+#endif
+#endif
+
+// 1 / x for x >= 1, to a unit in the last place; 2^-125 beyond 2^125, where 1 / x would be lost.
 VEC V reciprocal(V x) {
 #if ISA_AVX512
+    x = min(set(0x1p125f), x);
     V r = (V)_mm512_rcp14_ps((__m512)x);
     return fma(r, fma(set(0.f) - x, r, set(1.f)), r);
+#elif ISA_AVX2
+    x = min(set(0x1p125f), x);
+    V r = (V)_mm256_rcp_ps((__m256)x), rest = fma(set(0.f) - x, r, set(1.f));
+    return fma(r, fma(rest, rest, rest), r);  // twelve bits, three times as many
 #else
     return set(1.f) / x;
 #endif
 }
-// log(1 + x) for x in [0, 1], to 2.4e-7 relative: 2 atanh(x / (2 + x)).
+// log(1 + x) for x in [0, 1], to 2.4e-7 relative. A polynomial, in two halves that do not wait for each other.
 VEC V log1p(V x) {
-    V s = x * reciprocal(x + set(2.f)), q = s * s;
-    V p = fma(set(0.27489665150642395f), q, set(0.2813725471496582f));
-    p = fma(p, q, set(0.40010836720466614f));
-    p = fma(p, q, set(0.666666567325592f));
-    return s * fma(p, q, set(2.f));
+    const V q = x * x;
+    V even = fma(set(0.00536482f), q, set(0.07920451f));
+    V odd = fma(set(-0.03006577f), q, set(-0.137538f));
+    even = fma(even, q, set(0.19153654f)), odd = fma(odd, q, set(-0.24857163f));
+    even = fma(even, q, set(0.33321323f)), odd = fma(odd, q, set(-0.49999648f));
+    return x * fma(odd, x, fma(even, q, set(1.f)));
 }
 
 VEC V from_half_bits(BitsV h) {
@@ -219,7 +290,9 @@ struct Machine {
     typedef Vector V;
     static VEC Vector set(float x) { return ISA_NAME::set(x); }
     static VEC Vector exp2(Vector x) { return ISA_NAME::exp2(x); }
+    static VEC Vector exp2_within(Vector x) { return ISA_NAME::exp2_within(x); }
     static VEC Vector log1p(Vector x) { return ISA_NAME::log1p(x); }
+    static VEC Vector reciprocal(Vector x) { return ISA_NAME::reciprocal(x); }
     static VEC Vector fma(Vector a, Vector b, Vector c) { return ISA_NAME::fma(a, b, c); }
     static VEC Vector max(Vector a, Vector b) { return ISA_NAME::max(a, b); }
     static VEC Vector abs(Vector a) { return ISA_NAME::abs(a); }

@@ -1,11 +1,15 @@
-"""Causal depthwise 1-D convolution: one operator for a sequence, one for a step, and their obvious versions."""
+"""Causal depthwise 1-D convolution of a sequence: the function, its obvious version, and the operator."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from causal_conv1d.backend import KERNEL_DTYPES
 from causal_conv1d.checks import check_device, check_dtype, check_ndim, check_shape, check_tensor
+from causal_conv1d.derivatives import gradients_by_reference, wants_reference
 from causal_conv1d.kernels.registry import backends
 from causal_conv1d.registration import Operators
 from torch import Tensor
@@ -14,19 +18,18 @@ WIDTHS = (2, 3, 4)
 _DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
-def _uses_silu(activation: str | None) -> bool:
+def uses_silu(activation: str | None) -> bool:
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"activation is {activation!r}, wanted None, 'silu' or 'swish'")
     return activation is not None
 
 
-def _check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_tensor("weight", weight)
     check_ndim("weight", weight, "(dim, width)")
-    if weight.shape[0] != x.shape[1] or weight.shape[1] not in WIDTHS:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, wanted (dim, width) with dim {x.shape[1]} and width 2, 3 or 4"
-        )
+    if weight.shape[0] != x.shape[1] or weight.shape[1] < 1:
+        given = tuple(weight.shape)
+        raise ValueError(f"weight has shape {given}, wanted (dim, width) with dim {x.shape[1]} and width 1 or more")
     check_dtype("weight", weight, _DTYPES)
     check_device("weight", weight, x, "x")
     if bias is not None:
@@ -37,8 +40,17 @@ def _check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def causal_conv1d_fn(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, *, reverse: bool = False
-) -> Tensor:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | str | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    reverse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Causal depthwise convolution along the sequence, differentiable.
 
     `out[b, d, t] = act(bias[d] + sum_w weight[d, w] * x[b, d, t - (width - 1) + w])`, with zeros left of the sequence.
@@ -46,30 +58,93 @@ def causal_conv1d_fn(
     Args:
         x: (batch, dim, seqlen), any strides; float32, bfloat16, float16 or float64. Channel-last memory (stride 1 along
             dim) is as fast as contiguous and is not copied.
-        weight: (dim, width) with width 2, 3 or 4.
+        weight: (dim, width); there are kernels for widths of 2, 3 and 4.
         bias: (dim,) or None.
+        seq_idx: (batch, seqlen), whole numbers: tokens are seen by tokens of the same number only. In the first
+            releases the activation stood in this place; a string here is one.
+        initial_states: (batch, dim, width - 1), what stands left of the sequence instead of zeros.
+        return_final_states: also return the last width - 1 tokens (batch, dim, width - 1).
+        final_states_out: where to write those.
         activation: None, "silu" or "swish".
         reverse: run against the sequence, that is `flip(conv(flip(x)))`, without the flipped copies.
 
     Returns:
         (batch, dim, seqlen) in the dtype and memory layout of `x`; sums are taken in float32 (float64 for float64 `x`).
+        With `return_final_states`, that and the final states.
 
     Raises:
         ValueError: a shape, device or activation that does not fit.
         TypeError: not a tensor, or a dtype that does not fit.
     """
+    if isinstance(seq_idx, str):
+        seq_idx, activation = None, seq_idx
     check_tensor("x", x)
     check_ndim("x", x, "(batch, dim, seqlen)")
     check_dtype("x", x, _DTYPES)
-    _check_parameters(x, weight, bias)
-    return torch.ops.causal_conv1d.forward(x, weight, bias, _uses_silu(activation), reverse)
+    check_parameters(x, weight, bias)
+    silu = uses_silu(activation)
+    if seq_idx is None and initial_states is None and not return_final_states:
+        return _convolve(x, weight, bias, silu, reverse)
+    _check_states(x, weight, seq_idx, initial_states, return_final_states, reverse)
+    if seq_idx is not None:
+        return _convolve_packed(x, weight, bias, silu, seq_idx)
+    before = weight.shape[1] - 1
+    states = x.new_zeros(*x.shape[:2], before) if initial_states is None else initial_states.to(x.dtype)
+    seen = torch.cat([states, x], dim=-1)
+    out = _convolve(seen, weight, bias, silu, reverse)[..., before:]
+    if not return_final_states:
+        return out
+    last = seen[..., seen.shape[-1] - before :].contiguous()
+    return out, last if final_states_out is None else final_states_out.copy_(last)
+
+
+def _check_states(
+    x: Tensor,
+    weight: Tensor,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    return_final_states: bool,
+    reverse: bool,
+) -> None:
+    if reverse:
+        raise ValueError("reverse is True beside seq_idx or states, wanted one of them: states are left of a sequence")
+    if seq_idx is not None:
+        if initial_states is not None or return_final_states:
+            raise ValueError("seq_idx is given beside states, wanted one of them: of which sequence would they be?")
+        check_tensor("seq_idx", seq_idx)
+        check_shape("seq_idx", seq_idx, (x.shape[0], x.shape[2]), "(batch, seqlen)")
+        check_dtype("seq_idx", seq_idx, (torch.int32, torch.int64))
+        check_device("seq_idx", seq_idx, x, "x")
+    if initial_states is not None:
+        check_tensor("initial_states", initial_states)
+        check_shape("initial_states", initial_states, (*x.shape[:2], weight.shape[1] - 1), "(batch, dim, width - 1)")
+        check_dtype("initial_states", initial_states, _DTYPES)
+        check_device("initial_states", initial_states, x, "x")
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
+    if weight.shape[1] not in WIDTHS or wants_reference(x, weight, bias):
+        return _reference(x, weight, bias, silu, reverse)
+    return torch.ops.causal_conv1d.forward(x, weight, bias, silu, reverse)
+
+
+def _convolve_packed(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, seq_idx: Tensor) -> Tensor:
+    """Sequences one behind the other, as `seq_idx` (batch, seqlen) tells them apart."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    out, width = torch.zeros_like(wide), weight.shape[1]
+    for shift in range(min(width, x.shape[2])):
+        same = seq_idx[:, shift:] == seq_idx[:, : x.shape[2] - shift]
+        part = wide[..., : x.shape[2] - shift] * same.unsqueeze(1) * weight[:, width - 1 - shift, None].to(wide.dtype)
+        out = out + F.pad(part, (shift, 0))
+    out = out if bias is None else out + bias.to(wide.dtype)[:, None]
+    return (F.silu(out) if silu else out).to(x.dtype)
 
 
 def causal_conv1d_ref(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, *, reverse: bool = False
 ) -> Tensor:
     """What `causal_conv1d_fn` computes, as one padded `conv1d`; also the version for other widths."""
-    silu, (dim, width) = _uses_silu(activation), weight.shape
+    silu, (dim, width) = uses_silu(activation), weight.shape
     wide = x if x.dtype == torch.float64 else x.float()
     wide = wide.flip(-1) if reverse else wide
     out = F.conv1d(
@@ -80,45 +155,6 @@ def causal_conv1d_ref(
     )
     out = F.silu(out) if silu else out
     return (out.flip(-1) if reverse else out).to(x.dtype)
-
-
-def causal_conv1d_update(
-    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
-) -> Tensor:
-    """One step of the convolution, for decoding token by token; not differentiated.
-
-    Args:
-        x: (batch, dim), the new token.
-        conv_state: (batch, dim, width), the last `width` tokens; moved on by one in place.
-        weight, bias, activation: as for `causal_conv1d_fn`.
-
-    Returns:
-        (batch, dim) in the dtype of `x`.
-
-    Raises:
-        ValueError, TypeError: as for `causal_conv1d_fn`.
-    """
-    check_tensor("x", x)
-    check_ndim("x", x, "(batch, dim)")
-    check_dtype("x", x, _DTYPES)
-    _check_parameters(x, weight, bias)
-    check_tensor("conv_state", conv_state)
-    check_shape("conv_state", conv_state, (*x.shape, weight.shape[1]), "(batch, dim, width)")
-    check_dtype("conv_state", conv_state, (torch.float64,) if x.dtype == torch.float64 else KERNEL_DTYPES)
-    check_device("conv_state", conv_state, x, "x")
-    return torch.ops.causal_conv1d.update(x.detach(), conv_state, weight.detach(), bias, _uses_silu(activation))
-
-
-def causal_conv1d_update_ref(
-    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
-) -> Tensor:
-    """What `causal_conv1d_update` computes."""
-    silu = _uses_silu(activation)
-    conv_state.copy_(torch.roll(conv_state, shifts=-1, dims=-1))
-    conv_state[:, :, -1] = x
-    out = torch.sum(conv_state * weight, dim=-1)
-    out = out if bias is None else out + bias
-    return (F.silu(out) if silu else out).to(x.dtype)
 
 
 # --- registration ----------------------------------------------------------------------------------------------------
@@ -134,10 +170,6 @@ def _backward(
     return backends.pick(x).conv_backward(dout, x, weight, bias, silu, reverse)
 
 
-def _update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    return backends.pick(x).conv_update(x, conv_state, weight, bias, silu)
-
-
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
     return torch.empty_like(x)
 
@@ -149,8 +181,12 @@ def _fake_backward(
     return torch.empty_like(x), weight.new_empty(weight.shape), dbias
 
 
-def _fake_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    return x.new_empty(x.shape)
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
+    return causal_conv1d_ref(x, weight, bias, "silu" if silu else None, reverse=reverse)
+
+
+def _flops(x: Sequence[int], weight: Sequence[int], *_) -> int:
+    return 2 * prod(x) * weight[1]
 
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:
@@ -160,6 +196,8 @@ def _save(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate(ctx, dout: Tensor) -> tuple:
     x, weight, bias = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return gradients_by_reference(_reference, (x, weight, bias, ctx.silu, ctx.reverse), (dout,))
     dx, dweight, dbias = torch.ops.causal_conv1d.backward(dout, x, weight, bias, ctx.silu, ctx.reverse)
     return dx, dweight, None if bias is None else dbias, None, None
 
@@ -171,12 +209,10 @@ OPERATORS.register(
     _fake_forward,
     save=_save,
     differentiate=_differentiate,
+    flops=_flops,
 )
 OPERATORS.register(
     "backward(Tensor dout, Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
-)
-OPERATORS.register(
-    "update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu) -> Tensor", _update, _fake_update
 )

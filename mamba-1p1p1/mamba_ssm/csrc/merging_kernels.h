@@ -109,11 +109,13 @@ template <class T> void mean_chunk(const MergeArgs &s, int64_t image, int64_t fi
     }
 }
 
-// 1 where there was no memory, 2 where a slot is none.
+// 1 where there was no memory, 2 where a slot is none or a group has no size.
 inline int merge_tokens(const MergeArgs &s) {
-    const int64_t *slot = reinterpret_cast<const int64_t *>(s.slot);
+    const int64_t *slot = reinterpret_cast<const int64_t *>(s.slot), *count = reinterpret_cast<const int64_t *>(s.count);
     for (int64_t i = 0; i < s.batch * s.tokens; ++i)
         if (slot[i] < 0 || slot[i] >= s.left) return 2;
+    for (int64_t i = 0; i < s.batch * s.left; ++i)
+        if (count[i] < 1) return 2;
     const int64_t chunks = (s.channels + CHUNK - 1) / CHUNK, tasks = s.batch * chunks;
     const int shares = parallel::shares_for(s.threads, tasks, tasks * (s.tokens + s.left) * (CHUNK / LANES));
     float *const scratch = static_cast<float *>(std::malloc(shares * s.left * CHUNK * sizeof(float)));

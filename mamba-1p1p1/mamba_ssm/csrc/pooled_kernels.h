@@ -158,12 +158,15 @@ void project(const PooledScanArgs &s, bool backward, int64_t first, int64_t last
 
 // One direction over all lines for a vector of channels, in scan order.
 struct LineScan {
-    int64_t steps, pitch;
-    const float *B, *C, *dt, *input, *A_log2;
+    int64_t steps;
+    States B, C;
+    const float *dt, *input, *A_log2;
     float *state, *y;
+    bool within;
 
     template <int N> VEC void run(int64_t n) {
-        forward_states<N, true, true>(steps, dt, input, B + n, C + n, pitch, A_log2 + n * LANES, state + n * LANES, y);
+        const auto walk = within ? forward_states<N, true, true, true> : forward_states<N, true, true, false>;
+        walk(steps, dt, input, B.at(true, 0, n), C.at(true, 0, n), A_log2 + n * LANES, state + n * LANES, y);
     }
 };
 
@@ -179,8 +182,11 @@ template <class T> void scan_channels(const PooledScanArgs &s, int64_t batch, in
         const int64_t step = backward ? -1 : 1, start = backward ? lines - 1 : 0;
         load_tile(pointer<float>(p.A_log) + first * s.dstate, s.dstate, 1, channels, s.dstate, A_log2, LANES);
         load_tile(pointer<float>(p.dt_proj) + first * s.rank, s.rank, 1, channels, s.rank, weight, LANES);
+        V steepest = set(0.f), largest = set(0.f);
         for (int64_t i = 0; i < s.dstate * LANES; i += LANES) {
-            store(A_log2 + i, set(-shared_math::LOG2_E) * shared_math::exp<Machine>(load(A_log2 + i)));
+            const V rate = set(-shared_math::LOG2_E) * shared_math::exp<Machine>(load(A_log2 + i));
+            steepest = max(abs(rate), steepest);
+            store(A_log2 + i, rate);
             store(state + i, set(0.f));
         }
         const V bias = load_some(pointer<float>(p.dt_bias) + first, channels);
@@ -189,13 +195,14 @@ template <class T> void scan_channels(const PooledScanArgs &s, int64_t batch, in
             V raw = bias;
             for (int64_t r = 0; r < s.rank; ++r) raw = fma(set(own[line * outputs + r]), load(weight + r * LANES), raw);
             const V size = shared_math::softplus<Machine>(raw);
+            largest = max(size, largest);
             store(dt + t * LANES, size);
             store(input + t * LANES, size * load_some(groups + line * s.dim, channels));
             store(y + t * LANES, set(0.f));
         }
-        const float *B = own + start * outputs + s.rank;
-        for_state_blocks<FORWARD_STATES>(
-            s.dstate, LineScan{lines, step * outputs, B, B + s.dstate, dt, input, A_log2, state, y});
+        const States B{own + start * outputs + s.rank, step * outputs}, C{B.first + s.dstate, B.pitch};
+        const bool within = all_at_most(largest * steepest, EXP2_WITHIN);
+        for_state_blocks<FORWARD_STATES>(s.dstate, LineScan{lines, B, C, dt, input, A_log2, state, y, within});
         for (int64_t t = 0; t < lines; ++t) {
             float *sum = total + (start + t * step) * LANES;
             store(sum, backward ? load(sum) + load(y + t * LANES) : load(y + t * LANES));
@@ -236,41 +243,57 @@ inline int pooled_scan(const PooledScanArgs &s) {
 
 // ---- norm and gate ----
 
-// total is a scratch row of whole vectors.
+struct GateSettings {
+    int64_t dim;
+    bool norm;
+    float share, eps;
+};
+struct Moments {
+    float mean, scale;
+};
+
+// total, a scratch row of whole vectors, becomes share * (skip + group), zero behind dim. Returns what the norm subtracts and
+// multiplies by.
+template <class T> VEC Moments gate_moments(const GateSettings &s, const T *skip, const T *group, float *total) {
+    V sums = set(0.f);
+    for (int64_t c = 0; c < s.dim; c += LANES) {
+        const int channels = int(s.dim - c < LANES ? s.dim - c : LANES);
+        V x = (load_some(skip + c, channels) + load_some(group + c, channels)) * set(s.share);
+        store(total + c, x);
+        sums = sums + x;
+    }
+    if (!s.norm) return {0.f, 1.f};
+    const float mean = sum(sums) / float(s.dim);
+    V squares = set(0.f);
+    for (int64_t c = 0; c + LANES <= s.dim; c += LANES) {
+        V x = load(total + c) - set(mean);
+        squares = fma(x, x, squares);
+    }
+    float square = sum(squares);
+    for (int64_t c = s.dim / LANES * LANES; c < s.dim; ++c) square += (total[c] - mean) * (total[c] - mean);
+    return {mean, 1.f / std::sqrt(square / float(s.dim) + s.eps)};
+}
+
 template <class T>
-VEC void gate_token(const PooledGateArgs &s, int64_t batch, int64_t token, const float *weight, const float *bias,
-                    float *total) {
+VEC void gate_row(const GateSettings &s, const T *skip, const T *group, const T *z, const float *weight, const float *bias,
+                  float *total, T *out) {
+    const Moments moments = gate_moments(s, skip, group, total);
+    const V center = set(moments.mean), scale = set(moments.scale);
+    for (int64_t c = 0; c < s.dim; c += LANES) {
+        const int channels = int(s.dim - c < LANES ? s.dim - c : LANES);
+        V x = fma((load(total + c) - center) * scale, load(weight + c), load(bias + c));
+        store_some(out + c, x * shared_math::silu<Machine>(load_some(z + c, channels)), channels);
+    }
+}
+
+template <class T>
+VEC void gate_token(const PooledGateArgs &s, const GateSettings &settings, int64_t batch, int64_t token,
+                    const float *weight, const float *bias, float *total) {
     const int64_t dim = s.dim, row = batch * s.lines.tokens() + token;
     const T *skip = pointer<T>(s.skip) + row * dim;
     const T *group = pointer<T>(s.groups) + (batch * s.lines.count + s.lines.line_of(token)) * dim;
     const T *z = pointer<T>(s.z.data) + batch * s.z.batch_stride + token * s.z.token_stride;
-    T *out = pointer<T>(s.out) + row * dim;
-    const V share = set(float(double_of(s.share)));
-    V sums = set(0.f);
-    for (int64_t c = 0; c < dim; c += LANES) {
-        const int channels = int(dim - c < LANES ? dim - c : LANES);
-        V x = (load_some(skip + c, channels) + load_some(group + c, channels)) * share;
-        store(total + c, x);
-        sums = sums + x;
-    }
-    V center = set(0.f), scale = set(1.f);
-    if (s.weight) {
-        const float mean = sum(sums) / float(dim);
-        center = set(mean);
-        V squares = set(0.f);
-        for (int64_t c = 0; c + LANES <= dim; c += LANES) {
-            V x = load(total + c) - center;
-            squares = fma(x, x, squares);
-        }
-        float square = sum(squares);
-        for (int64_t c = dim / LANES * LANES; c < dim; ++c) square += (total[c] - mean) * (total[c] - mean);
-        scale = set(1.f / std::sqrt(square / float(dim) + float(double_of(s.eps))));
-    }
-    for (int64_t c = 0; c < dim; c += LANES) {
-        const int channels = int(dim - c < LANES ? dim - c : LANES);
-        V x = fma((load(total + c) - center) * scale, load(weight + c), load(bias + c));
-        store_some(out + c, x * shared_math::silu<Machine>(load_some(z + c, channels)), channels);
-    }
+    gate_row(settings, skip, group, z, weight, bias, total, pointer<T>(s.out) + row * dim);
 }
 
 template <class T> int pooled_gate_of(const PooledGateArgs &s) {
@@ -281,11 +304,12 @@ template <class T> int pooled_gate_of(const PooledGateArgs &s) {
     float *const weight = scratch, *const bias = scratch + pitch;
     for (int64_t c = 0; c < s.dim; ++c) weight[c] = s.weight ? pointer<float>(s.weight)[c] : 1.f;
     if (s.bias) std::memcpy(bias, pointer<float>(s.bias), s.dim * sizeof(float));
+    const GateSettings settings{s.dim, s.weight != 0, float(double_of(s.share)), float(double_of(s.eps))};
     parallel::run(shares, [&](int share) {
         float *total = scratch + (2 + share) * pitch;
         const parallel::Range range = parallel::share_of(tasks, shares, share);
         for (int64_t task = range.begin; task < range.end; ++task)
-            gate_token<T>(s, task / s.lines.tokens(), task % s.lines.tokens(), weight, bias, total);
+            gate_token<T>(s, settings, task / s.lines.tokens(), task % s.lines.tokens(), weight, bias, total);
     });
     std::free(scratch);
     return 0;

@@ -15,109 +15,248 @@ struct ParameterSums {
     }
 };
 
-struct BackwardTiles : Tiles {
-    float *decays, *states, *slope, *dy, *dout, *input_grad, *decay_grad;
+// One walk's decays and states, N to a step, and what it adds to dB and dC, still in LANES channels.
+struct Walk {
+    float *decays, *states, *dB, *dC;
 
-    BackwardTiles(const Scan &scan, Scratch &scratch, int64_t steps) : Tiles(scan, scratch, steps) {
-        const int64_t tile = steps * LANES;
-        decays = scratch.take(tile * BACKWARD_STATES), states = scratch.take((tile + LANES) * BACKWARD_STATES);
-        slope = scratch.take(tile), dy = scratch.take(tile), dout = scratch.take(tile);
-        input_grad = scratch.take(tile), decay_grad = scratch.take(tile);
-    }
-    static int64_t floats(const Scan &scan, int64_t steps) {
-        return Tiles::floats(scan, steps) + (2 * steps + 1) * LANES * BACKWARD_STATES + 5 * steps * LANES + 112;
+    static int64_t floats(int64_t steps) { return (4 * steps + 1) * LANES * BACKWARD_STATES + 64; }
+    Walk(Scratch &scratch, int64_t steps) {
+        const int64_t walk = steps * LANES * BACKWARD_STATES;
+        decays = scratch.take(walk), states = scratch.take(walk + LANES * BACKWARD_STATES);
+        dB = scratch.take(walk), dC = scratch.take(walk);
     }
 };
 
+// What one block needs of a chunk of steps while all its states are walked.
+struct BackwardTiles {
+    float *u, *dt, *input, *slope, *y, *z, *gate, *dout, *dy, *input_grad, *decay_grad, *before;
+
+    static int64_t floats(int64_t steps) { return 12 * (steps * LANES + 16); }
+    void take(Scratch &scratch, int64_t steps) {
+        for (float **tile : {&u, &dt, &input, &slope, &y, &z, &gate, &dout, &dy, &input_grad, &decay_grad, &before})
+            *tile = scratch.take(steps * LANES);
+    }
+};
+
+// forward_states that leaves decays[t][n] and states[t + 1][n] in memory (states[0] is the state before), y only if wanted.
+template <int N, bool VARIES_B, bool VARIES_C, bool WITHIN>
+void recompute_states(int64_t steps, const float *dt, const float *input, States B, States C, const float *A_log2,
+                      float *decays, float *states, float *y) {
+    V h[N];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) h[n] = load(states + n * LANES);
+    for (int64_t t = 0; t < steps; ++t) {
+        V step = load(dt + t * LANES), in = load(input + t * LANES);
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) {
+            const V a = decay<WITHIN>(step, load(A_log2 + n * LANES));
+            h[n] = shared_math::next_state<Machine>(a, h[n], in, B.get<VARIES_B>(t, n));
+            store(decays + (t * N + n) * LANES, a);
+            store(states + ((t + 1) * N + n) * LANES, h[n]);
+        }
+        if (y) {
+            V sum = load(y + t * LANES);
+#pragma GCC unroll 16
+            for (int n = 0; n < N; ++n) sum = fma(C.get<VARIES_C>(t, n), h[n], sum);
+            store(y + t * LANES, sum);
+        }
+    }
+}
+
+// Sums over states go to input_grad and decay_grad (see scan_math.h), sums over steps to dA, and to dB and dC the terms of
+// each step (or, where the matrix does not vary, sums over steps).
+template <int N, bool VARIES_B, bool VARIES_C>
+void backward_states(int64_t steps, const float *dt, const float *input, const float *dy, States B, States C, const float *A,
+                     const float *decays, const float *states, float *carries, float *dA, float *dB, float *dC,
+                     float *input_grad, float *decay_grad) {
+    V carry[N], sum_A[N];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) carry[n] = load(carries + n * LANES), sum_A[n] = load(dA + n * LANES);
+    for (int64_t t = steps - 1; t >= 0; --t) {
+        V step = load(dt + t * LANES), in = load(input + t * LANES), grad = load(dy + t * LANES);
+        shared_math::BackwardSums<Machine> sums{load(input_grad + t * LANES), load(decay_grad + t * LANES)};
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) {
+            float *const to_B = dB + (VARIES_B ? t * N + n : n) * LANES, *const to_C = dC + (VARIES_C ? t * N + n : n) * LANES;
+            V sum_B = load(to_B), sum_C = load(to_C);
+            shared_math::backward_step<Machine>(load(decays + (t * N + n) * LANES), load(states + (t * N + n) * LANES),
+                                                load(states + ((t + 1) * N + n) * LANES), load(A + n * LANES),
+                                                B.get<VARIES_B>(t, n), C.get<VARIES_C>(t, n), step, in, grad, carry[n],
+                                                sum_A[n], sum_B, sum_C, sums);
+            store(to_B, sum_B), store(to_C, sum_C);
+        }
+        store(input_grad + t * LANES, sums.input_grad);
+        store(decay_grad + t * LANES, sums.decay_grad);
+    }
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) store(carries + n * LANES, carry[n]), store(dA + n * LANES, sum_A[n]);
+}
+
+// Adds the sums over channels of N vectors a step to N numbers a step, `row` floats apart.
+template <int N> void add_rows(int64_t steps, const float *terms, float *rows, int64_t row) {
+    typedef float Numbers __attribute__((vector_size(4 * N)));
+    static_assert(N <= LANES, "one vector holds the sums");
+    for (int64_t t = 0; t < steps; ++t) {
+        V of_step[N];
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) of_step[n] = load(terms + (t * N + n) * LANES);
+        const V total = sum_lanes<N>(of_step);
+        Numbers some, sum;
+        __builtin_memcpy(&some, &total, sizeof some);
+        __builtin_memcpy(&sum, rows + t * row, sizeof sum);
+        sum += some;
+        __builtin_memcpy(rows + t * row, &sum, sizeof sum);
+    }
+}
+
+// The blocks of a team, their tiles, and where each adds up the gradients of its parameters.
+struct BackwardTeam : Team {
+    BackwardTiles tiles[TEAM];
+    float *sums[TEAM];  // of ParameterSums
+    bool within[TEAM];
+    Walk walk;
+
+    static int64_t floats(const Scan &scan, int64_t steps) {
+        return Team::floats(scan, steps) + TEAM * BackwardTiles::floats(steps) + Walk::floats(steps);
+    }
+    BackwardTeam(const Scan &scan, Scratch &scratch, int64_t steps) : Team(scan, scratch, steps), walk(scratch, steps) {
+        for (BackwardTiles &each : tiles) each.take(scratch, steps);
+    }
+};
+
+// A chunk of steps, its states N at a time: of one kind for all blocks of the team, so that what they add to dB and dC is
+// summed over their channels together.
 struct BackwardStates {
     const Scan &scan;
-    const Block &b;
-    BackwardTiles &tiles;
+    const BackwardTeam &team;
     const ParameterSums &rows;
+    States B, C;
     int64_t steps, chunk, chunks, row;
-    float *sums, *dB, *dC;  // dB, dC: the rows of this chunk's first step
+    float *dB, *dC;  // the rows of this chunk's first step
 
-    template <int N, bool VARIES_B, bool VARIES_C> VEC void go(int64_t n) {
-        const ScanArgs &s = scan.s;
-        const float *B = at_state(s.B, tiles.B, n), *C = at_state(s.C, tiles.C, n);
-        for (int i = 0; i < N; ++i) {
-            const float *saved = chunk ? scan.saved(b, chunk - 1, chunks) + (n + i) * s.dim : nullptr;
-            store(tiles.states + i * LANES, saved ? load_some(saved, b.channels) : set(0.f));
-        }
-        recompute_states<N, VARIES_B, VARIES_C>(steps, tiles.dt, tiles.input, B, C, scan.pitch, tiles.A_log2 + n * LANES,
-                                                tiles.decays, tiles.states, s.z.data ? tiles.y : nullptr);
-        backward_states<N, VARIES_B, VARIES_C>(steps, tiles.dt, tiles.input, tiles.dy, B, C, scan.pitch, tiles.A + n * LANES,
-                                               tiles.decays, tiles.states, tiles.state + n * LANES,
-                                               sums + (rows.dA + n) * LANES,
-                                               VARIES_B ? dB + n : sums + (rows.dB + n) * LANES,
-                                               VARIES_C ? dC + n : sums + (rows.dC + n) * LANES, row, tiles.input_grad,
-                                               tiles.decay_grad);
-    }
     template <int N> VEC void run(int64_t n) {
-        if (scan.s.B.varies && scan.s.C.varies) go<N, true, true>(n);
-        else if (scan.s.B.varies) go<N, true, false>(n);
-        else if (scan.s.C.varies) go<N, false, true>(n);
-        else go<N, false, false>(n);
+        const ScanArgs &s = scan.s;
+        const Walk &walk = team.walk;
+        const int64_t terms = steps * N * LANES;
+        if (s.B.varies) std::memset(walk.dB, 0, terms * sizeof(float));
+        if (s.C.varies) std::memset(walk.dC, 0, terms * sizeof(float));
+        for (int index = 0; index < team.count; ++index) {
+            const Channels &own = team.channels[index];
+            const BackwardTiles &tiles = team.tiles[index];
+            const bool within = team.within[index];
+            const States B_here = own.B_at(scan, B, 0, n), C_here = own.C_at(scan, C, 0, n);
+            float *const sums = team.sums[index];
+            for (int i = 0; i < N; ++i) {
+                const float *saved = chunk ? scan.saved(own.b, chunk - 1, chunks) + (n + i) * s.dim : nullptr;
+                store(walk.states + i * LANES, saved ? load_some(saved, own.b.channels) : set(0.f));
+            }
+            SCAN_KERNEL(recompute_states, N, scan, within)
+            (steps, tiles.dt, tiles.input, B_here, C_here, own.A_log2 + n * LANES, walk.decays, walk.states,
+             s.z.data ? tiles.y : nullptr);
+            const auto backward = s.B.varies ? s.C.varies ? backward_states<N, true, true> : backward_states<N, true, false>
+                                  : s.C.varies ? backward_states<N, false, true>
+                                               : backward_states<N, false, false>;
+            backward(steps, tiles.dt, tiles.input, tiles.dy, B_here, C_here, own.A + n * LANES, walk.decays, walk.states,
+                     own.state + n * LANES, sums + (rows.dA + n) * LANES,
+                     s.B.varies ? walk.dB : sums + (rows.dB + n) * LANES,
+                     s.C.varies ? walk.dC : sums + (rows.dC + n) * LANES, tiles.input_grad, tiles.decay_grad);
+        }
+        if (s.B.varies) add_rows<N>(steps, walk.dB, dB + n, row);
+        if (s.C.varies) add_rows<N>(steps, walk.dC, dC + n, row);
     }
 };
 
-// dB, dC: (seqlen, pitch) rows of this block's (batch, group), in memory order; sums: this block's ParameterSums.
-inline void backward_block(const Scan &scan, const Block &b, BackwardTiles &tiles, float *sums, float *dB, float *dC) {
+// A block's chunk before its states are walked: everything that its steps have in common. Returns the largest |dt|.
+inline V begin_chunk(const Scan &scan, const Channels &own, int64_t start, int64_t steps, const BackwardTiles &tiles) {
+    const ScanArgs &s = scan.s;
+    const int channels = own.b.channels;
+    const Steps u = read_steps(scan.plane(s.u, own.b).at(0, start), channels, steps, tiles.u);
+    const Steps delta = read_steps(scan.plane(s.delta, own.b).at(0, start), channels, steps, tiles.dt);
+    const Steps dout = read_steps(scan.plane(s.dout, own.b).at(0, start), channels, steps, tiles.dout);
+    const Steps z = s.z.data ? read_steps(scan.plane(s.z, own.b).at(0, start), channels, steps, tiles.z) : u;
+    const V share = set(s.share_value());
+    V largest = set(0.f);
+    for (int64_t t = 0; t < steps; ++t) {
+        const int64_t i = t * LANES;
+        const V raw = delta[t] + own.bias, x = u[t];
+        V step = raw, slope = set(1.f), grad = dout[t] * share;
+        if (s.softplus) {
+            const auto both = shared_math::softplus_and_slope<Machine>(raw);
+            step = both.value, slope = both.slope;
+        }
+        if (s.z.data) {
+            const V gate = shared_math::sigmoid<Machine>(z[t]);
+            grad = grad * z[t] * gate;
+            store(tiles.gate + i, gate), store(tiles.y + i, own.D * x);
+        }
+        largest = max(abs(step), largest);
+        store(tiles.dt + i, step), store(tiles.input + i, step * x), store(tiles.slope + i, slope);
+        store(tiles.dy + i, grad);
+        store(tiles.input_grad + i, set(0.f)), store(tiles.decay_grad + i, set(0.f));
+    }
+    return largest;
+}
+
+// The same chunk after all its states.
+inline void end_chunk(const Scan &scan, const Channels &own, int64_t start, int64_t steps, const BackwardTiles &tiles,
+                      const ParameterSums &rows, float *sums) {
+    const ScanArgs &s = scan.s;
+    const int channels = own.b.channels;
+    const Plane du_plane = scan.plane(s.du, own.b).at(0, start), ddelta_plane = scan.plane(s.ddelta, own.b).at(0, start);
+    const Plane dz_plane = scan.plane(s.dz, own.b).at(0, start);
+    // Tiles that are not in memory were read by begin_chunk.
+    const Steps u = steps_in(scan.plane(s.u, own.b).at(0, start), channels, tiles.u);
+    const Steps dout = steps_in(scan.plane(s.dout, own.b).at(0, start), channels, tiles.dout);
+    const Steps z = s.z.data ? steps_in(scan.plane(s.z, own.b).at(0, start), channels, tiles.z) : u;
+    const Steps du = steps_in(du_plane, channels, tiles.input_grad);
+    const Steps ddelta = steps_in(ddelta_plane, channels, tiles.decay_grad);
+    const bool add = s.z.data && s.accumulate;
+    const Steps before = add ? read_steps(dz_plane, channels, steps, tiles.before) : u;
+    const Steps dz = s.z.data ? steps_in(dz_plane, channels, tiles.y) : u;
+    const V share = set(s.share_value());
+    V dD = load(sums + rows.dD * LANES), ddelta_bias = load(sums + rows.ddelta_bias * LANES);
+    for (int64_t t = 0; t < steps; ++t) {
+        const int64_t i = t * LANES;
+        const V grad = load(tiles.dy + i), x = u[t], in = load(tiles.input_grad + i);
+        const V grad_raw = fma(x, in, load(tiles.decay_grad + i)) * load(tiles.slope + i);
+        dD = fma(grad, x, dD), ddelta_bias = ddelta_bias + grad_raw;
+        du.put(t, fma(own.D, grad, load(tiles.dt + i) * in));
+        ddelta.put(t, grad_raw);
+        if (s.z.data) {
+            V grad_z = dout[t] * share * load(tiles.y + i) * shared_math::silu_grad<Machine>(z[t], load(tiles.gate + i));
+            if (add) grad_z = grad_z + before[t];
+            dz.put(t, grad_z);
+        }
+    }
+    store(sums + rows.dD * LANES, dD), store(sums + rows.ddelta_bias * LANES, ddelta_bias);
+    write_steps(du_plane, channels, steps, tiles.input_grad);
+    write_steps(ddelta_plane, channels, steps, tiles.decay_grad);
+    if (s.z.data) write_steps(dz_plane, channels, steps, tiles.y);
+}
+
+// dB, dC: (seqlen, pitch) rows of the team's (batch, group), in memory order.
+inline void backward_team(const Scan &scan, BackwardTeam &team, float *dB, float *dC) {
     const ScanArgs &s = scan.s;
     const ParameterSums rows(s);
     const int64_t chunks = (s.seqlen + s.interval - 1) / s.interval, row = s.reverse ? -scan.pitch : scan.pitch;
-    const Plane u = scan.plane(s.u, b), delta = scan.plane(s.delta, b), z = scan.plane(s.z, b);
-    const Plane dout = scan.plane(s.dout, b), du = scan.plane(s.du, b), ddelta = scan.plane(s.ddelta, b);
-    const Plane dz = scan.plane(s.dz, b), B = scan.plane(s.B, b), C = scan.plane(s.C, b);
-    const V bias = scan.parameter(s.delta_bias, b), D = scan.parameter(s.D, b);
-    V dD = load(sums + rows.dD * LANES), ddelta_bias = load(sums + rows.ddelta_bias * LANES);
-    const V share = set(s.share_value());
-    tiles.begin(scan, b);  // tiles.state carries dL/dh from here on
-    for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-        const int64_t start = chunk * s.interval, steps = std::min(s.interval, s.seqlen - start), end = steps * LANES;
+    const Plane B = scan.plane(s.B, team.block()), C = scan.plane(s.C, team.block());
+    for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {  // channels' states carry dL/dh
+        const int64_t start = chunk * s.interval, steps = std::min(s.interval, s.seqlen - start);
         const int64_t first_row = (s.reverse ? s.seqlen - 1 - start : start) * scan.pitch;
-        load_tile(u.at(0, start), b.channels, steps, tiles.u);
-        load_tile(delta.at(0, start), b.channels, steps, tiles.dt);
-        load_tile(dout.at(0, start), b.channels, steps, tiles.dout);
-        load_matrix(scan, s.B, B, start, steps, tiles.B);
-        load_matrix(scan, s.C, C, start, steps, tiles.C);
-        if (chunk) {
-            const int64_t next = start - s.interval;
-            prefetch(u.at(0, next), s.interval), prefetch(delta.at(0, next), s.interval);
-            prefetch(dout.at(0, next), s.interval);
-            if (s.z.data) prefetch(z.at(0, next), s.interval);
+        const States B_rows = read_states(scan, s.B, B.at(0, start), steps, team.B);
+        const States C_rows = read_states(scan, s.C, C.at(0, start), steps, team.C);
+        for (int i = 0; i < team.count; ++i) {
+            const Channels &own = team.channels[i];
+            team.within[i] = own.within(begin_chunk(scan, own, start, steps, team.tiles[i]));
+            if (chunk)
+                for (const Signal *signal : {&s.u, &s.delta, &s.dout, &s.z})
+                    if (signal->data) prefetch(scan.plane(*signal, own.b).at(0, start - s.interval), s.interval);
         }
-        step_sizes(scan, steps, bias, tiles.dt, tiles.u, tiles.input, tiles.slope);
-        if (s.z.data) load_tile(z.at(0, start), b.channels, steps, tiles.z);
-        for (int64_t i = 0; i < end; i += LANES) {
-            V grad = load(tiles.dout + i) * share;
-            store(tiles.dout + i, grad);
-            if (s.z.data) grad = grad * shared_math::silu<Machine>(load(tiles.z + i));
-            store(tiles.dy + i, grad);
-            store(tiles.y + i, D * load(tiles.u + i));
-            store(tiles.input_grad + i, set(0.f)), store(tiles.decay_grad + i, set(0.f));
-        }
-        for_state_blocks<BACKWARD_STATES>(
-            s.dstate,
-            BackwardStates{scan, b, tiles, rows, steps, chunk, chunks, row, sums, dB + first_row, dC + first_row});
-        for (int64_t i = 0; i < end; i += LANES) {
-            V grad = load(tiles.dy + i), uu = load(tiles.u + i), in = load(tiles.input_grad + i);
-            V grad_raw = fma(uu, in, load(tiles.decay_grad + i)) * load(tiles.slope + i);
-            store(tiles.input_grad + i, fma(D, grad, load(tiles.dt + i) * in));
-            store(tiles.decay_grad + i, grad_raw);
-            dD = fma(grad, uu, dD), ddelta_bias = ddelta_bias + grad_raw;
-            if (s.z.data)
-                store(tiles.z + i, load(tiles.dout + i) * load(tiles.y + i) * shared_math::silu_grad<Machine>(load(tiles.z + i)));
-        }
-        if (s.z.data && s.accumulate) {
-            load_tile(dz.at(0, start), b.channels, steps, tiles.y);
-            for (int64_t i = 0; i < end; i += LANES) store(tiles.z + i, load(tiles.z + i) + load(tiles.y + i));
-        }
-        store_tile(du.at(0, start), b.channels, steps, tiles.input_grad);
-        store_tile(ddelta.at(0, start), b.channels, steps, tiles.decay_grad);
-        if (s.z.data) store_tile(dz.at(0, start), b.channels, steps, tiles.z);
+        for_state_blocks<BACKWARD_STATES>(s.dstate, BackwardStates{scan, team, rows, B_rows, C_rows, steps, chunk, chunks, row,
+                                                                   dB + first_row, dC + first_row});
+        for (int i = 0; i < team.count; ++i)
+            end_chunk(scan, team.channels[i], start, steps, team.tiles[i], rows, team.sums[i]);
     }
-    store(sums + rows.dD * LANES, dD), store(sums + rows.ddelta_bias * LANES, ddelta_bias);
 }
 
 // (seqlen, pitch) rows of one (batch, group) -> dB or dC.
@@ -144,19 +283,21 @@ inline int scan_backward(const ScanArgs &s) {
     float *const continued = whole + s.batch * s.groups * 2 * matrix, *const sums = parameters.take(shares * sums_of_share);
     std::atomic<int> failures{0};
     parallel::run(shares, [&](int share) {
-        Scratch scratch(BackwardTiles::floats(scan, s.interval));
+        Scratch scratch(BackwardTeam::floats(scan, s.interval));
         if (!scratch.ok()) return void(++failures);
-        BackwardTiles tiles(scan, scratch, s.interval);
+        BackwardTeam team(scan, scratch, s.interval);
         float *own = sums + share * sums_of_share, *pair = nullptr;
         std::memset(own, 0, sums_of_share * sizeof(float));
         const parallel::Range range = parallel::share_of(tasks, shares, share);
-        for (int64_t task = range.begin; task < range.end; ++task) {
-            const Block b = scan.block(task);
+        for (int64_t task = range.begin; task < range.end; task += team.count) {
+            team.begin(scan, task, range.end);
+            for (int i = 0; i < team.count; ++i) team.sums[i] = own + (task + i) % scan.blocks * rows.rows * LANES;
+            const Block &b = team.block();
             if (task == range.begin || b.group_block == 0) {
                 pair = b.group_block ? continued + share * 2 * matrix : whole + (b.batch * s.groups + b.group) * 2 * matrix;
                 std::memset(pair, 0, 2 * matrix * sizeof(float));
             }
-            backward_block(scan, b, tiles, own + task % scan.blocks * rows.rows * LANES, pair, pair + matrix);
+            backward_team(scan, team, pair, pair + matrix);
         }
     });
     if (failures) return failures;

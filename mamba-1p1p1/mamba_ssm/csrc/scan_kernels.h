@@ -4,10 +4,14 @@
 #include "scan_math.h"
 #include "tile.h"
 
-// States that fit in registers at once, forward and backward.
-constexpr int64_t FORWARD_STATES = ISA_AVX512 ? 16 : 8;
-constexpr int64_t BACKWARD_STATES = ISA_AVX512 ? 8 : 4;
+// States that one walk over the steps holds, forward (where they do not fit in registers the rest stays in the first-level
+// cache, which costs less than another walk) and backward.
+constexpr int64_t FORWARD_STATES = 16;
+constexpr int64_t BACKWARD_STATES = 4;
 constexpr int64_t FORWARD_STEPS = 64;
+// Neighbouring blocks of channels that take a tile of steps in turns, so that whole cache lines are used while they are
+// near, B and C are made ready once for all, and sums over channels leave the vectors once for all.
+constexpr int TEAM = 4;
 
 VEC int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -81,30 +85,62 @@ struct Scan {
     }
 };
 
-// dstate columns of B or C for some steps, as rows of `pitch`; or, where they do not vary, as rows of LANES channels.
-inline void load_matrix(const Scan &scan, const Matrix &matrix, const Plane &plane, int64_t step, int64_t steps,
-                        float *tile) {
-    if (!matrix.varies) return;
+// Some steps of a block: rows of LANES channels, `stride` floats apart.
+struct Steps {
+    float *first;
+    int64_t stride;
+
+    VEC V operator[](int64_t t) const { return load(first + t * stride); }
+    VEC void put(int64_t t, V x) const { store(first + t * stride, x); }
+    VEC void add(int64_t t, V x) const { put(t, (*this)[t] + x); }
+};
+VEC bool has_rows(const Plane &plane, int channels) {
+    return plane.dtype == FLOAT32 && plane.channel_stride == 1 && channels >= LANES;
+}
+// The plane's first steps where they lie in memory, if that has such rows, else their place in `tile`.
+VEC Steps steps_in(const Plane &plane, int channels, float *tile) {
+    if (has_rows(plane, channels)) return {reinterpret_cast<float *>(plane.data), plane.step_stride};
+    return {tile, LANES};
+}
+VEC Steps read_steps(const Plane &plane, int channels, int64_t steps, float *tile) {
+    if (!has_rows(plane, channels)) load_tile(plane, channels, steps, tile);
+    return steps_in(plane, channels, tile);
+}
+VEC void write_steps(const Plane &plane, int channels, int64_t steps, const float *tile) {
+    if (!has_rows(plane, channels)) store_tile(plane, channels, steps, tile);
+}
+
+// B or C: state n of step t is at first[t * pitch + n]; or, where it does not vary, first[n * LANES + channel].
+struct States {
+    const float *first;
+    int64_t pitch;
+
+    template <bool VARIES> VEC V get(int64_t t, int64_t n) const {
+        return VARIES ? set(first[t * pitch + n]) : load(first + n * LANES);
+    }
+    VEC States at(bool varies, int64_t t, int64_t n) const { return {first + (varies ? t * pitch + n : n * LANES), pitch}; }
+};
+// Those of a matrix that varies, for the plane's first steps: in memory if they are neighbours there, else in `tile`.
+inline States read_states(const Scan &scan, const Matrix &matrix, const Plane &plane, int64_t steps, float *tile) {
+    if (!matrix.varies) return {nullptr, 0};
+    if (plane.dtype == FLOAT32 && plane.channel_stride == 1)
+        return {reinterpret_cast<const float *>(plane.data), plane.step_stride};
     for (int64_t n = 0; n < scan.s.dstate; n += LANES) {
         int64_t states = scan.s.dstate - n < LANES ? scan.s.dstate - n : LANES;
-        load_tile(plane.at(n, step), int(states), steps, tile + n, scan.pitch);
+        load_tile(plane.at(n, 0), int(states), steps, tile + n, scan.pitch);
     }
+    return {tile, scan.pitch};
 }
 
-// What the channels of one step have in common: raw delta -> dt, and dt * u.
-VEC void step_sizes(const Scan &scan, int64_t steps, V bias, float *dt, const float *u, float *input, float *slope) {
-    for (int64_t i = 0; i < steps * LANES; i += LANES) {
-        V raw = load(dt + i) + bias;
-        V step = scan.s.softplus ? shared_math::softplus<Machine>(raw) : raw;
-        if (slope) store(slope + i, scan.s.softplus ? shared_math::sigmoid<Machine>(raw) : set(1.f));
-        store(dt + i, step);
-        store(input + i, step * load(u + i));
-    }
+// WITHIN: |dt * A_log2| is known to be at most EXP2_WITHIN.
+template <bool WITHIN> VEC V decay(V dt, V A_log2) {
+    return WITHIN ? shared_math::decay_within<Machine>(dt, A_log2) : shared_math::decay<Machine>(dt, A_log2);
 }
 
-template <int N, bool VARIES_B, bool VARIES_C>
-void forward_states(int64_t steps, const float *dt, const float *input, const float *B, const float *C, int64_t pitch,
-                    const float *A_log2, float *state, float *y) {
+// dt, input (dt * u), y: rows of LANES channels, one after the other. Adds to y.
+template <int N, bool VARIES_B, bool VARIES_C, bool WITHIN>
+void forward_states(int64_t steps, const float *dt, const float *input, States B, States C, const float *A_log2,
+                    float *state, float *y) {
     V h[N];
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) h[n] = load(state + n * LANES);
@@ -112,88 +148,14 @@ void forward_states(int64_t steps, const float *dt, const float *input, const fl
         V step = load(dt + t * LANES), in = load(input + t * LANES), even = load(y + t * LANES), odd = set(0.f);
 #pragma GCC unroll 16
         for (int n = 0; n < N; ++n) {
-            V b = VARIES_B ? set(B[t * pitch + n]) : load(B + n * LANES);
-            V c = VARIES_C ? set(C[t * pitch + n]) : load(C + n * LANES);
-            h[n] = shared_math::next_state<Machine>(shared_math::decay<Machine>(step, load(A_log2 + n * LANES)), h[n], in, b);
-            (n % 2 ? odd : even) = fma(c, h[n], n % 2 ? odd : even);
+            const V a = decay<WITHIN>(step, load(A_log2 + n * LANES));
+            h[n] = shared_math::next_state<Machine>(a, h[n], in, B.get<VARIES_B>(t, n));
+            (n % 2 ? odd : even) = fma(C.get<VARIES_C>(t, n), h[n], n % 2 ? odd : even);
         }
         store(y + t * LANES, even + odd);
     }
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) store(state + n * LANES, h[n]);
-}
-
-// The same, leaving decays[t][n] and states[t + 1][n] in memory (states[0] is the state before), y only if wanted.
-template <int N, bool VARIES_B, bool VARIES_C>
-void recompute_states(int64_t steps, const float *dt, const float *input, const float *B, const float *C, int64_t pitch,
-                      const float *A_log2, float *decays, float *states, float *y) {
-    V h[N];
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) h[n] = load(states + n * LANES);
-    for (int64_t t = 0; t < steps; ++t) {
-        V step = load(dt + t * LANES), in = load(input + t * LANES);
-#pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) {
-            V b = VARIES_B ? set(B[t * pitch + n]) : load(B + n * LANES);
-            V a = shared_math::decay<Machine>(step, load(A_log2 + n * LANES));
-            h[n] = shared_math::next_state<Machine>(a, h[n], in, b);
-            store(decays + (t * N + n) * LANES, a);
-            store(states + ((t + 1) * N + n) * LANES, h[n]);
-        }
-        if (y) {
-            V sum = load(y + t * LANES);
-#pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) sum = fma(VARIES_C ? set(C[t * pitch + n]) : load(C + n * LANES), h[n], sum);
-            store(y + t * LANES, sum);
-        }
-    }
-}
-
-template <int N> VEC void add_row(float *row, V *sums) {
-    if constexpr (N >= LANES) {
-        for (int n = 0; n < N; n += LANES) store(row + n, load(row + n) + sum_lanes<LANES>(sums + n));
-    } else {
-        V total = sum_lanes<N>(sums);
-        for (int n = 0; n < N; ++n) row[n] += total[n];
-    }
-}
-
-// Sums over states go to input_grad and decay_grad (see scan_math.h), sums over channels to rows of dB and dC, `row` floats
-// a step (or, where the matrix does not vary, sums over steps to its LANES channels), sums over steps to dA.
-template <int N, bool VARIES_B, bool VARIES_C>
-void backward_states(int64_t steps, const float *dt, const float *input, const float *dy, const float *B, const float *C,
-                     int64_t pitch, const float *A, const float *decays, const float *states, float *carries, float *dA,
-                     float *dB, float *dC, int64_t row, float *input_grad, float *decay_grad) {
-    V carry[N], after[N];
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) {
-        carry[n] = load(carries + n * LANES);
-        after[n] = load(states + (steps * N + n) * LANES);
-    }
-    for (int64_t t = steps - 1; t >= 0; --t) {
-        V step = load(dt + t * LANES), in = load(input + t * LANES), grad = load(dy + t * LANES);
-        shared_math::BackwardSums<Machine> sums{load(input_grad + t * LANES), load(decay_grad + t * LANES)};
-        V sum_B[N], sum_C[N];
-#pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) {
-            V b = VARIES_B ? set(B[t * pitch + n]) : load(B + n * LANES);
-            V c = VARIES_C ? set(C[t * pitch + n]) : load(C + n * LANES);
-            V before = load(states + (t * N + n) * LANES), sum_A = load(dA + n * LANES);
-            sum_B[n] = sum_C[n] = set(0.f);
-            shared_math::backward_step<Machine>(load(decays + (t * N + n) * LANES), before, after[n], load(A + n * LANES), b,
-                                                c, step, in, grad, carry[n], sum_A, sum_B[n], sum_C[n], sums);
-            after[n] = before;
-            store(dA + n * LANES, sum_A);
-            if (!VARIES_B) store(dB + n * LANES, load(dB + n * LANES) + sum_B[n]);
-            if (!VARIES_C) store(dC + n * LANES, load(dC + n * LANES) + sum_C[n]);
-        }
-        if (VARIES_B) add_row<N>(dB + t * row, sum_B);
-        if (VARIES_C) add_row<N>(dC + t * row, sum_C);
-        store(input_grad + t * LANES, sums.input_grad);
-        store(decay_grad + t * LANES, sums.decay_grad);
-    }
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) store(carries + n * LANES, carry[n]);
 }
 
 // Calls body with the number of states as a compile-time constant: as many as fit in `most` at a time, then the rest.
@@ -207,103 +169,148 @@ template <int64_t MOST, class Body> VEC void for_state_blocks(int64_t dstate, Bo
     for (; n < dstate; ++n) body.template run<1>(n);
 }
 
-// Everything the two directions of one block share: scratch tiles and the block's parameters.
-struct Tiles {
-    float *A, *A_log2, *B, *C, *u, *dt, *input, *y, *z, *state;
+// What a block's channels have of their own: parameters, decay rates, states, and B and C where those do not vary.
+struct Channels {
+    Block b;
+    float *A, *A_log2, *state, *B, *C;  // dstate rows of LANES
+    V steepest, bias, D;                // steepest: the largest |A_log2|
 
-    Tiles(const Scan &scan, Scratch &scratch, int64_t steps) {
-        const int64_t states = scan.s.dstate * LANES, tile = steps * LANES;
-        // Matrices that do not vary take dstate rows of LANES, the others `steps` rows of `pitch`.
-        const int64_t matrix = std::max(states, steps * scan.pitch);
+    static int64_t floats(const Scan &scan) { return 5 * (scan.s.dstate * LANES + 16); }
+    void take(const Scan &scan, Scratch &scratch) {
+        const int64_t states = scan.s.dstate * LANES;
         A = scratch.take(states), A_log2 = scratch.take(states), state = scratch.take(states);
-        B = scratch.take(matrix), C = scratch.take(matrix);
-        u = scratch.take(tile), dt = scratch.take(tile), input = scratch.take(tile), y = scratch.take(tile);
-        z = scratch.take(tile);
+        B = scratch.take(states), C = scratch.take(states);
     }
-    static int64_t floats(const Scan &scan, int64_t steps) {
-        return 3 * scan.s.dstate * LANES + 2 * std::max(scan.s.dstate * LANES, steps * scan.pitch) + 5 * steps * LANES + 160;
-    }
-    void begin(const Scan &scan, const Block &b) {
+    void begin(const Scan &scan, const Block &block) {
         const ScanArgs &s = scan.s;
+        b = block, bias = scan.parameter(s.delta_bias, b), D = scan.parameter(s.D, b), steepest = set(0.f);
         load_tile(scan.columns(s.A, s.dstate, b), b.channels, s.dstate, A);
-        for (int64_t i = 0; i < s.dstate * LANES; i += LANES)
-            store(A_log2 + i, load(A + i) * set(shared_math::LOG2_E)), store(state + i, set(0.f));
+        for (int64_t i = 0; i < s.dstate * LANES; i += LANES) {
+            const V rate = load(A + i) * set(shared_math::LOG2_E);
+            store(A_log2 + i, rate), store(state + i, set(0.f));
+            steepest = max(abs(rate), steepest);
+        }
         if (!s.B.varies) load_tile(scan.columns(s.B.data, s.dstate, b), b.channels, s.dstate, B);
         if (!s.C.varies) load_tile(scan.columns(s.C.data, s.dstate, b), b.channels, s.dstate, C);
     }
+    // Whether no step of at most `largest` leaves the range of decay_within.
+    bool within(V largest) const { return all_at_most(largest * steepest, EXP2_WITHIN); }
+    // B and C of states [n, ...) from a tile's step on, given what the team has of them.
+    States B_at(const Scan &scan, const States &B_of_team, int64_t step, int64_t n) const {
+        return (scan.s.B.varies ? B_of_team : States{B, 0}).at(scan.s.B.varies, step, n);
+    }
+    States C_at(const Scan &scan, const States &C_of_team, int64_t step, int64_t n) const {
+        return (scan.s.C.varies ? C_of_team : States{C, 0}).at(scan.s.C.varies, step, n);
+    }
 };
 
-// Where state n of a matrix' tile begins.
-VEC const float *at_state(const Matrix &matrix, const float *tile, int64_t n) { return tile + (matrix.varies ? n : n * LANES); }
+// The blocks that work together, and the tiles of B and C for those that cannot be read where they lie.
+struct Team {
+    Channels channels[TEAM];
+    float *B, *C;
+    int count;
+
+    static int64_t floats(const Scan &scan, int64_t steps) {
+        return TEAM * Channels::floats(scan) + 2 * (steps * scan.pitch + 16);
+    }
+    Team(const Scan &scan, Scratch &scratch, int64_t steps) : count(0) {
+        for (Channels &each : channels) each.take(scan, scratch);
+        B = scratch.take(steps * scan.pitch), C = scratch.take(steps * scan.pitch);
+    }
+    // The blocks of as many tasks from `task` on as fit and have one (batch, group).
+    void begin(const Scan &scan, int64_t task, int64_t end) {
+        const int64_t left = scan.blocks_per_group - scan.block(task).group_block;
+        count = int(std::min(std::min(end - task, left), int64_t(TEAM)));
+        for (int i = 0; i < count; ++i) channels[i].begin(scan, scan.block(task + i));
+    }
+    const Block &block() const { return channels[0].b; }
+};
+
+// body(kernel<N, whether B varies, whether C varies, within>) where there is a kernel for it: bounds are for the usual case.
+#define SCAN_KERNEL(name, N, scan, within)                                                     \
+    ((scan).s.B.varies && (scan).s.C.varies ? ((within) ? name<N, true, true, true> : name<N, true, true, false>) \
+     : (scan).s.B.varies                    ? name<N, true, false, false>                      \
+     : (scan).s.C.varies                    ? name<N, false, true, false>                      \
+                                            : name<N, false, false, false>)
+
+struct ForwardTiles {
+    float *u, *dt, *input, *y, *z;
+
+    ForwardTiles(Scratch &scratch, int64_t steps)
+        : u(scratch.take(steps * LANES)),
+          dt(scratch.take(steps * LANES)),
+          input(scratch.take(steps * LANES)),
+          y(scratch.take(steps * LANES)),
+          z(scratch.take(steps * LANES)) {}
+    static int64_t floats(int64_t steps) { return 5 * (steps * LANES + 16); }
+};
 
 struct ForwardStates {
     const Scan &scan;
-    Tiles &tiles;
-    int64_t first, steps;
+    const Channels &channels;
+    const ForwardTiles &tiles;
+    States B, C;
+    int64_t first, steps;  // of the tile
+    bool within;
 
     template <int N> VEC void run(int64_t n) {
-        const ScanArgs &s = scan.s;
-        const int64_t tile = first * LANES, row = first * scan.pitch;
-        const float *B = at_state(s.B, tiles.B, n) + (s.B.varies ? row : 0);
-        const float *C = at_state(s.C, tiles.C, n) + (s.C.varies ? row : 0);
-        auto go = [&](auto kernel) {
-            kernel(steps, tiles.dt + tile, tiles.input + tile, B, C, scan.pitch, tiles.A_log2 + n * LANES,
-                   tiles.state + n * LANES, tiles.y + tile);
-        };
-        if (s.B.varies && s.C.varies) go(forward_states<N, true, true>);
-        else if (s.B.varies) go(forward_states<N, true, false>);
-        else if (s.C.varies) go(forward_states<N, false, true>);
-        else go(forward_states<N, false, false>);
+        const int64_t tile = first * LANES;
+        SCAN_KERNEL(forward_states, N, scan, within)
+        (steps, tiles.dt + tile, tiles.input + tile, channels.B_at(scan, B, first, n), channels.C_at(scan, C, first, n),
+         channels.A_log2 + n * LANES, channels.state + n * LANES, tiles.y + tile);
     }
 };
 
-// Adds what is there already, applies the gate and the share.
-VEC void finish(const ScanArgs &s, const Plane &z, const Plane &out, int channels, int64_t steps, Tiles &tiles) {
-    const V share = set(s.share_value());
-    if (s.accumulate) {
-        load_tile(out, channels, steps, tiles.z);
-        for (int64_t i = 0; i < steps * LANES; i += LANES) store(tiles.y + i, load(tiles.y + i) + load(tiles.z + i));
+// Raw delta -> dt, dt * u, and D * u, to which y is added. Returns the largest |dt| of each channel.
+template <bool SOFTPLUS>
+VEC V step_sizes(const Channels &channels, const Steps &delta, const Steps &u, int64_t steps, const ForwardTiles &tiles) {
+    const V bias = channels.bias, D = channels.D;
+    V largest = set(0.f);
+    for (int64_t t = 0; t < steps; ++t) {
+        const V raw = delta[t] + bias, x = u[t], step = SOFTPLUS ? shared_math::softplus<Machine>(raw) : raw;
+        largest = max(abs(step), largest);
+        store(tiles.dt + t * LANES, step);
+        store(tiles.input + t * LANES, step * x);
+        store(tiles.y + t * LANES, D * x);
     }
-    if (s.z.data) {
-        load_tile(z, channels, steps, tiles.z);
-        for (int64_t i = 0; i < steps * LANES; i += LANES)
-            store(tiles.y + i, load(tiles.y + i) * share * shared_math::silu<Machine>(load(tiles.z + i)));
-    } else if (s.share_value() != 1.f) {
-        for (int64_t i = 0; i < steps * LANES; i += LANES) store(tiles.y + i, load(tiles.y + i) * share);
-    }
+    return largest;
 }
 
-inline void forward_block(const Scan &scan, const Block &b, Tiles &tiles, int64_t tile_steps) {
+// One block's tile of steps.
+inline void forward_tile(const Scan &scan, const Channels &channels, const States &B, const States &C, int64_t start,
+                         int64_t steps, const ForwardTiles &tiles) {
     const ScanArgs &s = scan.s;
-    const int64_t chunks = (s.seqlen + s.interval - 1) / s.interval;
-    const Plane u = scan.plane(s.u, b), delta = scan.plane(s.delta, b), z = scan.plane(s.z, b), out = scan.plane(s.out, b);
-    const Plane B = scan.plane(s.B, b), C = scan.plane(s.C, b);
-    const V bias = scan.parameter(s.delta_bias, b), D = scan.parameter(s.D, b);
-    tiles.begin(scan, b);
-    for (int64_t start = 0; start < s.seqlen; start += tile_steps) {
-        const int64_t steps = std::min(tile_steps, s.seqlen - start);
-        load_tile(u.at(0, start), b.channels, steps, tiles.u);
-        load_tile(delta.at(0, start), b.channels, steps, tiles.dt);
-        load_matrix(scan, s.B, B, start, steps, tiles.B);
-        load_matrix(scan, s.C, C, start, steps, tiles.C);
-        const int64_t next = start + steps, ahead = std::min(tile_steps, s.seqlen - next);
-        if (s.z.data) prefetch(z.at(0, start), steps);
-        prefetch(u.at(0, next), ahead), prefetch(delta.at(0, next), ahead);
-        step_sizes(scan, steps, bias, tiles.dt, tiles.u, tiles.input, nullptr);
-        for (int64_t i = 0; i < steps * LANES; i += LANES) store(tiles.y + i, D * load(tiles.u + i));
-        const int64_t stride = s.states ? s.interval : steps;
-        for (int64_t first = 0; first < steps; first += stride) {
-            const int64_t chunk = (start + first) / s.interval;
-            for_state_blocks<FORWARD_STATES>(s.dstate, ForwardStates{scan, tiles, first, std::min(stride, steps - first)});
-            if (s.states && chunk + 1 < chunks)
-                for (int64_t n = 0; n < s.dstate; ++n)
-                    store_some(scan.saved(b, chunk, chunks) + n * s.dim, load(tiles.state + n * LANES), b.channels);
-        }
-        finish(s, z.at(0, start), out.at(0, start), b.channels, steps, tiles);
-        store_tile(out.at(0, start), b.channels, steps, tiles.y);
+    const Block &b = channels.b;
+    const int64_t chunks = (s.seqlen + s.interval - 1) / s.interval, stride = s.states ? s.interval : steps;
+    const Plane u_plane = scan.plane(s.u, b).at(0, start), delta_plane = scan.plane(s.delta, b).at(0, start);
+    const Plane out_plane = scan.plane(s.out, b).at(0, start), z_plane = scan.plane(s.z, b).at(0, start);
+    const Steps u = read_steps(u_plane, b.channels, steps, tiles.u);
+    const Steps delta = read_steps(delta_plane, b.channels, steps, tiles.dt);
+    const int64_t ahead = std::min(steps, s.seqlen - start - steps);
+    if (s.z.data) prefetch(z_plane, steps);
+    prefetch(u_plane.at(0, steps), ahead), prefetch(delta_plane.at(0, steps), ahead);
+    const bool within = channels.within(s.softplus ? step_sizes<true>(channels, delta, u, steps, tiles)
+                                                   : step_sizes<false>(channels, delta, u, steps, tiles));
+    for (int64_t first = 0; first < steps; first += stride) {
+        const int64_t chunk = (start + first) / s.interval;
+        for_state_blocks<FORWARD_STATES>(
+            s.dstate, ForwardStates{scan, channels, tiles, B, C, first, std::min(stride, steps - first), within});
+        if (s.states && chunk + 1 < chunks)
+            for (int64_t n = 0; n < s.dstate; ++n)
+                store_some(scan.saved(b, chunk, chunks) + n * s.dim, load(channels.state + n * LANES), b.channels);
     }
-    if (s.last_state)
-        store_tile(scan.columns(s.last_state + b.batch * s.dim * s.dstate * 4, s.dstate, b), b.channels, s.dstate, tiles.state);
+    // Adds what is there already, applies the gate and the share.
+    const V share = set(s.share_value());
+    const Steps z = s.z.data ? read_steps(z_plane, b.channels, steps, tiles.z) : Steps{tiles.z, LANES};
+    const Steps before = s.accumulate ? read_steps(out_plane, b.channels, steps, tiles.u) : Steps{tiles.u, LANES};
+    const Steps out = steps_in(out_plane, b.channels, tiles.y);
+    for (int64_t t = 0; t < steps; ++t) {
+        V y = load(tiles.y + t * LANES);
+        if (s.accumulate) y = y + before[t];
+        y = y * share;
+        out.put(t, s.z.data ? y * shared_math::silu<Machine>(z[t]) : y);
+    }
+    write_steps(out_plane, b.channels, steps, tiles.y);
 }
 
 inline int scan_forward(const ScanArgs &s) {
@@ -313,11 +320,27 @@ inline int scan_forward(const ScanArgs &s) {
     const int shares = parallel::shares_for(s.threads, tasks, s.batch * s.dim * s.seqlen * s.dstate / LANES);
     std::atomic<int> failures{0};
     parallel::run(shares, [&](int share) {
-        Scratch scratch(Tiles::floats(scan, tile_steps));
+        Scratch scratch(Team::floats(scan, tile_steps) + ForwardTiles::floats(tile_steps));
         if (!scratch.ok()) return void(++failures);
-        Tiles tiles(scan, scratch, tile_steps);
+        Team team(scan, scratch, tile_steps);
+        const ForwardTiles tiles(scratch, tile_steps);
         const parallel::Range range = parallel::share_of(tasks, shares, share);
-        for (int64_t task = range.begin; task < range.end; ++task) forward_block(scan, scan.block(task), tiles, tile_steps);
+        for (int64_t task = range.begin; task < range.end; task += team.count) {
+            team.begin(scan, task, range.end);
+            const Plane B = scan.plane(s.B, team.block()), C = scan.plane(s.C, team.block());
+            for (int64_t start = 0; start < s.seqlen; start += tile_steps) {
+                const int64_t steps = std::min(tile_steps, s.seqlen - start);
+                const States B_rows = read_states(scan, s.B, B.at(0, start), steps, team.B);
+                const States C_rows = read_states(scan, s.C, C.at(0, start), steps, team.C);
+                for (int i = 0; i < team.count; ++i)
+                    forward_tile(scan, team.channels[i], B_rows, C_rows, start, steps, tiles);
+            }
+            for (int i = 0; s.last_state && i < team.count; ++i) {
+                const Channels &each = team.channels[i];
+                const int64_t last = s.last_state + each.b.batch * s.dim * s.dstate * 4;
+                store_tile(scan.columns(last, s.dstate, each.b), each.b.channels, s.dstate, each.state);
+            }
+        }
     });
     return failures;
 }

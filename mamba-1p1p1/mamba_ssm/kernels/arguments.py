@@ -57,6 +57,28 @@ class Lines(NamedTuple):
     across: bool
     scale: float = 1.0
 
+    kernel = "pooled_conv"  # the function of a kernel set that has kernels for them
+
+
+class VisibleLines(NamedTuple):
+    """Lines of which every image shows other tokens, V in all; each is pooled to `factor` times the sum of its own.
+
+    `order` (batch, V), long, says which token is walked k-th, None where they are walked as they stand; `starts`
+    (batch, lines + 1), long, at which place of the walk each line begins, and behind the last one V. The convolutions
+    run from line to line.
+    """
+
+    order: Tensor | None
+    starts: Tensor
+    factor: float
+
+    kernel = "visible_conv"
+
+    @property
+    def count(self) -> int:
+        """How many lines there are, those without a visible token among them."""
+        return self.starts.shape[1] - 1
+
 
 class Taps(NamedTuple):
     """What one direction's convolution needs: weight (dim, width), bias (dim,) or None, and the skip's D (dim,)."""

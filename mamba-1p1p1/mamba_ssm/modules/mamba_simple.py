@@ -7,6 +7,7 @@ Gu and Dao 2023 (arXiv:2312.00752), section 3.4; Zhu et al. 2024 (arXiv:2401.094
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +15,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from causal_conv1d.ops.convolution import WIDTHS
+from mamba_ssm.modules.block import Block  # noqa: F401  (published here too)
 from mamba_ssm.modules.linear import Linear
+from mamba_ssm.modules.parts import is_plain
 from mamba_ssm.ops.directions import Direction
 from mamba_ssm.ops.linear import linear
 from mamba_ssm.ops.mixer import ScanObserver, TokenPooling, mix, mix_pooled
@@ -31,15 +35,20 @@ def _wide(parameter: Tensor) -> Tensor:
 
 
 class _Branch(NamedTuple):
-    """One scan direction: a `Branch` of `mamba_ssm.ops.mixer`. v1 shares all but A, and convolves forward in both."""
+    """One scan direction: a `Branch` of `mamba_ssm.ops.mixer`. v1 shares all but A, and convolves forward in both.
+
+    Its modules are called, unless they are `plain`: then their weights go to operators that do the same, and faster.
+    """
 
     conv: nn.Conv1d
     x_proj: nn.Linear
     dt_proj: nn.Linear
     A_log: Tensor
     skip: Tensor
-    reverse_conv: bool
-    reverse: bool
+    dt_rank: int
+    plain: bool
+    reverse_conv: bool = False
+    reverse: bool = False
 
     @property
     def A(self) -> Tensor:
@@ -50,12 +59,19 @@ class _Branch(NamedTuple):
         return _wide(self.skip)
 
     def convolve(self, x: Tensor) -> Tensor:
+        if not self.plain:
+            seen = (x.flip(1) if self.reverse_conv else x).transpose(1, 2)
+            u = F.silu(self.conv(seen)[..., : x.shape[1]]).transpose(1, 2)
+            return u.flip(1) if self.reverse_conv else u
         weight, bias = self.conv.weight.squeeze(1), self.conv.bias
-        return causal_conv1d_fn(x.transpose(1, 2), weight, bias, "silu", reverse=self.reverse_conv).transpose(1, 2)
+        u = causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu", reverse=self.reverse_conv)
+        return u.transpose(1, 2)
 
-    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rank, dstate = self.dt_proj.in_features, self.A_log.shape[1]
-        dt, B, C = self.x_proj(u).split([rank, dstate, dstate], dim=-1)
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        dstate = self.A_log.shape[1]
+        dt, B, C = self.x_proj(u).split([self.dt_rank, dstate, dstate], dim=-1)
+        if not self.plain:
+            return self.dt_proj(dt), B, C, None
         return linear(dt, self.dt_proj.weight), B, C, _wide(self.dt_proj.bias)
 
     def direction(self) -> Direction:
@@ -81,11 +97,13 @@ def _by_directions(gates: Tensor) -> tuple[Tensor, list[int]]:
 class Mamba(nn.Module):
     """Selective state-space mixer, (B, L, d_model) -> (B, L, d_model).
 
-    `bimamba_type` "none" scans forward only; "v1" adds a backward scan that shares every parameter but A; "v2" gives
-    the backward direction its own convolution, projections, A and D. `if_divide_out` halves the sum of the two (also
-    accepted under its published spelling `if_devide_out`). `dt_rank="auto"` is ceil(d_model / 16). `init_layer_scale`
-    adds a learned scale on the output, `use_norm_after_ssm` a LayerNorm on the summed scans before the gate silu(z), as
-    FastVim has. `use_fast_path` is accepted for published code: the operators choose their backend themselves.
+    `bimamba_type` "none" (also if it is not given) scans forward only; "v1" adds a backward scan that shares every
+    parameter but A; "v2" gives the backward direction its own convolution, projections, A and D; `bimamba` True is
+    "v2", False "none". `if_divide_out` halves the sum of the two (also accepted under its published spelling
+    `if_devide_out`). `dt_rank="auto"` is ceil(d_model / 16). `init_layer_scale` adds a learned scale on the output,
+    `use_norm_after_ssm` a LayerNorm on the summed scans before the gate silu(z), as FastVim has. The operators that do
+    the work bypass the mixer's modules, but only while those are as they were made: with an adapter, a hook, a
+    parametrisation or pruning on any of them, or without `use_fast_path`, each is called.
     """
 
     def __init__(
@@ -106,15 +124,25 @@ class Mamba(nn.Module):
         layer_idx: int | None = None,
         device=None,
         dtype=None,
-        bimamba_type: str = "none",
+        bimamba_type: str | None = None,
         if_divide_out: bool = False,
         init_layer_scale: float | None = None,
         if_devide_out: bool | None = None,
         use_norm_after_ssm: bool = False,
+        bimamba: bool | None = None,
     ) -> None:
         super().__init__()
+        if bimamba is not None:
+            if bimamba_type not in (None, "v2" if bimamba else "none"):
+                raise ValueError(f"bimamba is {bimamba} beside bimamba_type {bimamba_type!r}; wanted one of them.")
+            bimamba_type = "v2" if bimamba else "none"
+        if bimamba_type is None:
+            bimamba_type = "none"
+            if if_divide_out or if_devide_out or use_norm_after_ssm:
+                message = "this mixer scans one way, since bimamba_type is not given; Vision Mambas want 'v2'"
+                warnings.warn(message, UserWarning, stacklevel=2)
         if bimamba_type not in ("none", "v1", "v2"):
-            raise ValueError(f"bimamba_type is {bimamba_type!r}; wanted 'none', 'v1' or 'v2'.")
+            raise ValueError(f"bimamba_type is {bimamba_type!r}; wanted 'none', 'v1' or 'v2', which are all there are.")
         factory = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
@@ -183,12 +211,14 @@ class Mamba(nn.Module):
     @property
     def directions(self) -> tuple[_Branch, ...]:
         """Forward first, then backward where there is one."""
-        forward = _Branch(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, False, False)
+        parts = self.conv1d, self.x_proj, self.dt_proj
+        backward = (self.conv1d_b, self.x_proj_b, self.dt_proj_b) if self.bimamba_type == "v2" else ()
+        plain = self.use_fast_path and self.d_conv in WIDTHS and is_plain(*parts, *backward, self.layernorm)
+        forward = _Branch(*parts, self.A_log, self.D, self.dt_rank, plain)
         if self.bimamba_type == "v1":
             return forward, forward._replace(A_log=self.A_b_log, reverse=True)
         if self.bimamba_type == "v2":
-            backward = self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
-            return forward, _Branch(*backward, reverse_conv=True, reverse=True)
+            return forward, _Branch(*backward, self.A_b_log, self.D_b, self.dt_rank, plain, True, True)
         return (forward,)
 
     def forward(
@@ -305,10 +335,12 @@ class Mamba(nn.Module):
         x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)
         x = causal_conv1d_update(x.contiguous(), conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt = F.softplus(self.dt_proj(dt).float())
-        A = -torch.exp(self.A_log.float())
-        ssm_state.copy_(ssm_state * torch.exp(dt.unsqueeze(-1) * A) + (dt * x).unsqueeze(-1) * B.unsqueeze(1))
-        y = torch.einsum("bdn,bn->bd", ssm_state.float(), C.float()) + self.D.float() * x
+        dt, (branch,) = F.softplus(_wide(self.dt_proj(dt))), self.directions
+        # gradients of a step reach what it was given, not the steps before it: the states kept are numbers
+        before = ssm_state.clone() if torch.is_grad_enabled() else ssm_state
+        kept = before.detach() * torch.exp(dt.unsqueeze(-1) * branch.A) + (dt * x).unsqueeze(-1) * B.unsqueeze(1)
+        ssm_state.copy_(kept.detach())
+        y = torch.einsum("bdn,bn->bd", kept, _wide(C)) + branch.D * x
         return self._project(y.to(x.dtype) * F.silu(z)).unsqueeze(1), conv_state, ssm_state
 
     @property
@@ -323,7 +355,7 @@ class Mamba(nn.Module):
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None, **kwargs) -> tuple[Tensor, Tensor]:
         """Zeroed (conv_state (B, d_inner, d_conv), ssm_state (B, d_inner, d_state)) for `step`; the length does not
         matter."""
-        device = self.out_proj.weight.device
+        device = self.A_log.device
         conv_dtype = self.conv1d.weight.dtype if dtype is None else dtype
         return (
             torch.zeros(batch_size, self.d_inner, self.d_conv, device=device, dtype=conv_dtype),

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from mamba_ssm.kernels.arguments import SCAN_TENSORS
+from causal_conv1d.derivatives import gradients_by_reference, wants_reference
+from mamba_ssm.kernels.arguments import SCAN_TENSORS, Scan
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.operators import OPERATORS
-from mamba_ssm.ops.scan import check_scan, selective_scan_fn
+from mamba_ssm.ops.scan import check_scan, scan_flops, selective_scan_fn, selective_scan_ref
 from torch import Tensor
+
+Direction = Scan  # the name it was first imported by
 
 _NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 _OPTIONAL = ("D", "z", "delta_bias")
@@ -41,7 +44,8 @@ def bidirectional_scan_fn(
     Differentiable in every tensor.
     """
     first, second = ((*tensors, None, None, None)[:SCAN_TENSORS] for tensors in (first, second))
-    if not (backends.has(first[0], "scan_forward_both") and _alike(first, second)):
+    plain = wants_reference(*first, *second) or not backends.has(first[0], "scan_forward_both")
+    if plain or not _alike(first, second):
         forward = selective_scan_fn(*first, delta_softplus=delta_softplus)
         return forward, selective_scan_fn(*second, delta_softplus=delta_softplus, reverse=True)
     for tensors in (first, second):
@@ -96,6 +100,16 @@ def _fake_both_backward(dout, dout_b, *arguments):
     return tuple(grads)
 
 
+def _reference(*arguments) -> tuple[Tensor, Tensor]:
+    *tensors, delta_softplus = arguments
+    forward = selective_scan_ref(*tensors[:SCAN_TENSORS], delta_softplus)
+    return forward, selective_scan_ref(*tensors[SCAN_TENSORS:], delta_softplus, reverse=True)
+
+
+def _flops(*arguments) -> int:
+    return scan_flops(*arguments[:SCAN_TENSORS]) + scan_flops(*arguments[SCAN_TENSORS:])
+
+
 def _save_both(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.delta_softplus, _ = inputs
     ctx.save_for_backward(*tensors, *output[2:])
@@ -103,6 +117,8 @@ def _save_both(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 def _differentiate_both(ctx, dout: Tensor, dout_b: Tensor, _dstates: Tensor, _dstates_b: Tensor) -> tuple:
     *tensors, states, states_b = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return *gradients_by_reference(_reference, (*tensors, ctx.delta_softplus), (dout, dout_b)), None
     grads = torch.ops.mamba_ssm.scan_both_backward(dout, dout_b, *tensors, states, states_b, ctx.delta_softplus)
     return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads)), None, None
 
@@ -118,6 +134,7 @@ OPERATORS.register(
     _fake_both,
     save=_save_both,
     differentiate=_differentiate_both,
+    flops=_flops,
 )
 OPERATORS.register(
     f"scan_both_backward(Tensor dout, Tensor dout_b, {_schema('')}, {_schema('_b')}, Tensor states, Tensor states_b,"

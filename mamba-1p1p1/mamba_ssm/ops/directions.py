@@ -9,19 +9,23 @@ has no `directions_forward` of its own runs it put together from others, which s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from causal_conv1d.backend import KERNEL_DTYPES
 from causal_conv1d.checks import check_device, check_dtype, check_ndim, check_shape, check_tensor
-from causal_conv1d.ops.convolution import WIDTHS
+from causal_conv1d.derivatives import gradients_by_reference, wants_reference
+from causal_conv1d.ops.convolution import WIDTHS, causal_conv1d_ref
 from mamba_ssm.kernels import composed
-from mamba_ssm.kernels.arguments import DIRECTION_TENSORS, Direction
+from mamba_ssm.kernels.arguments import DIRECTION_TENSORS, Direction, split_matrices
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.operators import OPERATORS
+from mamba_ssm.ops.scan import scan_flops, selective_scan_ref
 from torch import Tensor
 
-__all__ = ["Direction", "directions_fn"]
+__all__ = ["Direction", "directions_fn", "directions_ref"]
 
 
 def directions_fn(xz: Tensor, directions: Sequence[Direction], share: float = 1.0) -> Tensor:
@@ -42,16 +46,32 @@ def directions_fn(xz: Tensor, directions: Sequence[Direction], share: float = 1.
     Raises:
         ValueError: a shape or device that does not fit. TypeError: a dtype that does not fit.
     """
+    check_tensor("xz", xz)
     device_type = xz.device.type
     if torch.is_autocast_enabled(device_type):
         xz = xz.to(torch.get_autocast_dtype(device_type))
     _check(xz, directions)
+    if wants_reference(xz, *(tensor for direction in directions for tensor in direction)):
+        return directions_ref(xz, directions, share)
     xz = xz if xz.stride(-1) == 1 else xz.contiguous()
     parameters = [tensor for direction in directions for tensor in direction[:DIRECTION_TENSORS]]
     parameters += [None] * (2 * DIRECTION_TENSORS - len(parameters))
     reverse = [direction.reverse for direction in directions]
     wanted = any(tensor is not None and tensor.requires_grad for tensor in (xz, *parameters))
     return torch.ops.mamba_ssm.directions(xz, *parameters, reverse, share, wanted and torch.is_grad_enabled())[0]
+
+
+def directions_ref(xz: Tensor, directions: Sequence[Direction], share: float = 1.0) -> Tensor:
+    """What `directions_fn` computes, on the reference operators."""
+    x, z = xz.transpose(1, 2).chunk(2, dim=1)
+    total = None
+    for conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_bias, A, D, reverse in directions:
+        u = causal_conv1d_ref(x, conv_weight, conv_bias, "silu", reverse=reverse)
+        dt, B, C = split_matrices(F.linear(u.transpose(1, 2), x_proj_weight.to(u.dtype)), A.shape[1])
+        delta = F.linear(dt, dt_proj_weight.to(u.dtype)).transpose(1, 2)
+        part = selective_scan_ref(u, delta, A, B, C, D, z, dt_bias, True, reverse=reverse)
+        total = part if total is None else total + part
+    return (total * share).transpose(1, 2)
 
 
 def _check(xz: Tensor, directions: Sequence[Direction]) -> None:
@@ -63,6 +83,9 @@ def _check(xz: Tensor, directions: Sequence[Direction]) -> None:
         raise ValueError(f"directions has {len(directions)} entries, wanted one or two")
     dim, dtypes = xz.shape[2] // 2, (*KERNEL_DTYPES, torch.float64)
     for each in directions:
+        for name in ("conv_weight", "x_proj_weight", "dt_proj_weight", "A"):
+            check_tensor(name, getattr(each, name))
+            check_ndim(name, getattr(each, name), "(rows, columns)")
         if each.conv_weight.dim() != 2 or each.conv_weight.shape[1] not in WIDTHS:
             given = tuple(each.conv_weight.shape)
             raise ValueError(f"conv_weight has shape {given}, wanted (dim, width) with width 2, 3 or 4")
@@ -151,6 +174,21 @@ def _fake_backward(dout, xz, *arguments):
     return tuple(xz.new_empty(0) if like is None else like.new_empty(like.shape) for like in wanted)
 
 
+def _reference(xz: Tensor, *arguments) -> Tensor:
+    *parameters, reverse, share = arguments
+    return directions_ref(xz, _split(parameters, reverse), share)
+
+
+def _flops(xz: Sequence[int], *arguments) -> int:
+    *parameters, reverse, _, _ = arguments
+    (batch, seqlen, width), total = xz, 0
+    u = batch, width // 2, seqlen
+    for conv_weight, _, x_proj_weight, dt_proj_weight, _, A, D, _ in _split(parameters, reverse):
+        weights = conv_weight, x_proj_weight, dt_proj_weight
+        total += 2 * batch * seqlen * sum(prod(weight) for weight in weights) + scan_flops(u, u, A, None, None, D, u)
+    return total
+
+
 def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.reverse, ctx.share, _ = inputs
     ctx.save_for_backward(*output[1:], *tensors)
@@ -158,6 +196,8 @@ def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 def _differentiate(ctx, dout: Tensor, *_) -> tuple:
     x_dbl, x_dbl_b, states, states_b, *tensors = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return *gradients_by_reference(_reference, (*tensors, ctx.reverse, ctx.share), (dout,)), None
     saved = (x_dbl, x_dbl_b, states, states_b)
     grads = torch.ops.mamba_ssm.directions_backward(dout, tensors[0], *saved, *tensors[1:], ctx.reverse, ctx.share)
     return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads)), None, None, None
@@ -177,6 +217,7 @@ OPERATORS.register(
     _fake_forward,
     save=_save,
     differentiate=_differentiate,
+    flops=_flops,
 )
 OPERATORS.register(
     f"directions_backward(Tensor dout, Tensor xz, {_SAVED}, {_ARGUMENTS}) -> ({_GRADIENTS})", _backward, _fake_backward

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_ref
 from causal_conv1d.checks import check_device, check_ndim, check_tensor
+from causal_conv1d.ops.convolution import WIDTHS
 from mamba_ssm.ops.directions import Direction, directions_fn
+from mamba_ssm.ops.norm import rms_norm_fn
 from mamba_ssm.ops.scan import selective_scan_fn, selective_scan_ref
 from torch import Tensor
 
@@ -38,6 +40,15 @@ class _Inner(NamedTuple):
     B_proj_bias: Tensor | None
     C_proj_bias: Tensor | None
     delta_softplus: bool
+    b_rms_weight: Tensor | None
+    c_rms_weight: Tensor | None
+    dt_rms_weight: Tensor | None
+    b_c_dt_rms_eps: float
+
+    @property
+    def columns(self) -> int:
+        """Rows of x_proj_weight for B, and for C."""
+        return self.A.shape[1] * (2 if self.A.is_complex() else 1)
 
     def check(self) -> _Inner:
         """Itself; raises one sentence where the operators' own checks would name tensors that the caller never gave."""
@@ -52,7 +63,17 @@ class _Inner(NamedTuple):
             check_tensor(name, getattr(self, name))
             check_ndim(name, getattr(self, name), layout)
             check_device(name, getattr(self, name), self.xz, "xz")
-        for name in ("A_b", "D", "delta_bias", "B_proj_bias", "C_proj_bias"):
+        optional = (
+            "A_b",
+            "D",
+            "delta_bias",
+            "B_proj_bias",
+            "C_proj_bias",
+            "b_rms_weight",
+            "c_rms_weight",
+            "dt_rms_weight",
+        )
+        for name in optional:
             if getattr(self, name) is not None:
                 check_tensor(name, getattr(self, name))
                 check_device(name, getattr(self, name), self.xz, "xz")
@@ -60,7 +81,7 @@ class _Inner(NamedTuple):
             raise ValueError(f"conv1d_weight has shape {tuple(self.conv1d_weight.shape)}, wanted (dim, 1, width)")
         if self.xz.shape[1] % 2:
             raise ValueError(f"xz has shape {tuple(self.xz.shape)}, wanted (batch, 2*dim, seqlen)")
-        rows = self.delta_proj_weight.shape[1] + (self.B is None) * self.A.shape[1] + (self.C is None) * self.A.shape[1]
+        rows = self.delta_proj_weight.shape[1] + ((self.B is None) + (self.C is None)) * self.columns
         if self.x_proj_weight.shape[0] < rows:
             given = tuple(self.x_proj_weight.shape)
             raise ValueError(f"x_proj_weight has shape {given}, wanted (dt_rank + 2*dstate, dim) with {rows} rows")
@@ -70,24 +91,40 @@ class _Inner(NamedTuple):
     def is_one_operator(self) -> bool:
         """Whether `directions_fn` computes it: the usual mixer, whose B and C come from x_proj as they are."""
         given = self.A_b, self.B, self.C, self.B_proj_bias, self.C_proj_bias
+        given += self.b_rms_weight, self.c_rms_weight, self.dt_rms_weight
         width = self.delta_proj_weight.shape[1] + 2 * self.A.shape[-1]
-        usual = self.delta_softplus and not self.A.is_complex() and self.x_proj_weight.shape[0] == width
+        usual = (
+            self.conv1d_weight.shape[2] in WIDTHS
+            and self.delta_softplus
+            and not self.A.is_complex()
+            and self.x_proj_weight.shape[0] == width
+        )
         return usual and all(tensor is None for tensor in given)
 
     def composed(self, conv, scan) -> Tensor:
         """(batch, dim, seqlen): the gated scan, plus the backward scan with A_b if there is one."""
-        dstate, dt_rank = self.A.shape[1], self.delta_proj_weight.shape[1]
+        dt_rank, pairs = self.delta_proj_weight.shape[1], self.A.is_complex()
         x, z = self.xz.chunk(2, dim=1)
-        x = conv(x, self.conv1d_weight.squeeze(1), self.conv1d_bias, "silu")
+        x = conv(x, self.conv1d_weight.squeeze(1), self.conv1d_bias, activation="silu")
         x_dbl = F.linear(x.transpose(1, 2), self.x_proj_weight)
-        delta = F.linear(x_dbl[..., :dt_rank], self.delta_proj_weight).transpose(1, 2)
-        B = _matrix(x_dbl, slice(dt_rank, dt_rank + dstate), self.B_proj_bias) if self.B is None else self.B
-        C = _matrix(x_dbl, slice(x_dbl.shape[-1] - dstate, None), self.C_proj_bias) if self.C is None else self.C
+        dt = self._normalised(x_dbl[..., :dt_rank], self.dt_rms_weight)
+        delta = F.linear(dt, self.delta_proj_weight).transpose(1, 2)
+        B, C = self.B, self.C
+        if B is None:
+            rows = x_dbl[..., dt_rank : dt_rank + self.columns]
+            B = _matrix(self._normalised(rows, self.b_rms_weight), self.B_proj_bias, pairs)
+        if C is None:
+            rows = x_dbl[..., x_dbl.shape[-1] - self.columns :]
+            C = _matrix(self._normalised(rows, self.c_rms_weight), self.C_proj_bias, pairs)
         D, bias = _parameter(self.D, x), _parameter(self.delta_bias, x)
         y = scan(x, delta, self.A, B, C, D, z, bias, self.delta_softplus)
         if self.A_b is not None:
             y = y + scan(x, delta, self.A_b, B, C, D, z, bias, self.delta_softplus, reverse=True)
         return y
+
+    def _normalised(self, rows: Tensor, weight: Tensor | None) -> Tensor:
+        """Rows (batch, seqlen, size), each over its root mean square if there is a weight."""
+        return rows if weight is None else rms_norm_fn(rows, weight, None, eps=self.b_c_dt_rms_eps)
 
     def computed(self) -> Tensor:
         """(batch, dim, seqlen), on the operators."""
@@ -119,10 +156,13 @@ def _parameter(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     return parameter if parameter is None or x.dtype == parameter.dtype == torch.float64 else parameter.float()
 
 
-def _matrix(x_dbl: Tensor, rows: slice, bias: Tensor | None) -> Tensor:
-    """Rows of x_dbl (batch, seqlen, dt_rank + 2*dstate) -> (batch, dstate, seqlen), channel-last."""
-    matrix = x_dbl[..., rows]
-    return (matrix if bias is None else matrix + bias.to(matrix.dtype)).transpose(1, 2)
+def _matrix(rows: Tensor, bias: Tensor | None, pairs: bool) -> Tensor:
+    """Rows (batch, seqlen, dstate) of x_dbl -> (batch, dstate, seqlen), channel-last; with `pairs`, (batch, seqlen,
+    2*dstate) -> (batch, dstate, 2*seqlen), real and imaginary parts beside each other along the sequence."""
+    rows = rows if bias is None else rows + bias.to(rows.dtype)
+    if pairs:
+        return rows.unflatten(2, (-1, 2)).transpose(1, 2).flatten(2)
+    return rows.transpose(1, 2)
 
 
 def _project_out(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -149,6 +189,11 @@ def mamba_inner_fn(
     B_proj_bias: Tensor | None = None,
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
+    checkpoint_lvl: int = 1,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
     *,
     _evaluate: _Evaluate = _Inner.computed,
 ) -> Tensor:
@@ -156,6 +201,7 @@ def mamba_inner_fn(
     inner = _Inner(
         *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight),
         *(A, None, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
+        *(b_rms_weight, c_rms_weight, dt_rms_weight, b_c_dt_rms_eps),
     )
     return _project_out(_evaluate(inner), out_proj_weight, out_proj_bias)
 
@@ -177,6 +223,11 @@ def bimamba_inner_fn(
     B_proj_bias: Tensor | None = None,
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
+    checkpoint_lvl: int = 1,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
     *,
     _evaluate: _Evaluate = _Inner.computed,
 ) -> Tensor:
@@ -184,6 +235,7 @@ def bimamba_inner_fn(
     inner = _Inner(
         *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight),
         *(A, A_b, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
+        *(b_rms_weight, c_rms_weight, dt_rms_weight, b_c_dt_rms_eps),
     )
     return _project_out(_evaluate(inner), out_proj_weight, out_proj_bias)
 
@@ -202,6 +254,11 @@ def mamba_inner_fn_no_out_proj(
     B_proj_bias: Tensor | None = None,
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
+    checkpoint_lvl: int = 1,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
     *,
     _evaluate: _Evaluate = _Inner.computed,
 ) -> Tensor:
@@ -209,6 +266,7 @@ def mamba_inner_fn_no_out_proj(
     inner = _Inner(
         *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight),
         *(A, None, B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
+        *(b_rms_weight, c_rms_weight, dt_rms_weight, b_c_dt_rms_eps),
     )
     return _evaluate(inner)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from causal_conv1d.checks import check_device, check_dtype, check_tensor
+from causal_conv1d.derivatives import wants_reference
 from mamba_ssm.kernels.products import MIN_MULTIPLICATIONS as _MIN_MULTIPLICATIONS
 from mamba_ssm.kernels.products import PREFER_OWN as _PREFER_OWN
 from mamba_ssm.kernels.registry import backends
@@ -14,13 +18,17 @@ from torch import Tensor
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: x (..., in) times weight (out, in), plus bias (out,)."""
-    return torch.ops.mamba_ssm.linear(x, weight, bias) if _takes_own(x, weight) else F.linear(x, weight, bias)
+    return torch.ops.mamba_ssm.linear(x, weight, bias) if _takes_own(x, weight, bias) else F.linear(x, weight, bias)
 
 
-def _takes_own(x: Tensor, weight: Tensor) -> bool:
+def _takes_own(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether this package's operator takes the product; compilers and tracers have their own ways with one, autocast
     another dtype."""
     if not _PREFER_OWN or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+        return False
+    if not all(isinstance(each, Tensor) for each in (x, weight, x if bias is None else bias)):
+        return False
+    if wants_reference(x, weight, bias) or weight.dim() == 0:
         return False
     if x.dtype != torch.float32 or x.numel() * len(weight) < _MIN_MULTIPLICATIONS:
         return False
@@ -61,7 +69,12 @@ def _backward(dout, x, weight, wants_dx, wants_dweight):
 
 def _gradients(dout: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight in torch's own operations."""
-    return dout @ weight, dout.reshape(-1, dout.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    return dout @ weight, _rows(dout).t() @ _rows(x)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., size) -> (rows, size)."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _fake_forward(x, weight, bias):
@@ -71,6 +84,10 @@ def _fake_forward(x, weight, bias):
 
 def _fake_backward(dout, x, weight, wants_dx, wants_dweight):
     return x.new_empty(x.shape if wants_dx else 0), weight.new_empty(weight.shape if wants_dweight else 0)
+
+
+def _flops(x: Sequence[int], weight: Sequence[int], bias: Sequence[int] | None) -> int:
+    return 2 * prod(x) * weight[0]
 
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:
@@ -86,7 +103,7 @@ def _differentiate(ctx, dout: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
         dx, dweight = _gradients(dout, x, weight)
     else:
         dx, dweight = torch.ops.mamba_ssm.linear_backward(dout, x, weight, wants_dx, wants_dweight)
-    dbias = dout.sum(tuple(range(dout.dim() - 1))) if ctx.has_bias and wants_dbias else None
+    dbias = _rows(dout).sum(0) if ctx.has_bias and wants_dbias else None
     return dx if wants_dx else None, dweight if wants_dweight else None, dbias
 
 
@@ -96,6 +113,7 @@ OPERATORS.register(
     _fake_forward,
     save=_save,
     differentiate=_differentiate,
+    flops=_flops,
 )
 OPERATORS.register(
     "linear_backward(Tensor dout, Tensor x, Tensor weight, bool wants_dx, bool wants_dweight) -> (Tensor, Tensor)",

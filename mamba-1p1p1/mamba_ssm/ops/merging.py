@@ -1,8 +1,8 @@
 """Token merging in two operators: which tokens become one, and their means.
 
 Bolya et al. 2023 (arXiv:2210.09461), section 3; Shen et al. 2024 (arXiv:2409.09808). Both can be written in torch, in
-some fifty operations on small tensors, which cost more than their work. These are for kernel sets that have them:
-`has_kernels`.
+some fifty operations on small tensors, which cost more than their work. Where no kernel set has them (`has_kernels`),
+the references run.
 """
 
 from __future__ import annotations
@@ -10,9 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from causal_conv1d.backend import KERNEL_DTYPES
+from causal_conv1d.checks import check_device, check_dtype, check_ndim, check_shape, check_tensor
+from causal_conv1d.derivatives import wants_reference
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.operators import OPERATORS
 from torch import Tensor
+
+_DTYPES = (*KERNEL_DTYPES, torch.float64)
+_INDICES = (torch.long,)
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -38,7 +44,7 @@ def match_tokens_fn(
     indices (`sort`) or the most similar first.
 
     Args:
-        metric: (batch, tokens, channels), float32, bfloat16 or float16.
+        metric: (batch, tokens, channels), float32, bfloat16, float16 or float64.
         fused: 1 to half of the patch tokens, rounded down.
         cls: (batch or 1, K), long, rising: where class tokens are.
         moved: K rising indices that class tokens go to, in the shorter sequence; -1 for all of them leaves each between
@@ -47,11 +53,24 @@ def match_tokens_fn(
     Returns:
         slot (batch, tokens), long: where each token goes; kept (batch, tokens), bool: False for fused ones; count
         (batch, tokens - fused), long: the size of each group; places (batch, K), long: where class tokens went.
+
+    Raises:
+        ValueError: a shape, number or device that does not fit. TypeError: not a tensor, or another dtype.
+        IndexError: `cls` holds other than rising indices.
     """
+    check_tensor("metric", metric)
+    check_ndim("metric", metric, "(batch, tokens, channels)")
+    check_dtype("metric", metric, _DTYPES)
+    check_tensor("cls", cls)
+    check_ndim("cls", cls, "(batch or 1, K)")
+    check_dtype("cls", cls, _INDICES)
+    check_device("cls", cls, metric, "metric")
+    if not all(isinstance(number, (int, torch.SymInt)) for number in (fused, *moved)):
+        raise TypeError(f"fused is {fused!r} and moved is {list(moved)}; wanted whole numbers")
     patches = metric.shape[1] - cls.shape[1]
     if not 1 <= fused <= patches // 2:
         raise ValueError(f"fused is {fused}; wanted 1 to {patches // 2}, half of the patch tokens")
-    if len(moved) != cls.shape[1] or len(cls) not in (1, len(metric)) or cls.dtype != torch.long:
+    if len(moved) != cls.shape[1] or len(cls) not in (1, len(metric)):
         raise ValueError(
             f"cls is {tuple(cls.shape)} of {cls.dtype} and moved has {len(moved)} indices; wanted"
             f" ({len(metric)} or 1, K) of torch.int64 and K"
@@ -59,37 +78,100 @@ def match_tokens_fn(
     length, stay = metric.shape[1] - fused, all(place == -1 for place in moved)
     if not stay and (any(not 0 <= place < length for place in moved) or list(moved) != sorted({*moved})):
         raise ValueError(f"moved is {list(moved)}; wanted rising indices from 0 to {length - 1}, or one -1 for each")
-    return torch.ops.mamba_ssm.match_tokens(metric, fused, cls, list(moved), odd_first, raster, sort)
+    return torch.ops.mamba_ssm.match_tokens(metric.detach(), fused, cls, list(moved), odd_first, raster, sort)
 
 
 def merge_tokens_fn(x: Tensor, slot: Tensor, count: Tensor) -> Tensor:
     """The mean of each group of tokens, summed in float32; one that is alone keeps its value.
 
     Args:
-        x: (batch, tokens, channels), float32, bfloat16 or float16.
+        x: (batch, tokens, channels), float32, bfloat16, float16 or float64.
         slot: (batch, tokens), long: the group of each token.
-        count: (batch, groups), long: the size of each.
+        count: (batch, groups), long: the size of each, at least 1.
 
     Returns:
         (batch, groups, channels) in the dtype of `x`.
+
+    Raises:
+        ValueError: a shape or device that does not fit. TypeError: not a tensor, or another dtype. IndexError: a slot
+        that is no group, or a group without a size.
     """
-    if slot.shape != x.shape[:2] or len(count) != len(x) or slot.dtype != torch.long or count.dtype != torch.long:
-        raise ValueError(
-            f"slot is {tuple(slot.shape)} of {slot.dtype} and count {tuple(count.shape)} of {count.dtype}; wanted"
-            f" {tuple(x.shape[:2])} and ({len(x)}, groups) of torch.int64"
-        )
+    check_tensor("x", x)
+    check_ndim("x", x, "(batch, tokens, channels)")
+    check_dtype("x", x, _DTYPES)
+    for name, tensor in (("slot", slot), ("count", count)):
+        check_tensor(name, tensor)
+        check_dtype(name, tensor, _INDICES)
+        check_device(name, tensor, x, "x")
+    check_shape("slot", slot, x.shape[:2], "(batch, tokens)")
+    check_ndim("count", count, "(batch, groups)")
+    check_shape("count", count, (len(x), count.shape[1]), "(batch, groups)")
+    if wants_reference(x):
+        return merge_tokens_ref(x, slot, count)
     return torch.ops.mamba_ssm.merge_tokens(x, slot, count)
+
+
+# --- references ------------------------------------------------------------------------------------------------------
+
+
+def match_tokens_ref(
+    metric: Tensor, fused: int, cls: Tensor, moved: Sequence[int], odd_first: bool, raster: bool, sort: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `match_tokens_fn` computes, one image and one token at a time."""
+    results = []
+    for image, tokens in enumerate(metric):
+        own = cls[image % len(cls)].tolist()
+        if own != sorted({*own}) or any(not 0 <= index < len(tokens) for index in own):
+            raise IndexError(f"cls holds other than rising indices; wanted such from 0 to {len(tokens) - 1}")
+        patches = [index for index in range(len(tokens)) if index not in own]
+        a_tokens, b_tokens = patches[odd_first::2], patches[1 - odd_first :: 2]
+        unit = torch.nn.functional.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)
+        best, partner = (unit[a_tokens] @ unit[b_tokens].t()).max(-1)
+        ranking = [a_tokens[index] for index in best.argsort(descending=True, stable=True).tolist()]
+        into = {a: b_tokens[b] for a, b in zip(a_tokens, partner.tolist()) if a in ranking[:fused]}
+        left = ranking[fused:] if not sort else [a for a in a_tokens if a not in into]
+        order = [index for index in patches if index not in into] if raster else left + b_tokens
+        places = list(moved)
+        if moved and moved[0] < 0:
+            places = [sum(token < index for token in order) + number for number, index in enumerate(own)]
+        for index, place in zip(own, places):
+            order.insert(place, index)
+        slot = [order.index(into.get(index, index)) for index in range(len(tokens))]
+        count = [slot.count(place) for place in range(len(order))]
+        results.append((slot, [index not in into for index in range(len(tokens))], count, places))
+    shapes = metric.shape[:2], metric.shape[:2], (len(metric), metric.shape[1] - fused), (len(metric), cls.shape[1])
+    dtypes = torch.long, torch.bool, torch.long, torch.long
+    columns = zip(*results) if results else ([],) * 4
+    return tuple(
+        torch.tensor(list(column), dtype=dtype, device=metric.device).reshape(shape)
+        for column, dtype, shape in zip(columns, dtypes, shapes)
+    )
+
+
+def merge_tokens_ref(x: Tensor, slot: Tensor, count: Tensor) -> Tensor:
+    """What `merge_tokens_fn` computes."""
+    groups = count.shape[1]
+    readable = not torch._C._are_functorch_transforms_active() and x.device.type != "meta"
+    within = not (readable and slot.numel()) or 0 <= int(slot.min()) <= int(slot.max()) < groups
+    if not within or (readable and bool((count < 1).any())):
+        raise IndexError(f"slot holds no place of the merged sequence, or count no size; wanted 0 to {groups - 1}")
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    member = (slot.unsqueeze(1) == torch.arange(groups, device=x.device).unsqueeze(1)).to(wide.dtype)
+    return (member @ wide / count.unsqueeze(-1)).to(x.dtype)
 
 
 # --- registration ----------------------------------------------------------------------------------------------------
 
 
 def _match(metric, fused, cls, moved, odd_first, raster, sort):
-    return backends.pick(metric).match_tokens(metric, fused, cls, moved, odd_first, raster, sort)
+    kernels = backends.pick(metric)
+    match = kernels.match_tokens if hasattr(kernels, "match_tokens") else match_tokens_ref
+    return match(metric, fused, cls, moved, odd_first, raster, sort)
 
 
 def _merge(x, slot, count):
-    return backends.pick(x).merge_tokens(x, slot, count)
+    kernels = backends.pick(x)
+    return (kernels.merge_tokens if hasattr(kernels, "merge_tokens") else merge_tokens_ref)(x, slot, count)
 
 
 def _fake_match(metric, fused, cls, moved, odd_first, raster, sort):
@@ -108,7 +190,7 @@ def _save_merge(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate_merge(ctx, dout: Tensor) -> tuple:
     slot, count = ctx.saved_tensors
-    dmean = (dout.float() / count.unsqueeze(-1)).to(dout.dtype)
+    dmean = (dout.to(torch.promote_types(dout.dtype, torch.float32)) / count.unsqueeze(-1)).to(dout.dtype)
     return dmean.gather(1, slot.unsqueeze(-1).expand(-1, -1, dout.shape[2])), None, None
 
 

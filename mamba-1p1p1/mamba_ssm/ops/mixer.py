@@ -11,12 +11,13 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from mamba_ssm.kernels.arguments import Direction, Lines, Projections, Taps
+from mamba_ssm.kernels.arguments import Direction, Lines, Projections, Taps, VisibleLines
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.bidirectional import bidirectional_scan_fn
 from mamba_ssm.ops.directions import directions_fn
 from mamba_ssm.ops.pooled import pooled_conv_fn, pooled_gate_fn, pooled_scan_fn
 from mamba_ssm.ops.scan import selective_scan_fn
+from mamba_ssm.ops.visible import visible_conv_fn, visible_gate_fn
 from torch import Tensor, nn
 
 # called with (delta (B, L, d_inner) after softplus, B (B, L, d_state))
@@ -27,6 +28,7 @@ class Branch(Protocol):
     """One scan direction of a mixer."""
 
     reverse: bool  # of the scan
+    plain: bool  # whether what follows from its parameters is all that its modules do
 
     @property
     def A(self) -> Tensor:
@@ -39,8 +41,9 @@ class Branch(Protocol):
     def convolve(self, x: Tensor) -> Tensor:
         """The causal convolution and silu of x (B, L, d_inner)."""
 
-    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """u (B, L, d_inner) -> delta (B, L, d_inner), B and C (B, L, d_state), and the bias of delta (d_inner,)."""
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """u (B, L, d_inner) -> delta (B, L, d_inner), B and C (B, L, d_state), and delta's bias (d_inner,), or None
+        where delta has it."""
 
     def direction(self) -> Direction:
         """Its parameters, as `directions_fn` takes them."""
@@ -55,11 +58,13 @@ class Branch(Protocol):
 class TokenPooling(Protocol):
     """A map from tokens to scan groups and back, handed to the mixer; every tensor is channel-last.
 
-    `lines` says so where the groups are the means over the lines of a full grid, for which there are kernels; the
-    methods do for any map what the kernels do for those.
+    `lines` says so where the groups are pooled lines of a grid, full or in part, for which there are kernels; the
+    methods do for any map what the kernels do for those. `backward` is the map of the second branch, where that is
+    another one.
     """
 
-    lines: Lines | None
+    lines: Lines | VisibleLines | None
+    backward: TokenPooling | None
 
     def order(self, x: Tensor) -> Tensor:
         """(B, L, C) tokens in the order the convolution and the groups run in."""
@@ -100,8 +105,8 @@ def mix(
     Returns:
         (B, L, d_inner) in the dtype of `xz`.
     """
-    plain = gated and not shared and token_mask is None and gates is None and observe is None
-    if plain and backends.has(xz, "directions_forward"):
+    whole = gated and not shared and token_mask is None and gates is None and observe is None
+    if whole and all(branch.plain for branch in branches) and backends.has(xz, "directions_forward"):
         return directions_fn(xz, [branch.direction() for branch in branches], share)
     x, z = xz.chunk(2, dim=-1)
     inputs, scans = None, []
@@ -111,7 +116,7 @@ def mix(
             inputs = u, *branch.project(u)
         u, delta, B, C, bias = inputs
         if observe is not None:
-            observe(F.softplus(delta + bias), B)
+            observe(F.softplus(delta if bias is None else delta + bias), B)
         # C and D are the least of what the share can be multiplied into
         C, D = (C, branch.D) if share == 1 else (C * share, branch.D * share)
         scans.append(_scan(branch, u, delta, B, C, bias, D, z if gated else None))
@@ -140,22 +145,29 @@ def mix_pooled(
     D * u needs no scan, so it stays with the tokens; the scans meet it once, as the sum of both over the groups. `norm`
     stands before the gate silu(z). The projections are handed in, since tokens are put in order where they are narrow.
     """
-    pair = len(branches) == 2 and not shared
-    if pair and token_mask is None and pooling.lines is not None and backends.has(hidden_states, "pooled_conv"):
+    pair, lines = len(branches) == 2 and not shared and all(branch.plain for branch in branches), pooling.lines
+    if pair and token_mask is None and lines is not None and backends.has(hidden_states, lines.kernel):
+        is_full = isinstance(lines, Lines)
+        conv_fn, gate_fn = (pooled_conv_fn, pooled_gate_fn) if is_full else (visible_conv_fn, visible_gate_fn)
         x, z = in_proj(hidden_states).chunk(2, dim=-1)
-        skip, *groups = pooled_conv_fn(x, *(branch.taps() for branch in branches), pooling.lines)
+        skip, *groups = conv_fn(x, *(branch.taps() for branch in branches), lines)
         scanned = _scan_groups(branches, groups, pair)
         given = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-        return out_proj(pooled_gate_fn(skip, scanned, z, *given, pooling.lines, share))
+        return out_proj(gate_fn(skip, scanned, z, *given, lines, share))
     x, z = in_proj(pooling.order(hidden_states)).chunk(2, dim=-1)
-    u, skip, groups = None, None, []
-    for branch in branches:
+    u, skip, groups, maps = None, None, [], (pooling, pooling.backward or pooling)
+    for branch, own in zip(branches, maps):
         u = _convolve(branch, x, token_mask) if u is None or not shared else u
         D = (branch.D if share == 1 else branch.D * share).to(u.dtype)
         skip = u * D if skip is None else torch.addcmul(skip, u, D)
-        groups.append(pooling.reduce(u))
-    scanned = _scan_groups(branches, groups, pair)
-    y = pooling.expand_add(skip, scanned if share == 1 else scanned * share)
+        groups.append(own.reduce(u))
+    if pooling.backward is None:
+        scanned = _scan_groups(branches, groups, pair)
+        y = pooling.expand_add(skip, scanned if share == 1 else scanned * share)
+    else:
+        y = skip
+        for branch, own, group in zip(branches, maps, groups):
+            y = own.expand_add(y, _scan_groups([branch], [group], pair=False) * share)
     y = y if norm is None else norm(y)
     return pooling.restore(out_proj(y * F.silu(z)))
 
@@ -169,7 +181,14 @@ def _convolve(branch: Branch, x: Tensor, token_mask: Tensor | None) -> Tensor:
 
 
 def _scan(
-    branch: Branch, u: Tensor, delta: Tensor, B: Tensor, C: Tensor, bias: Tensor, D: Tensor | None, z: Tensor | None
+    branch: Branch,
+    u: Tensor,
+    delta: Tensor,
+    B: Tensor,
+    C: Tensor,
+    bias: Tensor | None,
+    D: Tensor | None,
+    z: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The tensors that the scan takes, out of channel-last ones."""
     u, delta, B, C = (x.transpose(1, 2) for x in (u, delta, B, C))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from causal_conv1d.backend import KERNEL_DTYPES
 from causal_conv1d.checks import check_device, check_dtype, check_shape, check_tensor
+from causal_conv1d.derivatives import gradients_by_reference, wants_reference
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.operators import OPERATORS
 from torch import Tensor
@@ -27,9 +28,37 @@ def layer_norm_fn(
     LayerNorm as in Ba et al. 2016; RMSNorm (`is_rms_norm`) as in Zhang and Sennrich 2019.
     """
     _check(x, weight, bias, residual)
+    if wants_reference(x, weight, bias, residual):
+        return layer_norm_ref(x, weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm)
     total_dtype = torch.float32 if residual_in_fp32 else x.dtype if residual is None else residual.dtype
     out, total, _, _ = torch.ops.mamba_ssm.add_norm(x, residual, weight, bias, eps, is_rms_norm, total_dtype)
     return (out, total) if prenorm else out
+
+
+def layer_norm_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `layer_norm_fn` computes."""
+    total_dtype = torch.float32 if residual_in_fp32 else x.dtype if residual is None else residual.dtype
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    total = wide if residual is None else wide + residual
+    out = _normalise(total, weight, bias, eps, is_rms_norm).to(x.dtype)
+    return (out, total.to(total_dtype)) if prenorm else out
+
+
+def _normalise(total: Tensor, weight: Tensor, bias: Tensor | None, eps: float, is_rms_norm: bool) -> Tensor:
+    """Ba et al. 2016, equation 3, or Zhang and Sennrich 2019, equation 4, in float32 at least."""
+    wide = total.to(torch.promote_types(total.dtype, torch.float32))
+    centered = wide if is_rms_norm else wide - wide.mean(-1, keepdim=True)
+    out = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps) * weight
+    return out if bias is None else out + bias
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
@@ -65,6 +94,19 @@ def rms_norm_fn(
     return layer_norm_fn(x, weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm=True)
 
 
+def rms_norm_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `rms_norm_fn` computes."""
+    return layer_norm_ref(x, weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm=True)
+
+
 # --- registration ----------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +132,7 @@ def _fake_backward(dout, dtotal, total, mean, scale, weight, bias, is_rms_norm, 
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    _, residual, weight, bias, _, ctx.is_rms_norm, _ = inputs
+    _, residual, weight, bias, ctx.eps, ctx.is_rms_norm, _ = inputs
     out, total, mean, scale = output
     ctx.set_materialize_grads(False)
     ctx.out_dtype, ctx.residual_dtype = out.dtype, None if residual is None else residual.dtype
@@ -101,6 +143,12 @@ def _differentiate(ctx, dout: Tensor | None, dtotal: Tensor | None, _dmean, _dsc
     total, mean, scale, weight, bias = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(total, dtype=ctx.out_dtype)
+    if torch.is_grad_enabled():
+        given = total, weight, bias, ctx.eps, ctx.is_rms_norm
+        dx, dweight, dbias, *_ = gradients_by_reference(_normalise, given, (dout.to(total.dtype),))
+        dx = dtotal if dx is None else dx if dtotal is None else dx + dtotal
+        dresidual = None if ctx.residual_dtype is None or dx is None else dx.to(ctx.residual_dtype)
+        return None if dx is None else dx.to(ctx.out_dtype), dresidual, dweight, dbias, None, None, None
     dx, dresidual, dweight, dbias = torch.ops.mamba_ssm.add_norm_backward(
         dout, dtotal, total, mean, scale, weight, bias, ctx.is_rms_norm, ctx.residual_dtype
     )

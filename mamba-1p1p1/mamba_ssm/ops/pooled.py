@@ -4,19 +4,40 @@ The mixer can be put together from the convolution, the scan and torch's own ope
 Where groups are the means over the lines of a full grid, these operators do the same with one pass over the tokens
 before the scans and one behind them, leave the tokens where they are whichever way the lines run, and keep nothing for
 the backward pass but their arguments. The scans of so few tokens take less time than the calls around them; without
-gradients they are one call. All need a kernel set that has them: `has_kernels`.
+gradients they are one call. `has_kernels` says where that is so; elsewhere the references run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+
 import torch
 import torch.nn.functional as F
+from causal_conv1d.backend import KERNEL_DTYPES
+from causal_conv1d.checks import check_device, check_dtype, check_ndim, check_shape, check_tensor
+from causal_conv1d.derivatives import gradients_by_reference, wants_reference
+from causal_conv1d.ops.convolution import WIDTHS, causal_conv1d_ref
 from mamba_ssm.kernels.arguments import Lines, Projections, Taps
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.operators import OPERATORS
+from mamba_ssm.ops.scan import scan_flops, selective_scan_ref
 from torch import Tensor
 
-__all__ = ["Lines", "Projections", "Taps", "has_kernels", "pooled_conv_fn", "pooled_gate_fn", "pooled_scan_fn"]
+__all__ = [
+    "Lines",
+    "Projections",
+    "Taps",
+    "has_kernels",
+    "pooled_conv_fn",
+    "pooled_conv_ref",
+    "pooled_gate_fn",
+    "pooled_gate_ref",
+    "pooled_scan_fn",
+    "pooled_scan_ref",
+]
+
+_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -28,25 +49,68 @@ def pooled_conv_fn(x: Tensor, forward: Taps, backward: Taps, lines: Lines) -> tu
     """Both directions' causal convolutions with silu, u and u_b, seen through what the mixer needs of them.
 
     Args:
-        x: (batch, tokens, dim), float32, bfloat16 or float16, any strides; stride 1 along dim is not copied.
+        x: (batch, tokens, dim), float32, bfloat16, float16 or float64, any strides; stride 1 along dim is not copied.
+        forward, backward: of one width, 2, 3 or 4.
+        lines: whose tokens are all of those of `x`.
 
     Returns:
         D * u + D_b * u_b (batch, tokens, dim), and the lines' pooled tokens of u and of u_b, (batch, lines, dim) each,
         in the dtype of `x`.
+
+    Raises:
+        ValueError: a shape, number or device that does not fit. TypeError: not a tensor, or another dtype.
     """
-    if lines.count < 1 or x.dim() != 3 or x.shape[1] % lines.count:
-        raise ValueError(f"x has shape {tuple(x.shape)}, wanted (batch, tokens, dim) that fill {lines.count} lines")
+    forward, backward, lines = Taps(*forward), Taps(*backward), Lines(*lines)
+    _check_tokens("x", x)
+    _check_lines("x", x, lines)
+    check_tensor("weight", forward.weight)
+    check_ndim("weight", forward.weight, "(dim, width)")
+    dim, width = x.shape[2], forward.weight.shape[1]
+    for taps in (forward, backward):
+        _check_parameters(x, "x", (("weight", taps.weight, (dim, width), "(dim, width)"),))
+        if width not in WIDTHS:
+            raise ValueError(f"weight has shape {tuple(taps.weight.shape)}, wanted (dim, width) with width 2, 3 or 4")
+        bias = () if taps.bias is None else (("bias", taps.bias, (dim,), "(dim,)"),)
+        _check_parameters(x, "x", (*bias, ("D", taps.D, (dim,), "(dim,)")))
+    if wants_reference(x, *forward, *backward):
+        return pooled_conv_ref(x, forward, backward, lines)
     return torch.ops.mamba_ssm.pooled_conv(x, *forward, *backward, *lines)
 
 
 def pooled_scan_fn(groups: Tensor, groups_b: Tensor, forward: Projections, backward: Projections) -> Tensor:
-    """The projections and scans of both directions' pooled tokens, (batch, lines, dim) each, summed; the backward one
-    runs from the last line to the first. Without D, z and gradients. Returns (batch, lines, dim) in their dtype."""
-    if groups.shape != groups_b.shape or groups.dtype != groups_b.dtype:
+    """The projections and scans of both directions' pooled tokens, summed, without D and z; the backward one runs from
+    the last line to the first. Where a gradient is wanted, `pooled_scan_ref` runs.
+
+    Args:
+        groups, groups_b: (batch, lines, dim), of one dtype: float32, bfloat16, float16 or float64.
+        forward, backward: of the same sizes.
+
+    Returns:
+        (batch, lines, dim) in their dtype.
+
+    Raises:
+        ValueError: a shape or device that does not fit. TypeError: not a tensor, or another dtype.
+    """
+    _check_tokens("groups", groups)
+    _check_tokens("groups_b", groups_b)
+    if groups.shape != groups_b.shape or groups.dtype != groups_b.dtype or groups.device != groups_b.device:
         raise ValueError(
             f"groups_b is {tuple(groups_b.shape)} of {groups_b.dtype}, wanted {tuple(groups.shape)} of {groups.dtype}"
         )
-    return torch.ops.mamba_ssm.pooled_scan(groups, groups_b, *forward, *backward)
+    forward, backward = Projections(*forward), Projections(*backward)
+    for name in ("dt_proj", "A_log"):
+        check_tensor(name, getattr(forward, name))
+        check_ndim(name, getattr(forward, name), "(dim, columns)")
+    dim, rank, dstate = groups.shape[2], forward.dt_proj.shape[1], forward.A_log.shape[1]
+    shapes = (rank + 2 * dstate, dim), (dim, rank), (dim,), (dim, dstate)
+    layouts = "(dt_rank + 2*dstate, dim)", "(dim, dt_rank)", "(dim,)", "(dim, dstate)"
+    for projections in (forward, backward):
+        _check_parameters(groups, "groups", zip(Projections._fields, projections, shapes, layouts))
+    tensors = groups, groups_b, *forward, *backward
+    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if wants_gradient or wants_reference(*tensors):
+        return pooled_scan_ref(groups, groups_b, forward, backward)
+    return torch.ops.mamba_ssm.pooled_scan(*tensors)
 
 
 def pooled_gate_fn(
@@ -62,34 +126,135 @@ def pooled_gate_fn(
     """`norm(share * (skip + groups)) * silu(z)`, each token with its line's group.
 
     Args:
-        skip, z: (batch, tokens, dim), of one dtype.
+        skip, z: (batch, tokens, dim), of one dtype: float32, bfloat16, float16 or float64.
         groups: (batch, lines, dim), in that dtype.
         weight, bias: (dim,) of the LayerNorm; no norm if `weight` is None.
 
     Returns:
         (batch, tokens, dim) in the dtype of `skip`.
+
+    Raises:
+        ValueError: a shape, number or device that does not fit. TypeError: not a tensor, or another dtype.
     """
+    lines = Lines(*lines)
+    for name, tensor in (("skip", skip), ("groups", groups), ("z", z)):
+        _check_tokens(name, tensor)
+        check_dtype(name, tensor, (skip.dtype,))
+        check_device(name, tensor, skip, "skip")
     if groups.shape != (skip.shape[0], lines.count, skip.shape[2]) or z.shape != skip.shape:
         raise ValueError(
             f"groups and z have shapes {tuple(groups.shape)} and {tuple(z.shape)}, wanted (batch, {lines.count}, dim)"
             f" and {tuple(skip.shape)}"
         )
+    _check_lines("skip", skip, lines)
+    if weight is None and bias is not None:
+        raise ValueError("bias is given without weight, wanted both or no bias: there is no norm without a weight")
+    norm = [(name, each, skip.shape[2:], "(dim,)") for name, each in (("weight", weight), ("bias", bias))]
+    _check_parameters(skip, "skip", [given for given in norm if given[1] is not None])
+    if wants_reference(skip, groups, z, weight, bias):
+        return pooled_gate_ref(skip, groups, z, weight, bias, eps, lines, share)
     return torch.ops.mamba_ssm.pooled_gate(skip, groups, z, weight, bias, eps, lines.across, share)
+
+
+def _check_tokens(name: str, x: Tensor) -> None:
+    check_tensor(name, x)
+    check_ndim(name, x, "(batch, tokens, dim)")
+    check_dtype(name, x, _DTYPES)
+
+
+def _check_lines(name: str, x: Tensor, lines: Lines) -> None:
+    if not isinstance(lines.count, (int, torch.SymInt)) or lines.count < 1 or x.shape[1] % lines.count:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, wanted (batch, tokens, dim) that fill {lines.count} lines"
+        )
+
+
+def _check_parameters(x: Tensor, x_name: str, given) -> None:
+    """`given` has a name, a tensor, the shape wanted and its layout for each parameter."""
+    dtypes = _DTYPES if x.dtype == torch.float64 else KERNEL_DTYPES
+    for name, parameter, shape, layout in given:
+        check_tensor(name, parameter)
+        check_shape(name, parameter, shape, layout)
+        check_dtype(name, parameter, dtypes)
+        check_device(name, parameter, x, x_name)
+
+
+# --- references ------------------------------------------------------------------------------------------------------
+
+
+def pooled_conv_ref(x: Tensor, forward: Taps, backward: Taps, lines: Lines) -> tuple[Tensor, Tensor, Tensor]:
+    """What `pooled_conv_fn` computes."""
+    walked, skip, pooled = _in_lines(x, lines.count, lines.across).flatten(1, 2).transpose(1, 2), None, []
+    for (weight, bias, D), reverse in ((forward, False), (backward, True)):
+        u = causal_conv1d_ref(walked, weight, bias, "silu", reverse=reverse).transpose(1, 2)
+        u = u.unflatten(1, (lines.count, -1))
+        part = D.to(u.dtype) * u
+        skip = part if skip is None else skip + part
+        pooled.append(lines.scale * u.mean(2))
+    return _in_place(skip, lines.across), *pooled
+
+
+def pooled_scan_ref(groups: Tensor, groups_b: Tensor, forward: Projections, backward: Projections) -> Tensor:
+    """What `pooled_scan_fn` computes."""
+    total = None
+    for u, projections, reverse in ((groups, forward, False), (groups_b, backward, True)):
+        x_proj, dt_proj, dt_bias, A_log = (parameter.to(u.dtype) for parameter in projections)
+        dt, B, C = F.linear(u, x_proj).split([dt_proj.shape[1], A_log.shape[1], A_log.shape[1]], -1)
+        delta, A = F.linear(dt, dt_proj), -torch.exp(A_log)
+        u, delta, B, C = (each.transpose(1, 2) for each in (u, delta, B, C))
+        part = selective_scan_ref(u, delta, A, B, C, None, None, dt_bias, True, reverse=reverse)
+        total = part if total is None else total + part
+    return total.transpose(1, 2)
+
+
+def pooled_gate_ref(
+    skip: Tensor,
+    groups: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    lines: Lines,
+    share: float,
+) -> Tensor:
+    """What `pooled_gate_fn` computes."""
+    total = _in_place(_in_lines(skip, lines.count, lines.across) + groups.unsqueeze(2), lines.across) * share
+    if weight is not None:
+        weight, bias = (None if parameter is None else parameter.to(total.dtype) for parameter in (weight, bias))
+        total = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+    return total * F.silu(z)
 
 
 # --- registration ----------------------------------------------------------------------------------------------------
 
 
 def _conv(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale):
-    return backends.pick(x).pooled_conv(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale)
+    kernels = backends.pick(x)
+    if not hasattr(kernels, "pooled_conv"):
+        return _conv_reference(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale)
+    return kernels.pooled_conv(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale)
 
 
 def _scan(groups, groups_b, *projections):
-    return backends.pick(groups).pooled_scan(groups, groups_b, *projections)
+    kernels = backends.pick(groups)
+    if not hasattr(kernels, "pooled_scan"):
+        return pooled_scan_ref(groups, groups_b, projections[:4], projections[4:])
+    return kernels.pooled_scan(groups, groups_b, *projections)
 
 
 def _gate(skip, groups, z, weight, bias, eps, across, share):
-    return backends.pick(skip).pooled_gate(skip, groups, z, weight, bias, eps, across, share)
+    kernels = backends.pick(skip)
+    if not hasattr(kernels, "pooled_gate"):
+        return _gate_reference(skip, groups, z, weight, bias, eps, across, share)
+    return kernels.pooled_gate(skip, groups, z, weight, bias, eps, across, share)
+
+
+def _conv_reference(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale):
+    return pooled_conv_ref(x, Taps(weight, bias, D), Taps(weight_b, bias_b, D_b), Lines(lines, across, scale))
+
+
+def _gate_reference(skip, groups, z, weight, bias, eps, across, share):
+    return pooled_gate_ref(skip, groups, z, weight, bias, eps, Lines(groups.shape[1], across), share)
 
 
 def _fake_conv(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale):
@@ -121,6 +286,9 @@ def _save_conv(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> Non
 
 
 def _differentiate_conv(ctx, dskip: Tensor, dpooled: Tensor, dpooled_b: Tensor) -> tuple:
+    if torch.is_grad_enabled():
+        given = *ctx.saved_tensors, ctx.lines, ctx.across, ctx.scale
+        return gradients_by_reference(_conv_reference, given, (dskip, dpooled, dpooled_b))
     x, *taps = ctx.saved_tensors
     x, dskip = _in_lines(x, ctx.lines, ctx.across), _in_lines(dskip, ctx.lines, ctx.across)
     share, walked, grads, dx = ctx.scale / x.shape[2], x.flatten(1, 2).transpose(1, 2), [], None
@@ -141,6 +309,9 @@ def _save_gate(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _differentiate_gate(ctx, dout: Tensor) -> tuple:
+    if torch.is_grad_enabled():
+        given = *ctx.saved_tensors, ctx.eps, ctx.across, ctx.share
+        return gradients_by_reference(_gate_reference, given, (dout,))
     skip, groups, z, weight, bias = ctx.saved_tensors
     lines, across, share = groups.shape[1], ctx.across, ctx.share
     total = _in_place((_in_lines(skip, lines, across) + groups.unsqueeze(2)) * share, across)
@@ -160,6 +331,19 @@ def _differentiate_gate(ctx, dout: Tensor) -> tuple:
     return dskip, _in_lines(dskip, lines, across).sum(2), dz, dweight, dbias, None, None, None
 
 
+def _conv_flops(x: Sequence[int], weight: Sequence[int], *_) -> int:
+    """Both convolutions, and D."""
+    return 2 * prod(x) * (2 * weight[1] + 2)
+
+
+def _scan_flops(
+    groups: Sequence[int], groups_b: Sequence[int], x_proj: Sequence[int], dt_proj, dt_bias, A_log, *_
+) -> int:
+    batch, lines, dim = groups
+    weights = 2 * batch * lines * (prod(x_proj) + prod(dt_proj))
+    return 2 * (weights + scan_flops((batch, dim, lines), None, A_log, None, None, None, None))
+
+
 _TAPS = "Tensor weight, Tensor? bias, Tensor D, Tensor weight_b, Tensor? bias_b, Tensor D_b"
 _PROJECTIONS = ", ".join(f"Tensor x_proj{b}, Tensor dt_proj{b}, Tensor dt_bias{b}, Tensor A_log{b}" for b in ("", "_b"))
 OPERATORS.register(
@@ -168,8 +352,11 @@ OPERATORS.register(
     _fake_conv,
     save=_save_conv,
     differentiate=_differentiate_conv,
+    flops=_conv_flops,
 )
-OPERATORS.register(f"pooled_scan(Tensor groups, Tensor groups_b, {_PROJECTIONS}) -> Tensor", _scan, _fake_scan)
+OPERATORS.register(
+    f"pooled_scan(Tensor groups, Tensor groups_b, {_PROJECTIONS}) -> Tensor", _scan, _fake_scan, flops=_scan_flops
+)
 OPERATORS.register(
     "pooled_gate(Tensor skip, Tensor groups, Tensor z, Tensor? weight, Tensor? bias, float eps, bool across,"
     " float share) -> Tensor",

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from causal_conv1d.backend import KERNEL_DTYPES
 from causal_conv1d.checks import check_device, check_dtype, check_ndim, check_shape, check_tensor
+from causal_conv1d.derivatives import gradients_by_reference, wants_reference
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.operators import OPERATORS
 from torch import Tensor
@@ -127,7 +128,7 @@ def selective_scan_fn(
         ValueError: a shape or device that does not fit. TypeError: not a tensor, or a dtype that does not fit.
     """
     check_scan(u, delta, A, B, C, D, z, delta_bias)
-    if A.is_complex():
+    if A.is_complex() or wants_reference(u, delta, A, B, C, D, z, delta_bias):
         return selective_scan_ref(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, reverse=reverse
         )
@@ -179,7 +180,7 @@ def pooled_selective_scan_fn(
             f"u_compressed has shape {tuple(u_compressed.shape)}, wanted (batch, dim, seqlen/k) with"
             f" (batch, dim, seqlen) = {(batch, dim, seqlen)} and a whole k"
         )
-    if A.is_complex():
+    if A.is_complex() or wants_reference(u, u_compressed, delta, A, B, C, D, z, delta_bias):
         return pooled_selective_scan_ref(
             u, u_compressed, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, reverse=reverse
         )
@@ -322,6 +323,16 @@ def _fake_backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_soft
     return tuple(_gradient_like(argument, u, contiguous) for argument, contiguous in arguments)
 
 
+def _reference(*arguments) -> Tensor:
+    *tensors, delta_softplus, reverse = arguments
+    return selective_scan_ref(*tensors, delta_softplus, reverse=reverse)
+
+
+def scan_flops(u, delta, A, B, C, D, z, *_) -> int:
+    """Nine multiply-adds a state and step, and one each for D and z."""
+    return 2 * math.prod(u) * (9 * A[1] + (D is not None) + (z is not None))
+
+
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.delta_softplus, ctx.reverse, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
@@ -329,6 +340,8 @@ def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
 
 def _differentiate(ctx, dout: Tensor, _dlast_state: Tensor, _dstates: Tensor) -> tuple:
     *tensors, states = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return *gradients_by_reference(_reference, (*tensors, ctx.delta_softplus, ctx.reverse), (dout,)), None
     grads = torch.ops.mamba_ssm.selective_scan_backward(dout, *tensors, states, ctx.delta_softplus, ctx.reverse)
     grads = tuple(None if tensor is None else grad for tensor, grad in zip(tensors, grads))
     return (*grads, None, None, None)
@@ -341,6 +354,7 @@ OPERATORS.register(
     _fake_forward,
     save=_save,
     differentiate=_differentiate,
+    flops=scan_flops,
 )
 OPERATORS.register(
     f"selective_scan_backward(Tensor dout, {_TENSORS}, Tensor states, bool delta_softplus, bool reverse)"

@@ -6,6 +6,12 @@ from mamba_ssm.kernels.cpp.merging import match_tokens, merge_tokens
 from mamba_ssm.kernels.cpp.norm import norm_backward, norm_forward
 from mamba_ssm.kernels.cpp.pooled import pooled_conv, pooled_gate, pooled_scan
 from mamba_ssm.kernels.cpp.scan import scan_backward, scan_forward, states_shape
+from mamba_ssm.kernels.cpp.visible import (
+    visible_conv,
+    visible_conv_backward,
+    visible_gate,
+    visible_gate_backward,
+)
 
 __all__ = [
     "directions_backward",
@@ -23,4 +29,8 @@ __all__ = [
     "scan_backward",
     "scan_forward",
     "states_shape",
+    "visible_conv",
+    "visible_conv_backward",
+    "visible_gate",
+    "visible_gate_backward",
 ]

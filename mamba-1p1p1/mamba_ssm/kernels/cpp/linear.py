@@ -47,8 +47,8 @@ def gemm(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, accumulate: boo
 
 
 def _flat(x: Tensor) -> Tensor:
-    """(..., size) -> (rows, size); the size is given where there is nothing to infer it from."""
-    return x.reshape(x.numel() // max(1, x.shape[-1]), x.shape[-1])
+    """(..., size) -> (rows, size); of nothing, rows could not be inferred."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -98,7 +98,7 @@ def product_into(out: Tensor, x: Tensor, weight: Tensor, *, accumulate: bool = F
     """Write (or add) `product(x, weight)` to `out` (..., out_features), with stride 1 along its last dimension and the
     others evenly spaced."""
     if _takes_own(x):
-        gemm(_flat(x), weight.t(), None, out.view(-1, out.shape[-1]), accumulate)
+        gemm(_flat(x), weight.t(), None, out.view(out.shape[:-1].numel(), out.shape[-1]), accumulate)
     elif accumulate:
         out += F.linear(x, weight)
     else:

@@ -62,5 +62,5 @@ def merge_tokens(x: Tensor, slot: Tensor, count: Tensor) -> Tensor:
         out=address(out),
     )
     if LIBRARY.call("mamba_merge_tokens", arguments):
-        raise IndexError(f"slot holds a place outside the merged sequence; wanted 0 to {left - 1}")
+        raise IndexError(f"slot holds no place of the merged sequence, or count no size; wanted 0 to {left - 1}")
     return out

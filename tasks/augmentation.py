@@ -19,6 +19,7 @@ from utils.flags import number
 
 _logger = logging.getLogger(__name__)
 
+REPEATS = 3  # of repeated augmentation
 SMALL_IMAGE = 32  # at and under this size images are cropped with padding instead of at random scale
 
 
@@ -35,6 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
     group.add_argument("--ThreeAugment", action="store_true", help="DeiT III's 3-Augment instead of --aa")
+    group.add_argument(
+        "--scale",
+        type=number(float, 0, 1, above=True),
+        nargs=2,
+        default=(0.08, 1.0),
+        metavar=("LOW", "HIGH"),
+        help=f"share of the image that a random crop takes, above {SMALL_IMAGE} pixels (default: 0.08 1)",
+    )
     group.add_argument("--src", action="store_true", help="simple random crop instead of a random resized crop")
     group.add_argument("--reprob", type=share, default=0.25, help="probability of random erasing (default: 0.25)")
     group.add_argument(
@@ -70,6 +79,8 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.cutmix_minmax is not None and not args.cutmix_minmax[0] < args.cutmix_minmax[1]:
         raise UsageError(f"--cutmix-minmax is {args.cutmix_minmax}; wanted a lower share and a higher one.")
+    if args.scale[0] > args.scale[1]:
+        raise UsageError(f"--scale is {args.scale[0]:g} {args.scale[1]:g}; wanted a lower share and a higher one.")
     if args.resplit:
         _logger.warning("--resplit changes nothing: there are no augmentation splits to leave out of the erasing.")
     build_transform(True, args, size=max(args.input_size or 0, SMALL_IMAGE + 1))
@@ -101,6 +112,7 @@ def build_transform(
         transform = create_transform(
             size,
             is_training=True,
+            scale=tuple(args.scale),
             hflip=0.5 if flip else 0.0,
             color_jitter=args.color_jitter,
             auto_augment="3a" if args.ThreeAugment else policy,

@@ -1,0 +1,170 @@
+"""The mixer over visible tokens of the C++ kernel set; `csrc/visible_abi.h` has the layout of what is passed."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from causal_conv1d.layout import address, channel_last, float32
+from causal_conv1d.native import DTYPE_CODES, bits, tokens_of
+from mamba_ssm.kernels.arguments import Taps, VisibleLines
+from mamba_ssm.kernels.cpp.library import LIBRARY
+from torch import Tensor
+
+
+def _call(function: str, arguments: ctypes.Structure) -> None:
+    if LIBRARY.call(function, arguments):
+        raise ValueError("order or starts point outside the tokens; wanted places of the walk, rising from 0 to V")
+
+
+def _lines_of(lines: VisibleLines, tokens: int) -> tuple[VisibleLines, tuple[int, int, int, int]]:
+    """The lines in dense memory, to be held until the call is over, and their fields."""
+    order = None if lines.order is None else lines.order.contiguous()
+    lines = lines._replace(order=order, starts=lines.starts.contiguous())
+    return lines, (lines.count, tokens, address(lines.order), address(lines.starts))
+
+
+def visible_conv(x: Tensor, forward: Taps, backward: Taps, lines: VisibleLines) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, dim = x.shape
+    skip = x.new_empty(x.shape)
+    pooled, pooled_b = (x.new_zeros((batch, lines.count, dim)) for _ in range(2))
+    if skip.numel():
+        x, width = channel_last(x), forward.weight.shape[1]
+        taps = [float32(parameter) for parameter in (*forward, *backward)]
+        addresses = [address(parameter) for parameter in taps]
+        lines, fields = _lines_of(lines, tokens)
+        arguments = LIBRARY.structs.VisibleConvArgs(
+            batch=batch,
+            dim=dim,
+            dtype=DTYPE_CODES[x.dtype],
+            width=width,
+            factor=bits(lines.factor),
+            threads=torch.get_num_threads(),
+            lines=fields,
+            x=tokens_of(x),
+            forward=tuple(addresses[:3]),
+            backward=tuple(addresses[3:]),
+            skip=address(skip),
+            pooled_forward=address(pooled),
+            pooled_backward=address(pooled_b),
+        )
+        _call("mamba_visible_conv", arguments)
+    return skip, pooled, pooled_b
+
+
+def visible_conv_backward(
+    dskip: Tensor, dpooled: Tensor, dpooled_b: Tensor, x: Tensor, forward: Taps, backward: Taps, lines: VisibleLines
+) -> tuple[Tensor, ...]:
+    batch, tokens, dim = x.shape
+    dx = x.new_empty(x.shape)
+    taps = [float32(parameter) for parameter in (*forward, *backward)]
+    grads = [None if tap is None else torch.zeros_like(tap) for tap in taps]
+    if dx.numel():
+        x, width = channel_last(x), forward.weight.shape[1]
+        dskip, dpooled, dpooled_b = (grad.to(x.dtype).contiguous() for grad in (dskip, dpooled, dpooled_b))
+        addresses, targets = [address(tap) for tap in taps], [address(grad) for grad in grads]
+        lines, fields = _lines_of(lines, tokens)
+        arguments = LIBRARY.structs.VisibleConvBackwardArgs(
+            batch=batch,
+            dim=dim,
+            dtype=DTYPE_CODES[x.dtype],
+            width=width,
+            factor=bits(lines.factor),
+            threads=torch.get_num_threads(),
+            lines=fields,
+            x=tokens_of(x),
+            forward=tuple(addresses[:3]),
+            backward=tuple(addresses[3:]),
+            dskip=address(dskip),
+            dpooled_forward=address(dpooled),
+            dpooled_backward=address(dpooled_b),
+            dx=address(dx),
+            dforward=tuple(targets[:3]),
+            dbackward=tuple(targets[3:]),
+        )
+        _call("mamba_visible_conv_backward", arguments)
+    parameters = (*forward, *backward)
+    return dx, *(
+        dx.new_empty(0) if grad is None else grad.to(parameter.dtype) for grad, parameter in zip(grads, parameters)
+    )
+
+
+def _gate_fields(
+    z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, lines: tuple[int, int, int, int], share: float
+) -> dict[str, object]:
+    """What both passes of the gate are told; `z`, `weight` and `bias` are as the library wants them."""
+    return {
+        "batch": z.shape[0],
+        "dim": z.shape[2],
+        "dtype": DTYPE_CODES[z.dtype],
+        "share": bits(share),
+        "eps": bits(eps),
+        "threads": torch.get_num_threads(),
+        "lines": lines,
+        "z": tokens_of(z),
+        "weight": address(weight),
+        "bias": address(bias),
+    }
+
+
+def visible_gate(
+    skip: Tensor,
+    groups: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    lines: VisibleLines,
+    share: float,
+) -> Tensor:
+    out = skip.new_empty(skip.shape)
+    if out.numel():
+        z, skip, groups = channel_last(z), skip.contiguous(), groups.contiguous()
+        weight, bias = float32(weight), float32(bias)
+        lines, fields = _lines_of(lines, z.shape[1])
+        arguments = LIBRARY.structs.VisibleGateArgs(
+            **_gate_fields(z, weight, bias, eps, fields, share),
+            skip=address(skip),
+            groups=address(groups),
+            out=address(out),
+        )
+        _call("mamba_visible_gate", arguments)
+    return out
+
+
+def visible_gate_backward(
+    dout: Tensor,
+    skip: Tensor,
+    groups: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    lines: VisibleLines,
+    share: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dskip, dgroups, dz = (x.new_zeros(x.shape) for x in (skip, groups, z))
+    wide, wide_bias = float32(weight), float32(bias)
+    dweight, dbias = (skip.new_zeros(0 if x is None else x.shape, dtype=torch.float32) for x in (wide, wide_bias))
+    if skip.numel():
+        z, skip, groups, dout = channel_last(z), skip.contiguous(), groups.contiguous(), dout.to(z.dtype).contiguous()
+        lines, fields = _lines_of(lines, z.shape[1])
+        arguments = LIBRARY.structs.VisibleGateBackwardArgs(
+            **_gate_fields(z, wide, wide_bias, eps, fields, share),
+            skip=address(skip),
+            groups=address(groups),
+            dout=address(dout),
+            dskip=address(dskip),
+            dgroups=address(dgroups),
+            dz=address(dz),
+            dweight=address(dweight) if weight is not None else 0,
+            dbias=address(dbias) if bias is not None else 0,
+        )
+        _call("mamba_visible_gate_backward", arguments)
+    return (
+        dskip,
+        dgroups,
+        dz,
+        dweight if weight is None else dweight.to(weight.dtype),
+        dbias if bias is None else dbias.to(bias.dtype),
+    )

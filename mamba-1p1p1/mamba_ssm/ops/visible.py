@@ -1,0 +1,236 @@
+"""The mixer over the visible tokens of a grid (FastMaskVim, Kapse et al. 2025), in two operators around the scans.
+
+What `mamba_ssm.ops.pooled` does for lines whose tokens are all there, for lines of which each image shows other tokens:
+one pass over the tokens before the scans and one behind them, wherever they stand, and both again for the gradient.
+Both need a kernel set that has them; elsewhere the mixer is put together from the convolution, the scan and
+torch's own operations.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from mamba_ssm.kernels.arguments import Taps, VisibleLines
+from mamba_ssm.kernels.registry import backends
+from mamba_ssm.ops.operators import OPERATORS
+from torch import Tensor
+
+__all__ = ["Taps", "VisibleLines", "visible_conv_fn", "visible_conv_ref", "visible_gate_fn", "visible_gate_ref"]
+
+
+def visible_conv_fn(x: Tensor, forward: Taps, backward: Taps, lines: VisibleLines) -> tuple[Tensor, Tensor, Tensor]:
+    """Both directions' causal convolutions with silu, u and u_b, seen through what the mixer needs of them.
+
+    Args:
+        x: (batch, V, dim), float32, bfloat16 or float16, any strides; stride 1 along dim is not copied.
+
+    Returns:
+        D * u + D_b * u_b (batch, V, dim), and the lines' pooled tokens of u and of u_b, (batch, lines, dim) each, zero
+        where a line shows none, in the dtype of `x`. Differentiable in `x` and the taps.
+
+    Raises:
+        ValueError: shapes that do not fit, or lines that name other tokens than those of `x`.
+    """
+    _check(x, lines)
+    if forward.weight.shape != backward.weight.shape or forward.weight.shape[0] != x.shape[2]:
+        raise ValueError(
+            f"weight has shape {tuple(forward.weight.shape)}, wanted (dim, width) for {x.shape[2]} channels"
+        )
+    if not 2 <= forward.weight.shape[1] <= 4:
+        raise ValueError(f"weight has width {forward.weight.shape[1]}, wanted 2 to 4")
+    return torch.ops.mamba_ssm.visible_conv(x, *forward, *backward, *lines)
+
+
+def visible_gate_fn(
+    skip: Tensor,
+    groups: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    lines: VisibleLines,
+    share: float,
+) -> Tensor:
+    """`norm(share * (skip + groups)) * silu(z)`, each token with its line's group.
+
+    Args:
+        skip, z: (batch, V, dim), of one dtype.
+        groups: (batch, lines, dim), in that dtype.
+        weight, bias: (dim,) of the LayerNorm; no norm if `weight` is None.
+
+    Returns:
+        (batch, V, dim) in the dtype of `skip`. Differentiable in every tensor but those of `lines`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or lines that name other tokens than those of `skip`.
+    """
+    _check(skip, lines)
+    if groups.shape != (skip.shape[0], lines.count, skip.shape[2]) or z.shape != skip.shape:
+        raise ValueError(
+            f"groups and z have shapes {tuple(groups.shape)} and {tuple(z.shape)}, wanted (batch, {lines.count}, dim)"
+            f" and {tuple(skip.shape)}"
+        )
+    if not skip.dtype == groups.dtype == z.dtype:
+        raise ValueError(f"skip, groups and z are {skip.dtype}, {groups.dtype} and {z.dtype}, wanted one dtype")
+    order, starts, _ = lines
+    return torch.ops.mamba_ssm.visible_gate(skip, groups, z, weight, bias, eps, order, starts, share)
+
+
+def _check(x: Tensor, lines: VisibleLines) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}, wanted (batch, V, dim)")
+    if lines.starts.dim() != 2 or len(lines.starts) != len(x) or lines.count < 1 or lines.starts.dtype != torch.int64:
+        raise ValueError(
+            f"starts is {tuple(lines.starts.shape)} of {lines.starts.dtype}, wanted ({len(x)}, lines + 1) of "
+            "torch.int64"
+        )
+    if lines.order is not None and (lines.order.shape != x.shape[:2] or lines.order.dtype != torch.int64):
+        raise ValueError(
+            f"order is {tuple(lines.order.shape)} of {lines.order.dtype}, wanted {tuple(x.shape[:2])} of torch.int64"
+        )
+
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+
+def _line_of(lines: VisibleLines, tokens: int) -> Tensor:
+    """The line of every place of the walk, (batch, V)."""
+    places = torch.arange(tokens, device=lines.starts.device).expand(len(lines.starts), -1).contiguous()
+    return torch.searchsorted(lines.starts.contiguous(), places, right=True) - 1
+
+
+def _walk(x: Tensor, lines: VisibleLines) -> Tensor:
+    return x if lines.order is None else x.gather(1, lines.order.unsqueeze(-1).expand_as(x))
+
+
+def _unwalk(x: Tensor, lines: VisibleLines) -> Tensor:
+    return x if lines.order is None else x.gather(1, lines.order.argsort(1).unsqueeze(-1).expand_as(x))
+
+
+def visible_conv_ref(x: Tensor, forward: Taps, backward: Taps, lines: VisibleLines) -> tuple[Tensor, Tensor, Tensor]:
+    """`visible_conv_fn` by its formulas, one token after the other."""
+    walked, line = _walk(x, lines), _line_of(lines, x.shape[1]).unsqueeze(-1).expand_as(x)
+    skip, pooled = torch.zeros_like(x), []
+    for taps, reverse in ((forward, False), (backward, True)):
+        width, tokens = taps.weight.shape[1], walked.flip(1) if reverse else walked
+        before = F.pad(tokens.transpose(1, 2), (width - 1, 0))
+        u = F.silu(F.conv1d(before, taps.weight.unsqueeze(1), taps.bias, groups=x.shape[2])).transpose(1, 2)
+        u = u.flip(1) if reverse else u
+        skip = skip + taps.D * u
+        pooled.append(u.new_zeros(len(x), lines.count, x.shape[2]).scatter_add(1, line, u) * lines.factor)
+    return _unwalk(skip, lines), *pooled
+
+
+def visible_gate_ref(
+    skip: Tensor,
+    groups: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    lines: VisibleLines,
+    share: float,
+) -> Tensor:
+    """`visible_gate_fn` by its formula."""
+    spread = groups.gather(1, _line_of(lines, skip.shape[1]).unsqueeze(-1).expand_as(skip))
+    total = (skip + _unwalk(spread, lines)) * share
+    return (total if weight is None else F.layer_norm(total, total.shape[-1:], weight, bias, eps)) * F.silu(z)
+
+
+# --- registration ----------------------------------------------------------------------------------------------------
+
+
+def _conv(x, weight, bias, D, weight_b, bias_b, D_b, order, starts, factor):
+    lines = VisibleLines(order, starts, factor)
+    return backends.pick(x).visible_conv(x, Taps(weight, bias, D), Taps(weight_b, bias_b, D_b), lines)
+
+
+def _conv_backward(dskip, dpooled, dpooled_b, x, weight, bias, D, weight_b, bias_b, D_b, order, starts, factor):
+    taps, lines = (Taps(weight, bias, D), Taps(weight_b, bias_b, D_b)), VisibleLines(order, starts, factor)
+    return backends.pick(x).visible_conv_backward(dskip, dpooled, dpooled_b, x, *taps, lines)
+
+
+def _gate(skip, groups, z, weight, bias, eps, order, starts, share):
+    lines = VisibleLines(order, starts, 1.0)
+    return backends.pick(skip).visible_gate(skip, groups, z, weight, bias, eps, lines, share)
+
+
+def _gate_backward(dout, skip, groups, z, weight, bias, eps, order, starts, share):
+    lines = VisibleLines(order, starts, 1.0)
+    return backends.pick(skip).visible_gate_backward(dout, skip, groups, z, weight, bias, eps, lines, share)
+
+
+def _fake_conv(x, weight, bias, D, weight_b, bias_b, D_b, order, starts, factor):
+    pooled = (x.shape[0], starts.shape[1] - 1, x.shape[2])
+    return x.new_empty(x.shape), x.new_empty(pooled), x.new_empty(pooled)
+
+
+def _like(parameter: Tensor | None, other: Tensor) -> Tensor:
+    return other.new_empty(0) if parameter is None else parameter.new_empty(parameter.shape)
+
+
+def _fake_conv_backward(dskip, dpooled, dpooled_b, x, *arguments):
+    return x.new_empty(x.shape), *(_like(parameter, x) for parameter in arguments[:6])
+
+
+def _fake_gate(skip, groups, z, weight, bias, eps, order, starts, share):
+    return skip.new_empty(skip.shape)
+
+
+def _fake_gate_backward(dout, skip, groups, z, weight, bias, eps, order, starts, share):
+    like = skip.new_empty(0, dtype=torch.float32)
+    return (*(x.new_empty(x.shape) for x in (skip, groups, z)), _like(weight, like), _like(bias, like))
+
+
+def _save_conv(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.factor = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_conv(ctx, dskip: Tensor, dpooled: Tensor, dpooled_b: Tensor) -> tuple:
+    x, *taps, order, starts = ctx.saved_tensors
+    dx, *grads = torch.ops.mamba_ssm.visible_conv_backward(
+        dskip, dpooled, dpooled_b, x, *taps, order, starts, ctx.factor
+    )
+    return dx, *(None if tap is None else grad for tap, grad in zip(taps, grads)), None, None, None
+
+
+def _save_gate(ctx, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.eps, order, starts, ctx.share = inputs
+    ctx.save_for_backward(*tensors, order, starts)
+
+
+def _differentiate_gate(ctx, dout: Tensor) -> tuple:
+    *tensors, order, starts = ctx.saved_tensors
+    grads = torch.ops.mamba_ssm.visible_gate_backward(dout, *tensors, ctx.eps, order, starts, ctx.share)
+    return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads)), None, None, None, None
+
+
+_TAPS = "Tensor weight, Tensor? bias, Tensor D, Tensor weight_b, Tensor? bias_b, Tensor D_b"
+_LINES = "Tensor? order, Tensor starts"
+_GATE = "Tensor skip, Tensor groups, Tensor z, Tensor? weight, Tensor? bias, float eps"
+OPERATORS.register(
+    f"visible_conv(Tensor x, {_TAPS}, {_LINES}, float factor) -> (Tensor, Tensor, Tensor)",
+    _conv,
+    _fake_conv,
+    save=_save_conv,
+    differentiate=_differentiate_conv,
+)
+OPERATORS.register(
+    f"visible_conv_backward(Tensor dskip, Tensor dpooled, Tensor dpooled_b, Tensor x, {_TAPS}, {_LINES}, float factor)"
+    f" -> ({', '.join(['Tensor'] * 7)})",
+    _conv_backward,
+    _fake_conv_backward,
+)
+OPERATORS.register(
+    f"visible_gate({_GATE}, {_LINES}, float share) -> Tensor",
+    _gate,
+    _fake_gate,
+    save=_save_gate,
+    differentiate=_differentiate_gate,
+)
+OPERATORS.register(
+    f"visible_gate_backward(Tensor dout, {_GATE}, {_LINES}, float share) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gate_backward,
+    _fake_gate_backward,
+)

@@ -1,0 +1,71 @@
+"""One encoder layer of a Vision Mamba, and its add and norm."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from mamba_ssm.modules.mamba_simple import Mamba
+from mamba_ssm.modules.parts import is_plain
+from mamba_ssm.ops.triton.layernorm import RMSNorm, layer_norm_fn
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """One encoder layer: add the last output to the residual, normalise, mix."""
+
+    def __init__(
+        self,
+        mixer: Mamba,
+        norm: nn.Module,
+        drop_path: float,
+        fused_add_norm: bool = False,
+        residual_in_fp32: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mixer, self.norm = mixer, norm
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.fused_add_norm, self.residual_in_fp32 = fused_add_norm, residual_in_fp32
+
+    def forward(self, hidden: Tensor, residual: Tensor | None, **mixer_args: Any) -> tuple[Tensor, Tensor]:
+        """hidden, residual (B, L, D) -> the mixer's output and the new residual; `mixer_args` go to the mixer."""
+        if residual is not None:
+            hidden = self.drop_path(hidden)
+        hidden, residual = add_norm(self.norm, hidden, residual, self.fused_add_norm, self.residual_in_fp32)
+        return self.mixer(hidden, **mixer_args), residual
+
+
+def add_norm(
+    norm: nn.Module, hidden: Tensor, residual: Tensor | None, fused: bool, residual_in_fp32: bool
+) -> tuple[Tensor, Tensor]:
+    """residual + hidden, and its norm: in one operator if `fused` and the norm is as it was made, else step by step in
+    the dtypes that torch gives, the norm as the module that it is.
+
+    `residual_in_fp32` keeps the residual in float32 at least: a model in float64 has it in float64.
+    """
+    residual_in_fp32 = residual_in_fp32 and hidden.dtype != torch.float64
+    if fused and is_plain(norm):
+        is_rms = isinstance(norm, RMSNorm)
+        return layer_norm_fn(
+            hidden, norm.weight, norm.bias, residual, norm.eps, True, residual_in_fp32, is_rms_norm=is_rms
+        )
+    residual = hidden if residual is None else residual + hidden
+    if residual_in_fp32:
+        residual = residual.float()
+    return norm(residual.to(norm.weight.dtype)), residual
+
+
+def init_linears(module: nn.Module, depth: int) -> None:
+    """Vim's initialisation of the linear layers in `module`: zero biases but for dt_proj's, and out_proj
+    Kaiming-uniform over sqrt(depth), one residual branch a layer."""
+    for name, linear in module.named_modules():
+        if not isinstance(linear, nn.Linear):
+            continue
+        if name.endswith("out_proj"):
+            nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+            with torch.no_grad():
+                linear.weight /= math.sqrt(depth)
+        if linear.bias is not None and not getattr(linear.bias, "_no_reinit", False):
+            nn.init.zeros_(linear.bias)
