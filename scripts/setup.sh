@@ -16,22 +16,34 @@ find_python() {
     exit 2
 }
 
-if [ ! -x .venv/bin/python ]; then
-    "$(find_python)" -m venv .venv
+# one that an install left unfinished is made anew, with the Python that is asked for now
+if [ ! -x .venv/bin/python ] || ! compgen -G ".venv/installed-*" >/dev/null; then
+    [ -L .venv ] || rm -rf .venv
+    [ -x .venv/bin/python ] || "$(find_python)" -m venv .venv
 fi
 PYTHON=$PWD/.venv/bin/python
 export PYTHON
 
-# everything an install depends on; a change of any of these installs again
-stamp=.venv/installed-$(cat vim_requirements.txt scripts/setup.sh {causal_conv1d,mamba-1p1p1}/{setup.py,pyproject.toml} \
-    causal_conv1d/causal_conv1d/csrc/*.{cpp,h} mamba-1p1p1/mamba_ssm/csrc/*.{cpp,h} 2>/dev/null | cksum | tr ' ' '-')
+# everything an install depends on, the compiler that is at hand too; a change of any of these installs again
+compiler=$(command -v "${CXX:-c++}" || command -v g++ || command -v clang++ || true)
+stamp=.venv/installed-$({ echo "$compiler"; cat vim_requirements.txt scripts/setup.sh {causal_conv1d,mamba-1p1p1}/{setup.py,pyproject.toml} \
+    causal_conv1d/causal_conv1d/csrc/*.{cpp,h} mamba-1p1p1/mamba_ssm/csrc/*.{cpp,h} 2>/dev/null; } | cksum | tr ' ' '-')
 if [ ! -e "$stamp" ]; then
     echo "Installing into .venv (torch is large: this takes some minutes the first time) ..."
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r vim_requirements.txt
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+    # on a terminal pip shows how far it is
+    quiet=--quiet
+    [ ! -t 1 ] || quiet=
+    "$PYTHON" -m pip install $quiet --disable-pip-version-check -r vim_requirements.txt
+    "$PYTHON" -m pip install $quiet --disable-pip-version-check --no-build-isolation --no-deps \
         -e ./causal_conv1d
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+    "$PYTHON" -m pip install $quiet --disable-pip-version-check --no-build-isolation --no-deps \
         -e ./mamba-1p1p1
+    for library in causal_conv1d/causal_conv1d/_cpu mamba-1p1p1/mamba_ssm/_cpu; do
+        if ! compgen -G "$library*" >/dev/null; then
+            echo "$library was not built, so the kernels run on torch alone, several times slower; wanted a C++17 compiler" \
+                "(on Debian: apt install g++), then this script again." >&2
+        fi
+    done
     rm -f .venv/installed-*
     touch "$stamp"
 fi
