@@ -31,16 +31,18 @@ def published_layout(name: str, model: models_mamba.VisionMamba) -> dict[str, tu
     dim, classes = model.embed_dim, model.num_classes
     inner, rank, state = 2 * dim, math.ceil(dim / 16), 16
     patch = model.patch_embed.patch_size
-    fast = "fastvim" in name or "noclstok" in name
+    fast, channels = "fast" in name or "noclstok" in name, "channelvim" in name
     registers, reduce = registers_of(name)
     layout = {
-        "pos_embed": (1, model.patch_embed.num_patches + (not fast and not registers), dim),
-        "patch_embed.proj.weight": (dim, 3, *patch),
+        "pos_embed": (1, model.patch_embed.num_patches + (not fast and not registers and not channels), dim),
+        "patch_embed.proj.weight": (dim, 1, 1, *patch) if channels else (dim, 3, *patch),
         "patch_embed.proj.bias": (dim,),
         "head.weight": (classes, dim),
         "head.bias": (classes,),
         "norm_f.weight": (dim,),
     }
+    if channels:
+        layout["patch_embed.channel_embed.weight"] = (5 if "nano" in name else 8, dim)
     if registers:
         layout["cls_token"] = layout["pos_embed_cls"] = (1, registers, dim)
         layout["head.weight"] = (classes, registers * dim // reduce)
@@ -60,7 +62,12 @@ def published_layout(name: str, model: models_mamba.VisionMamba) -> dict[str, tu
                 f"mixer.dt_proj{b}.weight": (inner, rank),
                 f"mixer.dt_proj{b}.bias": (inner,),
             }
-        if fast or name.endswith("_final_pool_mean_abs_pos_embed_with_midclstok_div2") and "bimambav2" not in name:
+        if (
+            fast
+            or channels
+            or name.endswith("_final_pool_mean_abs_pos_embed_with_midclstok_div2")
+            and "bimambav2" not in name
+        ):
             layer |= {"mixer.layernorm.weight": (inner,), "mixer.layernorm.bias": (inner,)}
         if "dyvm" in name:
             layer |= {"mixer.block_head.weight": (2, 2 * inner), "mixer.block_head.bias": (2,)}
