@@ -24,8 +24,8 @@ EXPERIMENTS_PAGE = ROOT / "docs" / "experiments.md"
 
 
 class Published(NamedTuple):
-    """A command line of a release: where it stands, its words, and what the file says of it by `means` (and
-    `pending`), `refused` and `ours`."""
+    """A command line of a release: where it stands, its words, and what the file says of it by `means`, `refused`,
+    `ours`."""
 
     title: str
     words: list[str]
@@ -66,18 +66,7 @@ def as_text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def understood() -> list[Any]:
-    """The commands that mean something; `pending` says what one waits for, and the test when it no longer does."""
-    found = []
-    for each in PUBLISHED:
-        if "means" in each.said:
-            reason = each.said.get("pending")
-            marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
-            found.append(pytest.param(each, id=each.title, marks=marks))
-    return found
-
-
-@pytest.mark.parametrize("each", understood())
+@pytest.mark.parametrize("each", [each for each in PUBLISHED if "means" in each.said], ids=lambda each: each.title)
 def test_a_published_command_means_what_it_meant(each: Published, places: dict[str, str]) -> None:
     args = program.parse([filled(word, places) for word in program_flags(each.words)])
     for pair in shlex.split(each.said["means"]):
