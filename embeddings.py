@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from fusion.token_state import TokenState, join_cls, split_cls
+
+SCAN_ORDERS = ("Channel-First", "Spatial-First")
 
 
 class PatchEmbed(nn.Module):
@@ -33,7 +35,10 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size, self.stride, self.dynamic = to_2tuple(patch_size), to_2tuple(stride), dynamic
         self.resize(img_size)
-        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride)
+        self.proj = self._new_proj(in_chans, embed_dim)
+
+    def _new_proj(self, in_chans: int, embed_dim: int) -> nn.Module:
+        return nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride)
 
     def resize(self, img_size: int | tuple[int, int]) -> None:
         """Take images of `img_size` from now on."""
@@ -58,6 +63,11 @@ class PatchEmbed(nn.Module):
             raise ValueError(
                 f"Images have shape {tuple(x.shape)}; wanted (batch, {self.proj.in_channels}, height, width)."
             )
+        x = self.proj(self._fitted(x))
+        return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
+
+    def _fitted(self, x: Tensor) -> Tensor:
+        """Images padded where that is allowed, else of the right size."""
         height, width = x.shape[2:]
         if self.dynamic:
             if height < self.patch_size[0] or width < self.patch_size[1]:
@@ -67,8 +77,101 @@ class PatchEmbed(nn.Module):
             raise ValueError(
                 f"Images are {height} x {width}; this model wanted {self.img_size[0]} x {self.img_size[1]}."
             )
-        x = self.proj(x)
-        return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
+        return x
+
+
+class ChannelPatchEmbed(PatchEmbed):
+    """Every patch of every channel is a token, so that images may have any of the `in_chans` channels.
+
+    One convolution 1 -> D runs on each channel alone; the token of channel c gets row c of a learned embedding added.
+    Bao et al. 2024, "Channel Vision Transformers" (arXiv:2309.16108), equation 2. In training mode with `hcs` each call
+    sees channels drawn anew (`sample_places`, in rising order if `sort_channels`), as its section 3.3 has it.
+
+    `scan_order` says which tokens stand together, a patch's channels ("Channel-First": grid (rows, cols, channels)) or
+    a channel's patches ("Spatial-First": grid (channels, rows, cols)). `num_patches` counts those of one channel.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        scan_order: str = SCAN_ORDERS[0],
+        hcs: bool = True,
+        sort_channels: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.scan_order, self.hcs, self.sort_channels = scan_order, hcs, sort_channels
+        self.spatial_axes = (0, 1) if scan_order == "Channel-First" else (1, 2)
+        self.channel_axis = 2 if scan_order == "Channel-First" else 0
+
+    def _new_proj(self, in_chans: int, embed_dim: int) -> nn.Module:
+        self.in_chans = in_chans
+        self.channel_embed = nn.Embedding(in_chans, embed_dim)
+        nn.init.normal_(self.channel_embed.weight, std=0.02)
+        return nn.Conv3d(1, embed_dim, (1, *self.patch_size), (1, *self.stride))
+
+    def forward(
+        self, x: Tensor, channels: Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None
+    ) -> tuple[Tensor, tuple[int, int, int]]:
+        """Images (B, n, H, W) -> tokens (B, rows * cols * n, D) and their grid.
+
+        `channels` says which the n are: n distinct indices, or (B, n) where images differ; None is 0 to n - 1. Tokens
+        stand in the order given.
+        """
+        if x.ndim != 4 or not 0 < x.shape[1] <= self.in_chans:
+            raise ValueError(
+                f"Images have shape {tuple(x.shape)}; wanted (batch, channels, height, width) of 1 to {self.in_chans} "
+                "channels."
+            )
+        x, index = self._choose(x, channels)
+        rows = self.channel_embed.weight[: x.shape[1]] if index is None else self.channel_embed(index)
+        x = self.proj(self._fitted(x).unsqueeze(1)) + rows.transpose(-1, -2).unsqueeze(-1).unsqueeze(-1)
+        x = x.permute(0, 3, 4, 2, 1) if self.channel_axis == 2 else x.permute(0, 2, 3, 4, 1)
+        return x.flatten(1, 3), tuple(x.shape[1:4])
+
+    def _choose(self, x: Tensor, channels: Any) -> tuple[Tensor, Tensor | None]:
+        """The channels that are embedded, and their indices, (n,) or (B, n); None for 0 to n - 1."""
+        if channels is None and not (self.training and self.hcs):
+            return x, None
+        return self._drawn(x, channels)
+
+    # what is drawn and checked on the CPU stays outside of what is compiled
+    @torch.compiler.disable
+    def _drawn(self, x: Tensor, channels: Any) -> tuple[Tensor, Tensor]:
+        index = torch.arange(x.shape[1]) if channels is None else torch.as_tensor(channels)
+        if index.is_floating_point() or index.shape not in ((x.shape[1],), x.shape[:2]):
+            raise ValueError(
+                f"channels is {tuple(index.shape)} of {index.dtype} for images of {tuple(x.shape)}; wanted "
+                f"({x.shape[1]},) or {tuple(x.shape[:2])} of whole numbers."
+            )
+        if channels is not None:
+            rows = index.sort(-1).values
+            if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= self.in_chans):
+                raise ValueError(f"channels is {index.tolist()}; wanted indices from 0 to {self.in_chans - 1}.")
+            if bool((rows[..., 1:] == rows[..., :-1]).any()):
+                raise ValueError(f"channels is {index.tolist()}; wanted every channel once.")
+        if self.training and self.hcs:
+            places = sample_places(x.shape[1], self.sort_channels)
+            x, index = x[:, places], index[..., places]
+        return x, index.to(x.device)
+
+    def spread(self, rows: Tensor, grid: Sequence[int]) -> Tensor:
+        """What every channel shares, (1, rows * cols, D) -> (1, M, D) for the tokens of `grid`."""
+        rows = rows.unflatten(1, [grid[axis] for axis in self.spatial_axes]).unsqueeze(self.channel_axis + 1)
+        return rows.expand(-1, *grid, -1).flatten(1, 3)
+
+    def mean(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
+        """The mean over the channels: (B, M, D) -> (B, rows * cols, D)."""
+        return tokens.unflatten(1, grid).mean(self.channel_axis + 1).flatten(1, 2)
+
+
+def sample_places(count: int, in_order: bool = True) -> list[int]:
+    """How many of `count` places, drawn uniformly from 1 on, and then which, without replacement; rising if `in_order`.
+
+    Hierarchical channel sampling (Bao et al. 2024, arXiv:2309.16108, algorithm 1), from torch's CPU generator.
+    """
+    chosen = torch.randperm(count)[: int(torch.randint(1, count + 1, ()))].tolist()
+    return sorted(chosen) if in_order else chosen
 
 
 class RotaryEmbedding2d(nn.Module):

@@ -98,7 +98,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--unscale-lr", action="store_true", help="take --lr as it is for any batch")
     group.add_argument(
         "--blr",
-        "--base_rate",
         type=natural,
         default=None,
         metavar="LR",

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sized
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +27,24 @@ from utils.signals import ignore_stop_signals
 _logger = logging.getLogger(__name__)
 
 Collate = Callable[[list[Any]], Any]
+
+
+class BatchSampler(Protocol):
+    """Which items make a batch, where a task has a say in it: lists of indices, in training of (index, seed) pairs.
+
+    Every process takes `steps` batches from its own; in evaluation one may have fewer.
+    """
+
+    steps: int
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Make the next pass that of `epoch`, without its first `start` batches."""
+
+    def __len__(self) -> int:
+        """How many batches the next pass gives."""
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        """The batches of the next pass."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +140,7 @@ class TrainBatches:
     `batch_size` is the flag's, less where a process has fewer items than that; the last, partial batch of an epoch is
     left out. `steps` is the number of batches in an epoch, None where the data set does not know; if it is given, an
     epoch is that many batches of an endless stream. `even` asks for an even batch size, as mixup wants it; `repeats` is
-    `SeededSampler`'s, `collate` the DataLoader's.
+    `SeededSampler`'s, `collate` the DataLoader's. With a `batch_sampler` the batches and their number are its own.
     """
 
     def __init__(
@@ -134,10 +152,12 @@ class TrainBatches:
         even: bool = False,
         steps: int | None = None,
         collate: Collate | None = None,
+        batch_sampler: BatchSampler | None = None,
     ) -> None:
         self.seed, self.batch_size = args.seed, args.batch_size
         self.dataset, self.generator = dataset, torch.Generator()
         self.sampler: SeededSampler | None = None
+        self.batch_sampler = batch_sampler
         self.steps: int | None
         workers = _workers(args)
         options: dict[str, Any] = {}
@@ -147,6 +167,10 @@ class TrainBatches:
             if hasattr(dataset, "set_loader_cfg"):
                 dataset.set_loader_cfg(num_workers=workers)
             self.steps = len(dataset) // self.batch_size or None  # type: ignore[arg-type]
+        elif batch_sampler is not None:
+            self.steps = len(batch_sampler)
+            dataset, options = SeededDataset(dataset), {"batch_sampler": batch_sampler}
+            options["persistent_workers"] = workers > 0
         else:
             length = None if steps is None else steps * self.batch_size
             self.sampler = SeededSampler(dataset, args.seed, rank(), world_size(), repeats, length)
@@ -160,12 +184,12 @@ class TrainBatches:
                 )
             self.steps = count // self.batch_size
             dataset, options = SeededDataset(dataset), {"sampler": self.sampler, "persistent_workers": workers > 0}
+        if batch_sampler is None:
+            options |= {"batch_size": self.batch_size, "drop_last": True}
         self.loader = DataLoader(
             dataset,
-            batch_size=self.batch_size,
             num_workers=workers,
             pin_memory=args.pin_mem and torch.cuda.is_available(),
-            drop_last=True,
             collate_fn=collate,
             worker_init_fn=ignore_stop_signals,
             generator=self.generator,
@@ -175,6 +199,9 @@ class TrainBatches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """The batches of `epoch` from number `start` on."""
         self.generator.manual_seed(int(np.random.SeedSequence([self.seed, epoch, rank()]).generate_state(1)[0]))
+        if self.batch_sampler is not None:
+            self.batch_sampler.set_epoch(epoch, start)
+            return iter(self.loader)
         if self.sampler is not None:
             self.sampler.set_epoch(epoch, start * self.batch_size)
             return iter(self.loader)
@@ -187,7 +214,8 @@ class EvalBatches:
     """The evaluation set in order, in batches of `batch_size`: half as large again as in training, unless it is given.
 
     With `--dist-eval` a process gets every world_size-th item, and no item comes twice: `steps` is the longest share,
-    so that all processes can go through the same number of steps.
+    so that all processes can go through the same number of steps. With a `batch_sampler` the batches are its own, and
+    it has to share them so.
     """
 
     def __init__(
@@ -197,6 +225,7 @@ class EvalBatches:
         *,
         batch_size: int | None = None,
         collate: Collate | None = None,
+        batch_sampler: BatchSampler | None = None,
     ) -> None:
         batch_size = int(1.5 * args.batch_size) if batch_size is None else batch_size
         shares = world_size() if args.dist_eval else 1
@@ -204,16 +233,19 @@ class EvalBatches:
         self.dataset = dataset
         self.steps: int | None = None
         options: dict[str, Any] = {}
-        if not streams:
+        if batch_sampler is not None:
+            self.steps, options = batch_sampler.steps, {"batch_sampler": batch_sampler}
+        elif not streams:
             size = len(dataset)  # type: ignore[arg-type]
             self.steps = math.ceil(math.ceil(size / shares) / batch_size)
             options = {"sampler": range(rank() % shares, size, shares)}
         # timm's readers share streams themselves, as evenly as their shards allow
         self.shared = (shares if not streams else world_size()) > 1
         workers = max(_workers(args), int(streams))
+        if batch_sampler is None:
+            options["batch_size"] = batch_size
         self.loader = DataLoader(
             dataset,
-            batch_size=batch_size,
             num_workers=workers,
             pin_memory=args.pin_mem and torch.cuda.is_available(),
             collate_fn=collate,

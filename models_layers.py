@@ -12,6 +12,8 @@ from mamba_ssm.ops.triton.layernorm import RMSNorm, layer_norm_fn
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from embeddings import resize_pos_embed
+
 
 class Block(nn.Module):
     """One encoder layer: add the last output to the residual, normalise, mix."""
@@ -69,3 +71,18 @@ def init_linears(module: nn.Module, depth: int) -> None:
                 linear.weight /= math.sqrt(depth)
         if linear.bias is not None and not getattr(linear.bias, "_no_reinit", False):
             nn.init.zeros_(linear.bias)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """timm's hook on loaded weights: fit the position embedding of a square grid to the model's own grid."""
+    pos_embed = state_dict.get("pos_embed")
+    if pos_embed is None or model.pos_embed is None or pos_embed.shape[1] == model.pos_embed.shape[1]:
+        return state_dict
+    num_patches = pos_embed.shape[1] - len(model.class_row_positions(model.patch_embed.num_patches))
+    side = math.isqrt(max(num_patches, 0))
+    if side * side != num_patches:
+        raise ValueError(
+            f"pos_embed has {num_patches} patch rows; wanted a square number, to know the grid it was made for."
+        )
+    resized = resize_pos_embed(pos_embed, (side, side), model.pos_embed_grid, model.class_row_positions)
+    return state_dict | {"pos_embed": resized}

@@ -8,7 +8,6 @@ Zhu et al. 2024, "Vision Mamba: Efficient Visual Representation Learning with Bi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -24,7 +23,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from embeddings import PatchEmbed, RotaryEmbedding2d, resize_pos_embed
+from embeddings import ChannelPatchEmbed, PatchEmbed, RotaryEmbedding2d, resize_pos_embed
 from fusion import Methods, build_site_methods, method_keywords
 from fusion.dynamic_pruning import PruningOutput, pruning_output
 from fusion.token_state import (
@@ -36,7 +35,7 @@ from fusion.token_state import (
     reorder,
     split_cls,
 )
-from models_layers import Block, add_norm, init_linears
+from models_layers import Block, add_norm, checkpoint_filter_fn, init_linears
 from models_registry import (
     ALIASES,
     FASTVIM,
@@ -64,7 +63,15 @@ class VisionMamba(nn.Module):
         if unknown:
             raise TypeError(f"VisionMamba does not know {', '.join(unknown)}; wanted its own or a method's keywords.")
         settings = VimSettings(**{name: value for name, value in keywords.items() if name in own})
-        self.methods = Methods.from_keywords(**{name: value for name, value in keywords.items() if name not in own})
+        others = {name: value for name, value in keywords.items() if name not in own}
+        if settings.channel_tokens and settings.scan_order == "Spatial-First":
+            others.setdefault("spatial_axes", (1, 2))
+        self.methods = Methods.from_keywords(**others)
+        pooling = self.methods.get("pooling")
+        if pooling is not None and pooling.pool_dims == 2 and not settings.channel_tokens:
+            raise ValueError("pool_dims is 2; wanted it with channel_tokens, whose grid has a third axis.")
+        if self.methods.get("pruning") is not None and settings.channel_tokens:
+            raise ValueError("Learned pruning knows one channel's patches: wanted it without channel_tokens.")
 
         self.num_classes, self.drop_rate = settings.num_classes, settings.drop_rate
         self.embed_dim = self.num_features = settings.embed_dim
@@ -90,11 +97,14 @@ class VisionMamba(nn.Module):
         """Patches, class tokens, positions."""
         pooling, dim = self.methods.get("pooling"), settings.embed_dim
         self._colwise = pooling is not None and pooling.scanpath_type == "colwise"
-        self.patch_embed = PatchEmbed(
+        self.knows_channels = settings.channel_tokens
+        about = {name: getattr(settings, name) for name in ("hcs", "sort_channels", "scan_order")}
+        embed = partial(ChannelPatchEmbed, **about) if self.knows_channels else PatchEmbed
+        self.patch_embed = embed(
             settings.img_size,
             settings.patch_size,
             settings.patch_size if settings.stride is None else settings.stride,
-            settings.in_chans,
+            settings.in_chans if settings.channels is None else settings.channels,
             dim,
             dynamic=pooling is not None and not settings.if_rope,
         )
@@ -180,8 +190,9 @@ class VisionMamba(nn.Module):
         """Initialise as Vim does: LeCun-normal patch convolution, truncated normal (0.02) head, neck, tokens and
         positions; linear biases zero but for dt_proj's; out_proj Kaiming-uniform over sqrt(depth), one residual branch
         a layer."""
-        lecun_normal_(self.patch_embed.proj.weight)
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        if not self.knows_channels:  # those start as torch has it
+            lecun_normal_(self.patch_embed.proj.weight)
+            nn.init.zeros_(self.patch_embed.proj.bias)
         tokens = [getattr(self, name) for name in self.cls_token_names]
         for parameter in [*tokens, self.pos_embed, self.pos_embed_cls]:
             if parameter is None:
@@ -194,11 +205,13 @@ class VisionMamba(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone: A, D of every direction, positions, class tokens."""
+        """Names of the parameters that weight decay leaves alone: A, D of every direction, positions, class tokens,
+        channels."""
         scan = {
             name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("A_log", "A_b_log", "D", "D_b")
         }
-        return scan | {"pos_embed", "pos_embed_cls", *self.cls_token_names}
+        channels = {"patch_embed.channel_embed.weight"} if self.knows_channels else set()
+        return scan | channels | {"pos_embed", "pos_embed_cls", *self.cls_token_names}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -259,13 +272,16 @@ class VisionMamba(nn.Module):
         random_cls_position: bool = False,
         random_token_rank: bool = False,
         keep: Tensor | None = None,
+        channels: Any = None,
     ) -> TokenState:
-        """Images (B, C, H, W) -> the token sequence before the first site.
+        """Images (B, C, H, W) -> the token sequence before the first site; `channels` as in `forward`.
 
         `keep` (B, V), long, rising in every row: the raster indices of the patch tokens that are left, as masked
         autoencoding needs; positions are those of the full grid, and class tokens stand among the V by their rule.
         """
-        patches, grid = self.patch_embed(x)
+        if channels is not None and not self.knows_channels:
+            raise ValueError("This model takes its channels together: wanted one with channel_tokens for `channels`.")
+        patches, grid = self.patch_embed(x, channels) if self.knows_channels else self.patch_embed(x)
         batch, num_patches, _ = patches.shape
         if keep is not None and (keep.ndim != 2 or len(keep) != batch or keep.dtype != torch.long):
             raise ValueError(f"keep is {tuple(keep.shape)} of {keep.dtype}; wanted ({batch}, V) of torch.int64.")
@@ -302,11 +318,14 @@ class VisionMamba(nn.Module):
             state = reorder(state, torch.arange(state.num_tokens - 1, -1, -1))
         return state
 
-    def position_rows(self, grid: tuple[int, int], index: ClassIndex) -> tuple[Tensor | None, Tensor | None]:
+    def position_rows(self, grid: tuple[int, ...], index: ClassIndex) -> tuple[Tensor | None, Tensor | None]:
         """The position embeddings of the class tokens (1, K, D), which stand at `index` of the full sequence, and of
         the patch tokens of `grid` (1, M, D); None where there are none."""
         if self.pos_embed is None:
             return None, None
+        if self.knows_channels:
+            rows_cols = tuple(grid[axis] for axis in self.patch_embed.spatial_axes)
+            return None, self.patch_embed.spread(self.pos_embed_for(rows_cols), grid)
         table = self.pos_embed_for(grid)
         return split_cls(table, index) if self.class_tokens.positions == "shared" else (self.pos_embed_cls, table)
 
@@ -384,10 +403,15 @@ class VisionMamba(nn.Module):
         return hidden
 
     def forward_features(
-        self, x: Tensor, if_random_cls_token_position: bool = False, if_random_token_rank: bool = False
+        self,
+        x: Tensor,
+        if_random_cls_token_position: bool = False,
+        if_random_token_rank: bool = False,
+        channels: Any = None,
     ) -> Tensor:
         """Images (B, C, H, W) -> normalised tokens (B, `num_prefix_tokens` + M, D), class tokens first."""
-        return self.finish(self.encode(self.embed(x, if_random_cls_token_position, if_random_token_rank)))
+        state = self.embed(x, if_random_cls_token_position, if_random_token_rank, channels=channels)
+        return self.finish(self.encode(state))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, token_policy: Tensor | None = None) -> Tensor:
         """Tokens of `forward_features` -> logits (B, num_classes), or with `pre_logits` the features they are read from
@@ -415,10 +439,12 @@ class VisionMamba(nn.Module):
         return_features: bool = False,
         if_random_cls_token_position: bool = False,
         if_random_token_rank: bool = False,
+        channels: Any = None,
     ) -> Any:
         """Images (B, C, H, W) -> logits (B, num_classes), or with `return_features` the features under the
-        head. In training mode a method may return something of its own instead (`SiteMethod.output`)."""
-        state, tokens, features = self._features(x, if_random_cls_token_position, if_random_token_rank)
+        head. In training mode a method may return something of its own instead (`SiteMethod.output`). A model with
+        `channel_tokens` is told by `channels` which of those that it knows x holds; see `ChannelPatchEmbed`."""
+        state, tokens, features = self._features(x, if_random_cls_token_position, if_random_token_rank, channels)
         if return_features:
             return features
         output = self.head(features)
@@ -437,9 +463,9 @@ class VisionMamba(nn.Module):
         return pruning_output(state, tokens, self.head(features))
 
     def _features(
-        self, x: Tensor, random_cls_position: bool, random_token_rank: bool
+        self, x: Tensor, random_cls_position: bool, random_token_rank: bool, channels: Any = None
     ) -> tuple[TokenState, Tensor, Tensor]:
-        state = self.encode(self.embed(x, random_cls_position, random_token_rank))
+        state = self.encode(self.embed(x, random_cls_position, random_token_rank, channels=channels))
         tokens = self.finish(state)
         policy = None if state.token_mask is None else patch_policy(state)
         return state, tokens, self.forward_head(tokens, pre_logits=True, token_policy=policy)
@@ -454,13 +480,14 @@ class VisionMamba(nn.Module):
         intermediates_only: bool = False,
         return_prefix_tokens: bool = False,
         output_dict: bool = False,
+        channels: Any = None,
     ) -> list[Any] | tuple[Tensor, list[Any]] | dict[str, Any]:
         """Token maps after chosen sites, as timm's models give them: (B, D, rows, cols), or (B, M, D) for output_fmt
         "NLC".
 
         With `return_prefix_tokens` each map comes with its class tokens (B, K, D). With `output_dict` maps are under
         `image_intermediates`, class tokens under `image_intermediates_prefix`, final tokens under `image_features`.
-        Needs models that keep their full token grid.
+        Needs models that keep their full token grid. Maps of a model with `channel_tokens` are means over the channels.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; wanted 'NCHW' or 'NLC'.")
@@ -475,12 +502,17 @@ class VisionMamba(nn.Module):
                 raise ValueError("Token maps need the full grid: wanted a model without token merging or pruning.")
             tokens = state.hidden + state.residual
             classes, patches = split_cls(self.norm_f(tokens) if norm else tokens, state.cls)
+            grid = state.grid
+            if self.knows_channels:
+                patches = self.patch_embed.mean(patches, grid)
+                grid = tuple(grid[axis] for axis in self.patch_embed.spatial_axes)
             if output_fmt == "NCHW":
-                patches = patches.transpose(1, 2).unflatten(2, state.grid).contiguous()
+                patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
             maps.append(patches)
             prefixes.append(classes)
 
-        state = self.encode(self.embed(x), visit, last + 1 if stop_early and intermediates_only else None)
+        last_site = last + 1 if stop_early and intermediates_only else None
+        state = self.encode(self.embed(x, channels=channels), visit, last_site)
         features = None if intermediates_only else self.finish(state)
         if output_dict:
             found: dict[str, Any] = {"image_intermediates": maps}
@@ -519,21 +551,6 @@ class VisionMamba(nn.Module):
         return take
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VisionMamba) -> dict[str, Tensor]:
-    """timm's hook on loaded weights: fit the position embedding of a square grid to the model's own grid."""
-    pos_embed = state_dict.get("pos_embed")
-    if pos_embed is None or model.pos_embed is None or pos_embed.shape[1] == model.pos_embed.shape[1]:
-        return state_dict
-    num_patches = pos_embed.shape[1] - len(model.class_row_positions(model.patch_embed.num_patches))
-    side = math.isqrt(max(num_patches, 0))
-    if side * side != num_patches:
-        raise ValueError(
-            f"pos_embed has {num_patches} patch rows; wanted a square number, to know the grid it was made for."
-        )
-    resized = resize_pos_embed(pos_embed, (side, side), model.pos_embed_grid, model.class_row_positions)
-    return state_dict | {"pos_embed": resized}
-
-
 # --- registry ---
 
 
@@ -543,7 +560,7 @@ def _pretrained_cfg(name: str) -> dict[str, Any]:
     return dict(
         url="",
         num_classes=settings.get("num_classes", 1000),
-        input_size=(3, size, size),
+        input_size=(settings.get("in_chans", 3), size, size),
         fixed_input_size=not settings.get("spatial_pool", False),
         pool_size=None,
         crop_pct=0.875,

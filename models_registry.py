@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 
+from embeddings import SCAN_ORDERS
 from fusion.token_state import ClassTokens
 
 
@@ -25,6 +26,10 @@ class VimSettings:
     arXiv:2405.14858); all are read, each narrowed to embed_dim / `cls_reduce` channels. `global_pool` is timm's: what
     the head reads, the class tokens ("token"), the mean of the patch tokens ("avg"), or each token ("", so that the
     model returns them all); None reads class tokens where there are any.
+
+    `channel_tokens` makes every patch of every channel a token (ChannelVim; `ChannelPatchEmbed`, whose keywords are
+    `hcs`, `sort_channels` and `scan_order`); `channels` is then another name of `in_chans`, how many the model knows.
+    Class tokens have no positions there.
     """
 
     img_size: int | tuple[int, int] = 224
@@ -62,6 +67,11 @@ class VimSettings:
     cls_reduce: int = 1
     global_pool: str | None = None
     use_norm_after_ssm: bool | None = None
+    channel_tokens: bool = False
+    channels: int | None = None
+    hcs: bool = True
+    sort_channels: bool = True
+    scan_order: str = SCAN_ORDERS[0]
     if_devide_out: bool | None = None  # the published spelling
 
     def __post_init__(self) -> None:
@@ -73,7 +83,14 @@ class VimSettings:
             )
         if self.pair_residual not in ("sum", "mean"):
             raise ValueError(f"pair_residual is {self.pair_residual!r}; wanted 'sum' or 'mean'.")
-
+        if self.scan_order not in SCAN_ORDERS:
+            raise ValueError(f"scan_order is {self.scan_order!r}; wanted {' or '.join(map(repr, SCAN_ORDERS))}.")
+        if self.channel_tokens and self.if_rope:
+            raise ValueError(
+                "Channels of a patch share its position: wanted channel_tokens without if_rope, registers."
+            )
+        if self.channel_tokens and self.num_cls_tokens is not None:
+            raise ValueError("Registers have positions of their own: wanted channel_tokens without num_cls_tokens.")
         if self.num_cls_tokens is not None and self.num_cls_tokens < 1:
             raise ValueError(f"num_cls_tokens is {self.num_cls_tokens}; wanted 1 register or more.")
         if self.cls_reduce != 1 and self.num_cls_tokens is None:
@@ -88,9 +105,10 @@ class VimSettings:
             return ClassTokens(self.num_cls_tokens, "spread", positions="own", readout="concat")
         if not self.if_cls_token:
             return ClassTokens()
+        positions = "none" if self.channel_tokens else "shared"
         if self.use_double_cls_token:
-            return ClassTokens(2, "ends")
-        return ClassTokens(1, "middle" if self.use_middle_cls_token else "front")
+            return ClassTokens(2, "ends", positions)
+        return ClassTokens(1, "middle" if self.use_middle_cls_token else "front", positions)
 
 
 # --- names ---
@@ -107,6 +125,8 @@ VIM = dict(
     use_middle_cls_token=True,
 )
 FASTVIM = VIM | dict(if_cls_token=False, use_middle_cls_token=False, spatial_pool=True)
+_CHANNELS = dict(channel_tokens=True, in_chans=8, use_norm_after_ssm=True)
+_CHANNELVIM, _FASTCHANNELVIM = VIM | _CHANNELS, FASTVIM | _CHANNELS
 _VIM_NORM = VIM | dict(use_norm_after_ssm=True)  # the Vim that FastVim's authors pre-train and fine-tune
 _FAMBAV = VIM | dict(if_bidirectional=True, use_middle_cls_token=False)
 _DYVM = dict(pruning="both")
@@ -154,7 +174,17 @@ REGISTRY: dict[str, dict[str, Any]] = {
     "dyvm_videomamba_small_patch16_224": _VIDEOMAMBA | _SMALL | _DYVM,
     "dyvm_videomamba_middle_patch16_224": _VIDEOMAMBA | dict(embed_dim=576, depth=32) | _DYVM,
     "dyvm_videomamba_base_patch16_224": _VIDEOMAMBA | _BASE | _DYVM,
+    "channelvim_nano_patch4_32": _CHANNELVIM | _NANO | dict(in_chans=5),
+    "fastchannelvim_nano_patch4_32": _FASTCHANNELVIM | _NANO | dict(in_chans=5),
 }
+for _patch in (16, 8):
+    _fast = _FASTCHANNELVIM | _SMALL | dict(patch_size=_patch)
+    REGISTRY |= {
+        f"channelvim_small_patch{_patch}_224": _CHANNELVIM | _SMALL | dict(patch_size=_patch),
+        f"fastchannelvim_small_patch{_patch}_224": _fast,
+        f"fastchannelvim_small_patch{_patch}_224_maxpool": _fast | dict(collapse_method="max"),
+        f"fastchannelvim_small_patch{_patch}_224_2dcompress": _fast | dict(pool_dims=2),
+    }
 for _size, _keywords in _MAMBAREG_SIZES.items():
     _stages = dict(pruning_loc=(2, 4, 6)) if _size.startswith("nano") else {}
     REGISTRY[f"mambareg_{_size}"] = _MAMBAREG | _keywords
@@ -187,6 +217,12 @@ ALIASES = (
     }
 )
 
+_LONG_CHANNELS = "channelvim_small_patch16_224_final_pool_mean_abs_pos_embed_with"
+ALIASES |= {
+    f"{_LONG_CHANNELS}_noclstok_div2": "fastchannelvim_small_patch16_224",
+    f"{_LONG_CHANNELS}_midclstok_div2": "channelvim_small_patch16_224",
+}
+
 # How `--model` is spelt in DyVM's release, and what each is here.
 PUBLISHED_SPELLINGS = {
     "Vim-Tiny": "dyvm_tiny_patch16_224",
@@ -194,6 +230,8 @@ PUBLISHED_SPELLINGS = {
     "Vim-Base": "dyvm_base_patch16_224",
     "VideoMamba-Tiny": "dyvm_videomamba_tiny_patch16_224",
     "VideoMamba-Small": "dyvm_videomamba_small_patch16_224",
+    "VideoMamba-Middle": "dyvm_videomamba_middle_patch16_224",
+    "VideoMamba-Base": "dyvm_videomamba_base_patch16_224",
     "MambaReg-Tiny": "dyvm_mambareg_tiny_patch16_224",
     "MambaReg-Small": "dyvm_mambareg_small_patch16_224",
     "MambaReg-Base": "dyvm_mambareg_base_patch16_224",

@@ -24,12 +24,16 @@ def _merging(strategy: str, tokens: int, layer: int = 0) -> tuple[str, ...]:
 
 # fifteen epochs do not make a gate sure of itself: without noise in the end, it decides as it does in inference
 _SURE = ("--gate-noise-end", "0")
-_BLOCK, _BOTH = ("--pruning", "block"), ("--pruning", "both")
+_KEEP = (
+    *("--block-keep-ratio", "0.8", "--token-pruning-weight", "10", "--block-pruning-weight", "10"),
+    *("--warmup-lr", "1e-6"),
+)
+_BLOCK, _BOTH = ("--pruning", "block", *_KEEP), ("--pruning", "both", *_KEEP)
 _METHODS = {
     "none": Method("Vim", "vim"),
     "upper": Method("Famba-V (upper)", "vim", _merging("upper", 8, 4), _merging("upper", 8, 2)),
     "fastvim": Method("FastVim", "fastvim"),
-    "dyvm-token": Method("DyVM (token)", "dyvm", ("--pruning", "token"), fine_tunes=True),
+    "dyvm-token": Method("DyVM (token)", "dyvm", ("--pruning", "token", *_KEEP), fine_tunes=True),
     "dyvm-block": Method("DyVM (block)", "dyvm", _BLOCK, _BLOCK + _SURE, fine_tunes=True),
     "dyvm-both": Method("DyVM (both)", "dyvm", _BOTH, _BOTH + _SURE, fine_tunes=True),
     # attention does not stand the Vims' learning rate on the digits

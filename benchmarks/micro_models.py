@@ -19,7 +19,10 @@ import models_mae  # noqa: F401 - its names join the registry
 import models_mamba
 
 SIZES: dict[str, Any] = dict(depth=4, embed_dim=32, patch_size=8)
-FAMILIES = ("vim", "fambav", "fastvim", "dyvm", "mambareg", "dyvm_mambareg", "mae_vim", "mae_fastvim")
+FAMILIES = (
+    *("vim", "fambav", "fastvim", "dyvm", "mambareg", "dyvm_mambareg", "mae_vim", "mae_fastvim"),
+    *("channelvim", "fastchannelvim"),
+)
 default_cfgs = generate_default_cfgs(
     {
         f"{family}_micro_patch8_32": dict(

@@ -30,7 +30,7 @@ def causal_conv1d_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, *rest) -> 
 
 
 def causal_conv1d_bwd(x: Tensor, weight: Tensor, bias: Tensor | None, dout: Tensor, *rest) -> tuple:
-    """(dx, dweight, dbias), as in 1.0 and 1.1: `rest` is (dx, silu) or (seq_idx, dx, silu), dx written to if it is there.
+    """(dx, dweight, dbias), as in 1.0 and 1.1: `rest` is (dx, silu) or (seq_idx, dx, silu), dx written to if given.
 
     Raises:
         NotImplementedError: called as later releases are, with gradients of states.

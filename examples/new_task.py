@@ -29,7 +29,8 @@ class Rotate(Task):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        augmentation.add_arguments(parser)
+        for owner in (augmentation, datasets):
+            owner.add_arguments(parser)
         parser.add_argument("--turns", type=number(int, 2, 4), default=4, help="how many there are (default: 4)")
 
     @classmethod

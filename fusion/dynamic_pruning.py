@@ -8,6 +8,7 @@ mask keeps the dropped ones out of every convolution and scan, so that training 
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,11 @@ from fusion.token_state import (
     split_cls,
     spread,
 )
+
+_logger = logging.getLogger(__name__)
+
+# the release's defaults, of flags that were not typed
+RELEASE = dict(epochs=30, warmup_lr=1e-5, block_keep_ratio=0.7, token_pruning_weight=16.0, block_pruning_weight=16.0)
 
 # What chooses tokens: (stage, tokens (B, n, C), policy so far (B, n)) -> either a decision (B, n) of 1 (keep) and 0,
 # floating, after which the sequence keeps its length, or the indices (B, k) to keep, long and rising, after which it is
@@ -251,6 +257,14 @@ class DynamicPruning(SiteMethod):
         """Refuse training flags that contradict a loss, a teacher and a training mode of its own."""
         if args.fsdp:
             raise ValueError(f"--model {args.model} contradicts --fsdp, which trains Vision Mambas without pruning.")
+        args.pruning = self.settings.kind
+        if getattr(args, "with_teacher", True):
+            taken = {name: value for name, value in RELEASE.items() if name not in typed}
+            for name, value in taken.items():
+                setattr(args, name, value)
+            if taken and not args.eval:
+                told = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in taken.items())
+                _logger.info("Learned pruning, not typed and so as in the release: %s.", told)
         if args.eval:
             return
         if not args.model_path and getattr(args, "with_teacher", True):

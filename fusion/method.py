@@ -26,6 +26,7 @@ def option(
     help: str = "",
     *,
     flag: str = "",
+    aliases: Sequence[str] = (),
     flag_default: Any = _UNSET,
     keyword: str = "",
     choices: Sequence[Any] = (),
@@ -33,14 +34,13 @@ def option(
 ) -> Any:
     """A field of a `Settings` class: its default and, in the same place, its model keyword and its flag.
 
-    `keyword` is the field's own name unless given. Without `flag` there is none; with one, `help` and `argument` (type,
-    nargs, metavar, action) go to argparse. `flag_default` is the flag's default where it differs from the field's: None
-    for a flag that leaves the choice to the model's registry entry unless it is typed. `choices` are all valid values;
-    the flag offers these.
+    `keyword` is the field's own name unless given. Without `flag` there is none; with one, which `aliases` may stand
+    for, `help` and `argument` (type, nargs, metavar, action) go to argparse. `flag_default` is the flag's default where
+    it differs from the field's: None for a flag that leaves the choice to the model's registry entry unless it is
+    typed. `choices` are all valid values; the flag offers these.
     """
-    about = dict(
-        help=help, flag=flag, flag_default=flag_default, keyword=keyword, choices=tuple(choices), argument=argument
-    )
+    about = dict(flag=flag, aliases=tuple(aliases), flag_default=flag_default, keyword=keyword, choices=tuple(choices))
+    about |= dict(help=help, argument=argument)
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -78,7 +78,7 @@ class Settings:
                 more = (more_choices or {}).get(keyword_of(each), ())
                 more = [value for value in more if value not in about["choices"]]
                 argument.setdefault("choices", (*more, *about["choices"]))
-            group.add_argument(about["flag"], **argument)
+            group.add_argument(about["flag"], *about["aliases"], **argument)
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> dict[str, Any]:

@@ -36,11 +36,16 @@ class PruningSettings(Settings):
         (0.7, 0.7**2, 0.7**3),
         "k: the stages keep k, k^2, k^3 of the tokens",
         flag="--token-keep-ratio",
+        aliases=("--base_rate",),
         flag_default=0.7,
         type=float,
     )
     block_keep_ratio: float = option(
-        0.8, "target share of scan directions that run", flag="--block-keep-ratio", type=float
+        0.8,
+        "target share of scan directions that run",
+        flag="--block-keep-ratio",
+        aliases=("--layer-keep-ratio",),
+        type=float,
     )
     policy: str = option(
         "learned", "ablation: who chooses", flag="--pruning-policy", keyword="pruning_policy", choices=POLICIES
@@ -96,7 +101,11 @@ class PruningTraining(Settings):
         10.0, "loss weight of the token keep ratios", flag="--token-pruning-weight", type=float
     )
     block_pruning_weight: float = option(
-        10.0, "loss weight of the block keep ratio", flag="--block-pruning-weight", type=float
+        10.0,
+        "loss weight of the block keep ratio",
+        flag="--block-pruning-weight",
+        aliases=("--layer-pruning-weight",),
+        type=float,
     )
     gate_noise_end: float = option(
         1.0,

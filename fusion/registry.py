@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fusion.method import Meter, SiteMethod, methods_of
 
 # Outermost first: what the last one does, it does closest to the site.
+BESIDE = "OUTPUT_DIR/pictures"  # what --visualize alone stands for
 METHODS: dict[str, type[SiteMethod]] = {}
 
 _Method = TypeVar("_Method", bound=type[SiteMethod])
@@ -92,9 +93,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pictures of the sites")
     group.add_argument(
         "--visualize",
+        nargs="?",
+        const=BESIDE,
         default="",
         metavar="DIR",
-        help="save hidden states, similarities and merged groups of the first test images, after --eval or training",
+        help="save pictures of the first test images, after --eval or training (without DIR: in OUTPUT_DIR/pictures)",
     )
 
 
@@ -103,6 +106,10 @@ def check(args: argparse.Namespace, typed: set[str]) -> None:
     sentence); say once what is accepted and changes nothing."""
     for method in METHODS.values():
         method.check_flags(args, typed)
+    if args.visualize == BESIDE:
+        if not getattr(args, "output_dir", ""):
+            raise ValueError("--visualize without a folder wants --output_dir, where the pictures go.")
+        args.visualize = str(Path(args.output_dir, "pictures"))
     if args.visualize and Path(args.visualize).exists() and not Path(args.visualize).is_dir():
         raise ValueError(f"--visualize {args.visualize} is a file; wanted a folder.")
 

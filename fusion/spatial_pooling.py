@@ -81,10 +81,10 @@ class GridPooling:
 
     @property
     def lines(self) -> Lines | None:
-        """The rows or columns of a two-dimensional grid, if they are averaged: the case that has kernels."""
-        if len(self.shape) != 2 or self.method != "mean" or self._pooled_axes != (1,):
+        """The same for the kernels, which take means over any axes of a grid of up to three."""
+        if self.method != "mean":
             return None
-        return Lines(self.walked[0], self.axes == (1, 0), self.scale)
+        return Lines.of_grid(self.shape, self.axes, self._pooled_axes, self.scale)
 
     @property
     def walked(self) -> tuple[int, ...]:

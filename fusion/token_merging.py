@@ -36,6 +36,9 @@ STRATEGIES = ("no", "all", "alternate", "lower", "upper")
 ORDERS = ("published", "raster")
 
 
+RELEASE_LAYER, RELEASE_TOKEN = 11, 7  # its defaults of K and r
+
+
 def _strategy(name: str) -> str:
     return "alternate" if name == "interleaved" else name
 
@@ -339,11 +342,25 @@ class TokenMerging(SiteMethod):
         if args.bi_merge:
             _logger.warning("--bi-merge changes nothing here: --fusion-strategy alone switches token merging on.")
         if args.fusion_strategy != "no":
+            # as in the release, whose command may name the strategy alone; `describe` says what is taken
+            if "fusion_token" not in typed:
+                args.fusion_token = RELEASE_TOKEN
+            if "fusion_layer" not in typed:
+                args.fusion_layer, args.cut_fusion_layer = RELEASE_LAYER, True
             return
         if args.fusion_token > 0 or args.fusion_layer != 0:
             _logger.warning("--fusion-token and --fusion-layer change nothing without --fusion-strategy.")
         if args.fusion_token < 0:
             raise ValueError(f"--fusion-token is {args.fusion_token}; wanted 0 or more tokens to fuse at a site.")
+
+    @classmethod
+    def model_keywords(cls, args: argparse.Namespace, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """A layer that was not typed is cut to the sites of the registry entry."""
+        given = super().model_keywords(args, defaults)
+        if given and getattr(args, "cut_fusion_layer", False):
+            sites = defaults.get("depth", 24) // (2 if defaults.get("if_bidirectional") else 1)
+            args.fusion_layer = given["fusion_layer"] = min(RELEASE_LAYER, sites - 1)
+        return given
 
     @classmethod
     def conflicts(cls, settings: MergingSettings, others: Mapping[str, Any]) -> str | None:

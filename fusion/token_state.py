@@ -183,9 +183,14 @@ def spread(patches: Tensor, state: TokenState) -> Tensor:
 
 
 def reorder(state: TokenState, order: Tensor) -> TokenState:
-    """The same tokens in another order (L,), for the whole batch; the patches' positions are written down."""
+    """The same tokens in another order (L,), for the whole batch; the patches' positions are written down.
+
+    Class tokens that are read one by one (`concat`) keep their own order at the places that come to them.
+    """
     old_cls = torch.tensor(state.cls.index, dtype=torch.long)
     cls = state.cls.moved(tuple(int(index) for index in torch.isin(order, old_cls).nonzero()))
+    if cls.readout == "concat":
+        order = order.index_put((torch.tensor(cls.index, dtype=torch.long),), old_cls)
     order = order.to(state.hidden.device)
     batch = state.hidden.shape[0]
     positions = state.positions

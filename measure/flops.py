@@ -90,7 +90,7 @@ def _dry_run(model: VisionMamba, img_size: int | tuple[int, int] | None) -> tupl
 
     with contextlib.ExitStack() as stack, torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d) and module not in inside:
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) and module not in inside:
                 stack.enter_context(_hooked(module.register_forward_hook(count)))
         for mixer, number in mixers.items():
             stack.enter_context(_hooked(mixer.register_forward_pre_hook(see)))
@@ -103,10 +103,11 @@ def _dry_run(model: VisionMamba, img_size: int | tuple[int, int] | None) -> tupl
 
 
 def _image(model: nn.Module, img_size: int | tuple[int, int] | None, **kwargs: Any) -> Tensor:
+    embed = getattr(model, "patch_embed", None)
     if img_size is None:
-        embed = getattr(model, "patch_embed", None)
         img_size = getattr(embed, "img_size", None) or model.default_cfg["input_size"][1:]
-    channels = getattr(getattr(getattr(model, "patch_embed", None), "proj", None), "in_channels", 3)
+    # a convolution that runs on each channel alone takes one
+    channels = getattr(embed, "in_chans", None) or getattr(getattr(embed, "proj", None), "in_channels", 3)
     return torch.zeros(1, channels, *to_2tuple(img_size), **kwargs)
 
 

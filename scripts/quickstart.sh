@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Install what is missing, train small Vision Mambas on real handwritten digits, evaluate them, and compare.
-# Environment: OUTPUT_DIR (default output/quickstart), EPOCHS (default 20), METHODS (default "none upper fastvim dyvm").
+# Environment: OUTPUT_DIR (default output/quickstart), EPOCHS (default 20), METHODS (default "none upper fastvim dyvm
+# cells").
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
@@ -20,14 +21,24 @@ train() {
     "$PYTHON" main.py "${data[@]}" "${recipe[@]}" --output_dir "$output/$name" --resume auto "$@"
 }
 
-for method in ${METHODS:-none upper fastvim dyvm}; do
+train_cells() {
+    local name=$1
+    shift
+    printf '\n== %s: %s\n' "$name" "main.py --task cells $*"
+    "$PYTHON" main.py --task cells --data-set CELLS_DIGITS --num_workers 0 --epochs "$epochs" --batch-size 32 --unscale-lr \
+        --lr 2e-3 --warmup-epochs 1 --drop-path 0 --weight-decay 0.05 --output_dir "$output/$name" --resume auto "$@"
+}
+
+for method in ${METHODS:-none upper fastvim dyvm cells}; do
     case $method in
     none) train none --model vim_nano_patch4_32 --fusion-strategy no ;;
     upper) train upper --model vim_nano_patch4_32 --fusion-strategy upper --fusion-layer 2 --fusion-token 8 ;;
     fastvim) train fastvim --model fastvim_nano_patch4_32 ;;
     dyvm) train dyvm --model dyvm_nano_patch4_32 --model-path "$output/none/checkpoint.pth" --token-keep-ratio 0.7 \
+        --token-pruning-weight 10 --block-pruning-weight 10 --warmup-lr 1e-6 \
         --block-keep-ratio 0.8 --gate-noise-end 0 ;;
-    *) echo "METHODS names $method; wanted none, upper, fastvim or dyvm." >&2 && exit 2 ;;
+    cells) train_cells cells --model fastchannelvim_nano_patch4_32 ;;
+    *) echo "METHODS names $method; wanted none, upper, fastvim, dyvm or cells." >&2 && exit 2 ;;
     esac
 done
 
@@ -44,5 +55,5 @@ What to try next:
         --fusion-strategy upper --fusion-layer 2 --fusion-token 4 --fusion-order raster
   see the curves:           .venv/bin/tensorboard --logdir $output
   train on your own images: .venv/bin/python main.py --model vim_tiny_patch16_224 --data-set IMNET --data-path FOLDER
-  the published runs:       ls scripts/vim scripts/fambav scripts/fastvim scripts/dyvm
+  the published runs:       ls scripts/vim scripts/fambav scripts/fastvim scripts/dyvm scripts/cells
 TEXT

@@ -33,6 +33,10 @@ class _Tasks(Mapping[str, "type[Task]"]):
         self._classes[task.name] = task
         return task
 
+    def remove(self, name: str) -> None:
+        """Take a task that was added out again."""
+        self._classes.pop(name, None)
+
 
 TASKS = _Tasks(
     {
@@ -40,6 +44,7 @@ TASKS = _Tasks(
         "pretrain": "tasks.pretrain.task:Pretrain",
         "segment": "tasks.segment.task:Segment",
         "detect": "tasks.detect.task:Detect",
+        "cells": "tasks.cells.task:ClassifyCells",
     }
 )
 

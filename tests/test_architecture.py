@@ -47,6 +47,7 @@ ROOMS = {
             "benchmarks",
             "programs",
             "set-up",
+            "compiled names",
         ),
     ),
     "set-up": Room(("*/setup.py",)),
@@ -54,6 +55,8 @@ ROOMS = {
     "kernels": Room(("mamba-1p1p1/mamba_ssm/kernels/**",), ("causal_conv1d",)),
     "ops": Room(("mamba-1p1p1/mamba_ssm/ops/**",), ("causal_conv1d", "kernels")),
     "modules": Room(("mamba-1p1p1/mamba_ssm/**",), ("causal_conv1d", "kernels", "ops")),
+    # the names of the releases' compiled modules
+    "compiled names": Room(("*/causal_conv1d_cuda.py", "*/selective_scan_cuda.py"), ("causal_conv1d", "ops")),
     "utils": Room(("utils/**", "utils.py")),
     "fusion": Room(("fusion/**",), (*_PACKAGES, "utils")),
     "models": Room(("models_*.py", "embeddings.py"), (*_PACKAGES, "utils", "fusion")),

@@ -8,9 +8,8 @@ import timm
 import models_mamba  # noqa: F401 (registers the models)
 from tests.golden_rules import GOLDEN, fill_model, images, load, relative_error
 
-CASES = sorted(
-    path.stem for pattern in ("vim_*", "fambav_*", "fastvim_*", "mambareg_*") for path in GOLDEN.glob(f"{pattern}.npz")
-)
+PATTERNS = ("vim_*", "fambav_*", "fastvim_*", "mambareg_*", "channel_*")
+CASES = sorted(path.stem for pattern in PATTERNS for path in GOLDEN.glob(f"{pattern}.npz"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -18,7 +17,9 @@ def test_logits_and_gradients(case: str) -> None:
     config, arrays = load(case)
     model = timm.create_model(config["model"], drop_path_rate=0.0, **config["kwargs"])
     fill_model(model, config["salt"]).train(config["mode"] == "train")
-    logits = model(images(config["input"], config["salt"]))
+    channels = config.get("channels")
+    given = {} if channels is None else {"channels": channels}
+    logits = model(images(config["input"], config["salt"]), **given)
     assert relative_error(logits.detach(), arrays["logits"]) < 2e-4
     (logits * images(logits.shape, 77)).sum().backward()
     parameters = dict(model.named_parameters())

@@ -242,6 +242,19 @@ def test_recomputed_sites_give_the_same_gradients(micro: MaskedAutoencoder) -> N
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize("family", ["fastvim", "vim"])
+def test_mixed_precision(family: str) -> None:
+    model = fill_model(timm.create_model(f"mae_{family}_nano_patch4_32", img_size=16, embed_dim=32, depth=2), 3)
+    pixels, noise = images((2, 3, 16, 16), 5), golden_noise(1, (2, 16))
+    wanted = model(pixels, 0.5, noise)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(pixels, 0.5, noise)[0]
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=0.02)
+    assert model.patch_embed.proj.weight.grad.isfinite().all()
+
+
 # --- names, sizes, start ---
 
 

@@ -145,6 +145,9 @@ def test_random_orders_train(option: str) -> None:
     for _ in range(3):
         logits = model(images((2, 3, 32, 32), 1), **{option: True})
         assert logits.isfinite().all()
+    registers = (model.cls_token + model.pos_embed_cls).expand(2, -1, -1)
+    for state in (model.embed(images((2, 3, 32, 32), 1), random_token_rank=True) for _ in range(3)):
+        assert torch.equal(split_cls(state.hidden, state.cls)[0], registers), "each is read as itself"
     places = {model.embed(images((2, 3, 32, 32), 1), random_cls_position=True).cls.index for _ in range(4)}
     assert len(places) > 2
 

@@ -120,7 +120,7 @@ CASES = {
     "division in eval": ("--fsdp --eval --resume {vim.pth}", "--eval contradicts --fsdp"),
     "merging and pooling": ("--fusion-strategy all --spatial-pool row", "pooling", "merging"),
     "fusion layer": ("--fusion-strategy upper --fusion-layer 9 --fusion-token 1", "fusion_layer", "0 to 3"),
-    "fusion token": ("--fusion-strategy all --fusion-token -1", "--fusion-token"),
+    "fusion token": ("--fusion-strategy all --fusion-token -1", "fusion_token"),
     "pruning": ("--model dyvm_micro_patch8_32", "--model-path"),
     "teacher of another size": ("--model dyvm_micro_patch8_32 --model-path {other.pth}", "other.pth"),
     "keep ratio": ("--model dyvm_micro_patch8_32 --token-keep-ratio 2", "--token-keep-ratio is 2"),

@@ -24,8 +24,8 @@ EXPERIMENTS_PAGE = ROOT / "docs" / "experiments.md"
 
 
 class Published(NamedTuple):
-    """A command line of a release: where it stands, its words, and what the file says of it by `means`, `refused`,
-    `ours`."""
+    """A command line of a release: where it stands, its words, and what the file says of it by `means` (and
+    `pending`), `refused` and `ours`."""
 
     title: str
     words: list[str]
@@ -49,7 +49,8 @@ PUBLISHED = published()
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What stands for the paths of the commands."""
     root = tmp_path_factory.mktemp("published")
-    (root / "data").mkdir()
+    for part in ("train", "val"):
+        (root / "data" / part / "n00000000").mkdir(parents=True)
     torch.save({"model": {}}, root / "weights.pth")
     return {"DATA": str(root / "data"), "OUTPUT": str(root / "output"), "WEIGHTS": str(root / "weights.pth")}
 
@@ -65,7 +66,18 @@ def as_text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-@pytest.mark.parametrize("each", [each for each in PUBLISHED if "means" in each.said], ids=lambda each: each.title)
+def understood() -> list[Any]:
+    """The commands that mean something; `pending` says what one waits for, and the test when it no longer does."""
+    found = []
+    for each in PUBLISHED:
+        if "means" in each.said:
+            reason = each.said.get("pending")
+            marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
+            found.append(pytest.param(each, id=each.title, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize("each", understood())
 def test_a_published_command_means_what_it_meant(each: Published, places: dict[str, str]) -> None:
     args = program.parse([filled(word, places) for word in program_flags(each.words)])
     for pair in shlex.split(each.said["means"]):

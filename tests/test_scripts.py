@@ -25,8 +25,9 @@ import torch
 import fusion
 import main as program
 from tasks import TASKS
+from tasks.detect import build_detector
 from tasks.segment import build_segmenter
-from tests import micro_models, program_data, shapes_data
+from tests import cells_data, micro_models, program_data, shapes_data
 from tests.conftest import Result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,22 +47,35 @@ EXPERIMENTS = [script for script in SCRIPTS if script not in SOURCED | INSTALLS 
 # take minutes, or a GPU: that they start is all that is tried here
 LONG = {
     f"benchmarks.{name}"
-    for name in ("flops", "pruning", "merging", "resolution", "compare", "mae", "segmentation", "detection", "cells")
+    for name in [
+        "flops",
+        "pruning",
+        "merging",
+        "resolution",
+        "compare",
+        "mae",
+        "segmentation",
+        "detection",
+        "channels",
+        "channel_sampling",
+    ]
 }
 LONG_SCRIPTS = {"benchmarks/gpu_check.sh"}
-CLASSES = {"CIFAR": 100, "IMNET": 3, "ADE20K": 3, "COCO": 3, "SHAPES": 3}
+CLASSES = {"CIFAR": 100, "IMNET": 3, "ADE20K": 3, "COCO": 3, "SHAPES": 3, "JUMPCP": 4, "CELLS": 2}
+CHANNELS = {"JUMPCP": 8, "CELLS": 3}
 TINY = ("--input-size", "32", "--batch-size", "4", "--num_workers", "0")
 BY_STEPS = (*TINY, "--iterations", "1", "--eval-interval", "1", "--warmup-iters", "0")
 SMALL = {
     "classify": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
     "pretrain": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
     "segment": BY_STEPS,
+    "cells": (*TINY, "--epochs", "1", "--warmup-epochs", "0"),
     "detect": (
         *BY_STEPS,
         *("--det-channels", "8", "--det-fc-channels", "16", "--det-boxes", "16", "--det-proposals", "20"),
     ),
 }
-TOLD = {"classify": "top-1", "pretrain": "loss", "segment": "mIoU", "detect": "box AP"}
+TOLD = {"classify": "top-1", "pretrain": "loss", "segment": "mIoU", "detect": "box AP", "cells": "top-1"}
 
 
 # --- reading the pages ---
@@ -101,15 +115,18 @@ class Files:
         self.data = {
             "CIFAR": program_data.write_cifar100(root / "cifar", train=8, test=4),
             "IMNET": program_data.write_image_folder(root / "imnet", train=4, test=2),
+            "JUMPCP": cells_data.write_jumpcp(root / "jumpcp"),
+            "CELLS": root / "cells",
         }
+        self.index = cells_data.write_index(root / "cells")
         self.data["ADE20K"] = self.data["COCO"] = self.data["SHAPES"] = shapes_data.write_shapes(root / "shapes", 4, 2)
 
-    def weights(self, family: str, classes: int) -> Path:
+    def weights(self, family: str, classes: int, channels: int = 3) -> Path:
         """Weights of an untrained micro model."""
         path = self.root / f"{family}-{classes}.pth"
         if not path.exists():
             classes = 0 if family.startswith("mae_") else classes
-            model = micro_models.timm.create_model(f"{family}_micro_patch8_32", num_classes=classes)
+            model = micro_models.timm.create_model(f"{family}_micro_patch8_32", num_classes=classes, in_chans=channels)
             torch.save({"model": model.state_dict()}, path)
         return path
 
@@ -118,6 +135,14 @@ class Files:
         path = self.root / f"{family}-segmenter.pth"
         if not path.exists():
             torch.save({"model": build_segmenter(f"{family}_micro_patch8_32", 6, img_size=32).state_dict()}, path)
+        return path
+
+    def detector(self, family: str) -> Path:
+        """Weights of an untrained micro detector for SHAPES, as narrow as `SMALL` has it."""
+        path = self.root / f"{family}-detector.pth"
+        if not path.exists():
+            model = build_detector(f"{family}_micro_patch8_32", 5, img_size=32, out_channels=8, fc_channels=16)
+            torch.save({"model": model.state_dict()}, path)
         return path
 
 
@@ -134,6 +159,8 @@ def family_of(model: str) -> str:
         return "dyvm_mambareg"
     if model.startswith(("dyvm", "Vim-", "VideoMamba-")):
         return "dyvm"
+    if "channelvim" in model:
+        return "fastchannelvim" if model.startswith("fast") else "channelvim"
     if model.startswith("mae_"):
         return "mae_fastvim" if "fastvim" in model.lower() else "mae_vim"
     return "fastvim" if model.startswith("fastvim") or "noclstok" in model else "vim"
@@ -145,25 +172,39 @@ def value(flags: list[str], name: str, default: str = "") -> str:
     return flags[places[-1] + 1] if places else default
 
 
+def default_model(flags: list[str]) -> str:
+    """The model of a command line that names none."""
+    return "fastchannelvim" if value(flags, "--task") == "cells" else "vim_nano_patch4_32"
+
+
 def substitute(flags: list[str], files: Files, folder: Path) -> list[str]:
     """`flags` with folders and weights that exist in the places of those that they name."""
     flags = list(flags)
-    data_set = value(flags, "--data-set")
-    if data_set in ("", "DIGITS"):
+    data_set, is_cells = value(flags, "--data-set"), value(flags, "--task") == "cells"
+    if is_cells and data_set in ("", "CELLS_DIGITS"):
+        data_set = "JUMPCP"
+        flags += ["--data-set", data_set, "--data-path", str(files.data[data_set])]
+    elif data_set in ("", "DIGITS"):
         data_set = "CIFAR"
         flags += ["--data-set", data_set, "--data-path", str(files.data[data_set])]
     if data_set == "SHAPES" and "--data-path" not in flags:
         flags += ["--data-path", ""]
-    family = family_of(value(flags, "--model", "vim_nano_patch4_32"))
+    family = family_of(value(flags, "--model", default_model(flags)))
     plain = {"dyvm": "vim", "dyvm_mambareg": "mambareg"}
     start = plain.get(family, family) if "--eval" not in flags else family
     stands = {
         "--data-path": files.data[data_set],
         **dict.fromkeys(("--output_dir", "--visualize"), folder / "output"),
-        **dict.fromkeys(("--resume", "--finetune", "--model-path"), files.weights(start, CLASSES[data_set])),
+        **dict.fromkeys(
+            ("--resume", "--finetune", "--model-path"),
+            files.weights(start, CLASSES[data_set], CHANNELS.get(data_set, 3)),
+        ),
+        "--index": files.index,
     }
     if value(flags, "--task") == "segment":
         stands["--resume"] = files.segmenter(family)
+    if value(flags, "--task") == "detect":
+        stands["--resume"] = files.detector(family)
     return [str(stands.get(before, flag)) for before, flag in zip(["", *flags], flags)]
 
 
@@ -171,7 +212,7 @@ def check_and_run(flags: list[str], files: Files, folder: Path, run: Callable[..
     """Check the program's `flags` as they stand, then run them small."""
     flags = substitute(flags, files, folder)
     program.parse(flags)
-    model = value(flags, "--model", "vim_nano_patch4_32")
+    model = value(flags, "--model", default_model(flags))
     task = program.choose_task(flags).name
     by_steps = task in ("classify", "pretrain") and "--iterations" in flags
     tiny = BY_STEPS if by_steps else SMALL[task]
@@ -222,6 +263,8 @@ def test_experiment_script(script: str, files: Files, program: Callable[..., Res
     asks = "--model-path" in (ROOT / script).read_text()
     start = "mambareg" if "mambareg" in script else "vim"
     extra = ["--model-path", str(files.weights(start, 3))] if asks else []
+    if "--resume CHECKPOINT" in (ROOT / script).read_text():
+        extra = ["--resume", "CHECKPOINT"]
     (command,) = run_script(ROOT / script, [str(tmp_path), *extra], tmp_path)
     assert Path(command[0]) == ROOT / "main.py"
     assert value(command, "--data-path") == str(tmp_path), "the first argument is the data path"
@@ -275,7 +318,7 @@ def test_quickstart_installs_trains_and_evaluates(
     assert any("vim_requirements.txt" in line for line in installs)
     assert {line[-1] for line in installs if "-e" in line} == {"./causal_conv1d", "./mamba-1p1p1"}
     runs = [line for line in lines if line[0] == "main.py"]
-    assert len(runs) == 5
+    assert len(runs) == 6
     for line in runs:
         # nothing is there yet to resume
         flags = line[1:] if "--eval" in line else without(line[1:], "--resume")
@@ -360,11 +403,15 @@ def run_module(name: str, arguments: list[str], files: Files, folder: Path, monk
     """Run `python -m name` in this process, small where it would take minutes."""
     small = {
         "benchmarks.throughput": ["--img-size", "32", "--batch-size", "1", "--seconds", "0"],
-        "examples.new_method": ["--data-set", "CIFAR", "--data-path", str(files.data["CIFAR"]), *SMALL],
+        "examples.new_method": ["--data-set", "CIFAR", "--data-path", str(files.data["CIFAR"]), *SMALL["classify"]],
+        "examples.new_task": ["--model", "vim_micro_patch8_32", *SMALL["classify"], "--batch-size", "256"],
     }
     if name == "benchmarks.plot":  # the folders of runs that are yet to be made
         arguments = [str(logged_run(folder / word)) if word.startswith("output/") else word for word in arguments]
         arguments += ["--file", str(folder / "curves.png")]
+    arguments = [
+        str(folder / "run") if before == "--output_dir" else word for before, word in zip(["", *arguments], arguments)
+    ]
     help_only = name in LONG
     monkeypatch.setattr(sys, "argv", [name, *arguments, *(["--help"] if help_only else small.get(name, []))])
     monkeypatch.chdir(ROOT)
@@ -377,6 +424,7 @@ def run_module(name: str, arguments: list[str], files: Files, folder: Path, monk
     finally:  # an example registers its method for the rest of its process
         for added in set(fusion.METHODS) - methods:
             fusion.unregister(added)
+        TASKS.remove("rotate")
     assert code == 0
 
 

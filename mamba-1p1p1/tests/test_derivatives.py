@@ -35,7 +35,7 @@ from mamba_ssm.ops.selective_scan_interface import (
 from torch.func import functional_call, grad, hessian, jacrev, jvp, linearize, vmap
 
 B, D, L, N, R = 1, 2, 4, 2, 1
-LINES = Lines(2, True, 0.5)
+LINES = Lines.of_grid((3, 2), (1, 0), scale=0.5)
 SLOT, COUNT = torch.tensor([[0, 1, 1, 2]]), torch.tensor([[1, 2, 1]])
 
 

@@ -56,7 +56,7 @@ WAYS = {
     "gates": gated,
     "skipping": skipping,
     "observed": observed,
-    "pooled lines": lambda mixer, x: mixer(x, pooling=Rows(Lines(3, False))),
+    "pooled lines": lambda mixer, x: mixer(x, pooling=Rows(Lines.of_grid((3, 2)))),
     "pooled": lambda mixer, x: mixer(x, pooling=Rows(None)),
 }
 

@@ -1,6 +1,7 @@
 """The mixer over pooled lines: every instruction set against autograd through the formulas."""
 
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -32,27 +33,45 @@ def isa(request):
         yield request.param
 
 
-def in_lines(x, lines):
-    """(batch, tokens, dim) -> (batch, lines, length, dim)."""
-    return x.unflatten(1, (-1, lines.count)).transpose(1, 2) if lines.across else x.unflatten(1, (lines.count, -1))
+class Grid(NamedTuple):
+    """A grid of 30 tokens, the order in which its axes are walked, and the pooled ones after that."""
+
+    shape: tuple
+    axes: tuple
+    pooled: tuple
+    scale: float = 1.0
+
+    @property
+    def lines(self):
+        return Lines.of_grid(*self)
+
+    def walk(self, x):
+        """(batch, tokens, dim) -> (batch, *axes as they are walked, dim)."""
+        return x.unflatten(1, self.shape).permute(0, *(axis + 1 for axis in self.axes), len(self.shape) + 1)
+
+    def restore(self, x):
+        back = [self.axes.index(axis) + 1 for axis in range(len(self.axes))]
+        return x.permute(0, *back, len(self.shape) + 1).flatten(1, -2)
+
+    def spread(self, groups):
+        walked = [self.shape[axis] for axis in self.axes]
+        return groups.unflatten(1, [1 if place in self.pooled else size for place, size in enumerate(walked)])
 
 
-def in_place(x, lines):
-    return (x.transpose(1, 2) if lines.across else x).flatten(1, 2)
-
-
-def conv_formula(x, taps, lines):
-    walked, skip, pooled = in_lines(x, lines).flatten(1, 2).transpose(1, 2), 0, []
+def conv_formula(x, taps, grid):
+    walked, skip, pooled = grid.walk(x), 0, []
     for (weight, bias, D), reverse in zip((taps[:3], taps[3:]), (False, True)):
-        u = causal_conv1d_ref(walked, weight, bias, "silu", reverse=reverse).transpose(1, 2)
-        u = u.unflatten(1, (lines.count, -1))
+        sequence = walked.flatten(1, -2).transpose(1, 2)
+        u = causal_conv1d_ref(sequence, weight, bias, "silu", reverse=reverse).transpose(1, 2)
+        u = u.unflatten(1, walked.shape[1:-1])
         skip = skip + D * u
-        pooled.append(lines.scale * u.mean(2))
-    return in_place(skip, lines), *pooled
+        means = u.mean([place + 1 for place in grid.pooled])
+        pooled.append(grid.scale * (means.flatten(1, -2) if means.ndim > 2 else means.unsqueeze(1)))
+    return grid.restore(skip), *pooled
 
 
-def gate_formula(skip, groups, z, weight, bias, lines, share):
-    total = in_place(in_lines(skip, lines) + groups.unsqueeze(2), lines) * share
+def gate_formula(skip, groups, z, weight, bias, grid, share):
+    total = grid.restore(grid.walk(skip) + grid.spread(groups)) * share
     total = total if weight is None else F.layer_norm(total, total.shape[-1:], weight, bias, 1e-5)
     return total * F.silu(z)
 
@@ -78,12 +97,30 @@ def random(*shape, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-GRIDS = [Lines(3, False), Lines(5, True, 0.25), Lines(1, False), Lines(15, True)]
+GRIDS = [
+    Grid((3, 10), (0, 1), (1,)),
+    Grid((5, 6), (1, 0), (1,), 0.25),
+    Grid((1, 30), (0, 1), (1,)),
+    Grid((30, 1), (0, 1), (1,)),
+    # a third axis, such as channels, inside or in front
+    Grid((2, 5, 3), (0, 1, 2), (1,)),
+    Grid((2, 5, 3), (1, 0, 2), (1,), 0.5),
+    Grid((3, 2, 5), (0, 1, 2), (2,)),
+    Grid((3, 2, 5), (0, 2, 1), (2,)),
+    # two pooled axes
+    Grid((2, 5, 3), (0, 1, 2), (1, 2)),
+    Grid((2, 5, 3), (1, 0, 2), (1, 2)),
+    Grid((2, 5, 3), (0, 1, 2), (0, 1)),
+    Grid((3, 2, 5), (0, 1, 2), (0, 2)),
+    Grid((3, 2, 5), (0, 2, 1), (0, 2)),
+    Grid((3, 2, 5), (0, 1, 2), (1, 2)),
+    Grid((2, 5, 3), (2, 1, 0), (0, 1, 2)),
+]
 
 
-@pytest.mark.parametrize("lines", GRIDS, ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize(("dim", "width"), [(40, 4), (16, 3), (5, 2)])
-def test_conv(lines, dim, width, isa):
+def test_conv(grid, dim, width, isa):
     for batch, with_bias in ((2, True), (1, False)):
         taps = [
             random(dim, width),
@@ -93,26 +130,48 @@ def test_conv(lines, dim, width, isa):
             random(dim).flip(0) if with_bias else None,
             random(dim) + 1,
         ]
-        xz = random(batch, 15, 2 * dim)
+        xz = random(batch, 30, 2 * dim)
         assert_as_formula(
-            lambda x, *taps: pooled_conv_fn(x, Taps(*taps[:3]), Taps(*taps[3:]), lines),
-            lambda x, *taps: conv_formula(x, taps, lines),
+            lambda x, *taps: pooled_conv_fn(x, Taps(*taps[:3]), Taps(*taps[3:]), grid.lines),
+            lambda x, *taps: conv_formula(x, taps, grid),
             [xz[..., :dim], *taps],
             torch.float32,
         )
 
 
-@pytest.mark.parametrize("lines", GRIDS, ids=str)
+@pytest.mark.parametrize("threads", [2, 3])
+def test_conv_in_threads(threads, isa):
+    """A long walk is shared among threads: by stretches, or by channels where it is all one stretch."""
+    before = torch.get_num_threads()
+    taps = Taps(random(72, 4), random(72), random(72))
+    x = random(1, 4096, 72)
+    for shape, pooled in (((64, 16, 4), (1,)), ((64, 16, 4), (0, 1)), ((64, 64), (1,))):
+        lines = Lines.of_grid(shape, None, pooled)
+        torch.set_num_threads(1)
+        wanted = pooled_conv_fn(x, taps, taps, lines)
+        torch.set_num_threads(threads)
+        found = pooled_conv_fn(x, taps, taps, lines)
+        torch.set_num_threads(before)
+        assert all(map(torch.equal, found, wanted))
+
+
+def test_axes_that_lie_behind_each_other_are_one():
+    assert Lines.of_grid((4, 5, 6, 7), None, (2, 3)) == Lines((20, 42, 1), (42, 1, 0), (False, True, False))
+    assert Lines.of_grid((4, 1, 6), (2, 1, 0), (0,)) == Lines((6, 4, 1), (1, 6, 0), (True, False, False))
+    assert Lines.of_grid((2, 3, 4, 5), None, (0, 2)) is None
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("norm", ["none", "weight", "both"])
-def test_gate(lines, norm, isa):
+def test_gate(grid, norm, isa):
     for dim in (40, 5):
         weight = None if norm == "none" else random(dim)
         bias = random(dim) - 1 if norm == "both" else None
-        z = random(2, 15, 2 * dim)[..., dim:]
+        z = random(2, 30, 2 * dim)[..., dim:]
         assert_as_formula(
-            lambda *tensors: pooled_gate_fn(*tensors, 1e-5, lines, 0.5),
-            lambda *tensors: gate_formula(*tensors, lines, 0.5),
-            [random(2, 15, dim), random(2, lines.count, dim), z, weight, bias],
+            lambda *tensors: pooled_gate_fn(*tensors, 1e-5, grid.lines, 0.5),
+            lambda *tensors: gate_formula(*tensors, grid, 0.5),
+            [random(2, 30, dim), random(2, grid.lines.count, dim), z, weight, bias],
             torch.float32,
         )
 
@@ -153,14 +212,14 @@ def test_scan(batch, lines, dim, rank, dstate, isa):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype, isa):
-    lines, dim = Lines(5, True), 33
+    grid, dim = Grid((3, 5), (1, 0), (1,)), 33
     taps = [random(dim, 4), random(dim), random(dim), random(dim, 4).flip(0), random(dim), random(dim)]
-    function = lambda x, *taps: pooled_conv_fn(x, Taps(*taps[:3]), Taps(*taps[3:]), lines)  # noqa: E731
+    function = lambda x, *taps: pooled_conv_fn(x, Taps(*taps[:3]), Taps(*taps[3:]), grid.lines)  # noqa: E731
     x = random(2, 15, dim, dtype=dtype)
-    skip, pooled, _ = assert_as_formula(function, lambda x, *taps: conv_formula(x, taps, lines), [x, *taps], dtype)
+    skip, pooled, _ = assert_as_formula(function, lambda x, *taps: conv_formula(x, taps, grid), [x, *taps], dtype)
     assert_as_formula(
-        lambda *tensors: pooled_gate_fn(*tensors, 1e-5, lines, 0.5),
-        lambda *tensors: gate_formula(*tensors, lines, 0.5),
+        lambda *tensors: pooled_gate_fn(*tensors, 1e-5, grid.lines, 0.5),
+        lambda *tensors: gate_formula(*tensors, grid, 0.5),
         [skip, pooled, x, random(dim), random(dim)],
         dtype,
     )
@@ -175,12 +234,12 @@ def test_mixer_without_gradients_is_the_mixer_with_them():
 
 
 def test_registration():
-    lines, taps = Lines(5, True), [random(8, 4), random(8), random(8), random(8, 4), None, random(8)]
+    lines, taps = Lines.of_grid((3, 5), (1, 0)), [random(8, 4), random(8), random(8), random(8, 4), None, random(8)]
     tensors = [t if t is None else t.requires_grad_() for t in (random(2, 15, 8), *taps)]
     torch.library.opcheck(torch.ops.mamba_ssm.pooled_conv.default, (*tensors, *lines))
     tensors = [random(2, 15, 8), random(2, 5, 8), random(2, 15, 8), random(8), None]
     tensors = [t if t is None else t.requires_grad_() for t in tensors]
-    torch.library.opcheck(torch.ops.mamba_ssm.pooled_gate.default, (*tensors, 1e-5, True, 0.5))
+    torch.library.opcheck(torch.ops.mamba_ssm.pooled_gate.default, (*tensors, 1e-5, *lines[:3], 0.5))
     projections = [random(9, 8), random(8, 1), random(8), random(8, 4)]
     tensors = [random(2, 5, 8), random(2, 5, 8), *projections, *projections]
     tests = ("test_schema", "test_faketensor")
@@ -188,11 +247,11 @@ def test_registration():
 
 
 def test_empty_batch_and_errors():
-    taps, lines = Taps(random(8, 4), None, random(8)), Lines(5, True)
+    taps, lines = Taps(random(8, 4), None, random(8)), Lines.of_grid((3, 5), (1, 0))
     skip, pooled, _ = pooled_conv_fn(torch.empty(0, 15, 8), taps, taps, lines)
     assert skip.shape == (0, 15, 8)
     assert pooled_gate_fn(skip, pooled, skip, None, None, 0.0, lines, 1.0).shape == (0, 15, 8)
-    with pytest.raises(ValueError, match="that fill 5 lines"):
+    with pytest.raises(ValueError, match="that fill a grid of"):
         pooled_conv_fn(random(2, 14, 8), taps, taps, lines)
     with pytest.raises(ValueError, match=r"groups_b is \(2, 4, 8\)"):
         pooled_scan_fn(random(2, 5, 8), random(2, 4, 8), (), ())
@@ -203,7 +262,7 @@ def test_empty_batch_and_errors():
 class Rows:
     """Pools rows of two tokens."""
 
-    lines = Lines(2, False)
+    lines = Lines.of_grid((2, 2))
     backward = None
 
     def order(self, x):

@@ -23,6 +23,14 @@ _logger = logging.getLogger(__name__)
 _FAR = 10
 
 
+_KINDS = {int: "a whole number", str: "a name", list: "four numbers x, y, width, height"}
+_ENTRIES: dict[str, dict[str, type]] = {
+    "images": {"id": int, "file_name": str, "height": int, "width": int},
+    "categories": {"id": int},
+    "annotations": {"id": int, "image_id": int, "category_id": int, "bbox": list},
+}
+
+
 class CocoFile:
     """One annotation file of COCO's layout (Lin et al. 2014, arXiv:1405.0312).
 
@@ -64,23 +72,29 @@ class CocoFile:
             data = json.loads(self.path.read_bytes())
         except ValueError as error:
             raise UsageError(f"{self.path} cannot be read: {error}.") from None
-        wanted = {
-            "images": ("id", "file_name", "height", "width"),
-            "categories": ("id",),
-            "annotations": ("id", "image_id", "category_id", "bbox"),
-        }
-        for part, keys in wanted.items():
+        for part, kinds in _ENTRIES.items():
             entries = data.get(part) if isinstance(data, dict) else None
             if not isinstance(entries, list):
                 raise UsageError(f"{self.path} has no list {part!r}; wanted COCO's annotations.")
             for entry in entries:
-                lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-                if lacking:
-                    name = f" {entry['id']!r}" if isinstance(entry, dict) and "id" in entry else ""
-                    raise UsageError(f"{self.path}: entry{name} of {part!r} has no {lacking[0]!r}.")
+                self._check_entry(part, kinds, entry)
             if not entries and part != "annotations":
                 raise UsageError(f"{self.path} has no {part}; wanted at least one.")
         return data
+
+    def _check_entry(self, part: str, kinds: dict[str, type], entry: Any) -> None:
+        for key, kind in kinds.items():
+            if not isinstance(entry, dict) or key not in entry:
+                name = f" {entry['id']!r}" if isinstance(entry, dict) and "id" in entry else ""
+                raise UsageError(f"{self.path}: entry{name} of {part!r} has no {key!r}.")
+            value = entry[key]
+            # a size must be above 0, ids may be anything whole
+            is_fit = type(value) is kind and (kind is not int or key.endswith("id") or value > 0)
+            if not is_fit:
+                wanted = "a whole number from 1" if key in ("height", "width") else _KINDS[kind]
+                raise UsageError(
+                    f"{self.path}: entry {entry.get('id')!r} of {part!r} has {key} {value!r}; wanted {wanted}."
+                )
 
     def _check(self, annotation: dict[str, Any]) -> None:
         name, size = f"{self.path}: annotation {annotation['id']!r}", self.sizes.get(annotation["image_id"])
@@ -90,6 +104,9 @@ class CocoFile:
             raise UsageError(f"{name} has the unknown category {annotation['category_id']!r}.")
         if not _are_numbers(annotation["bbox"], 4):
             raise UsageError(f"{name} has the box {annotation['bbox']!r}; wanted four numbers x, y, width, height.")
+        for key in ("area", "iscrowd"):
+            if key in annotation and not _are_numbers([annotation[key]]):
+                raise UsageError(f"{name} has {key} {annotation[key]!r}; wanted a number.")
         problem = _segmentation_problem(annotation.get("segmentation"), *size)
         if problem:
             raise UsageError(f"{name} has {problem}.")

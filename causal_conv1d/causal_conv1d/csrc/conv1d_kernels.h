@@ -30,8 +30,9 @@ inline void transpose_weight(const ConvArgs &s, float *rows) {
     }
 }
 
-template <class T, int WIDTH, int COUNT>
-void forward_rows(const T *x, int64_t x_stride, T *out, int64_t out_stride, int64_t before, int channels, bool silu,
+// COUNT steps of a vector of channels; `before` steps come before them.
+template <class T, int WIDTH, int COUNT, bool SILU>
+VEC void forward_rows(const T *x, int64_t x_stride, T *out, int64_t out_stride, int64_t before, int channels,
                       const float *weight, int64_t pitch) {
     V w[WIDTH], row[WIDTH - 1 + COUNT];
     const V bias = load(weight + WIDTH * pitch);
@@ -47,11 +48,24 @@ void forward_rows(const T *x, int64_t x_stride, T *out, int64_t out_stride, int6
         V sum = bias;
 #pragma GCC unroll 8
         for (int k = 0; k < WIDTH; ++k) sum = fma(w[k], row[i + k], sum);
-        store_some(out + i * out_stride, silu ? shared_math::silu<Machine>(sum) : sum, channels);
+        store_some(out + i * out_stride, SILU ? shared_math::silu<Machine>(sum) : sum, channels);
     }
 }
 
-template <class T, int WIDTH>
+// COUNT steps of all channels, in the order of memory.
+template <class T, int WIDTH, int COUNT, bool SILU>
+void forward_steps(const T *x, int64_t x_stride, T *out, int64_t out_stride, int64_t before, int64_t first, int64_t last,
+                   const float *weight, int64_t pitch) {
+    int64_t c = first;
+    // With all WIDTH - 1 steps before, the loop has no branches.
+    for (; before >= WIDTH - 1 && c + LANES <= last; c += LANES)
+        forward_rows<T, WIDTH, COUNT, SILU>(x + c, x_stride, out + c, out_stride, WIDTH - 1, LANES, weight + c, pitch);
+    for (; c < last; c += LANES)
+        forward_rows<T, WIDTH, COUNT, SILU>(x + c, x_stride, out + c, out_stride, before, int(smaller(LANES, last - c)),
+                                            weight + c, pitch);
+}
+
+template <class T, int WIDTH, bool SILU>
 void forward_channels(const ConvArgs &s, const Part &part, const float *weight) {
     const int64_t pitch = round_up(s.dim, LANES), begin = s.reverse ? s.seqlen - 1 : 0, sign = s.reverse ? -1 : 1;
     const int64_t x_stride = sign * s.x.step_stride, out_stride = sign * s.out.step_stride;
@@ -59,11 +73,8 @@ void forward_channels(const ConvArgs &s, const Part &part, const float *weight) 
         const bool four = t + 4 <= s.seqlen;
         const T *x = row_of<T>(s.x, part.batch, 0, begin) + t * x_stride;
         T *out = row_of<T>(s.out, part.batch, 0, begin) + t * out_stride;
-        for (int64_t c = part.first; c < part.last; c += LANES) {
-            const int channels = int(smaller(LANES, part.last - c));
-            const auto rows = four ? forward_rows<T, WIDTH, 4> : forward_rows<T, WIDTH, 1>;
-            rows(x + c, x_stride, out + c, out_stride, t, channels, s.silu, weight + c, pitch);
-        }
+        const auto steps = four ? forward_steps<T, WIDTH, 4, SILU> : forward_steps<T, WIDTH, 1, SILU>;
+        steps(x, x_stride, out, out_stride, t, part.first, part.last, weight, pitch);
         t += four ? 4 : 1;
     }
 }
@@ -233,7 +244,8 @@ template <class T, int WIDTH> void backward_sequences(const ConvArgs &s, const P
 
 template <class T, int WIDTH>
 void work(const ConvArgs &s, const Part &part, const float *weight, float *sums, float *carried) {
-    if (s.out.data && s.channel_last) forward_channels<T, WIDTH>(s, part, weight);
+    if (s.out.data && s.channel_last && s.silu) forward_channels<T, WIDTH, true>(s, part, weight);
+    if (s.out.data && s.channel_last && !s.silu) forward_channels<T, WIDTH, false>(s, part, weight);
     if (s.out.data && !s.channel_last) forward_sequences<T, WIDTH>(s, part);
     if (s.dx.data && s.channel_last) backward_channels<T, WIDTH>(s, part, weight, sums, carried);
     if (s.dx.data && !s.channel_last) backward_sequences<T, WIDTH>(s, part, sums);

@@ -3,6 +3,7 @@
 
 #include "gemm_abi.h"
 #include "isa.h"
+#include "memory.h"
 #include "parallel.h"
 
 #define KERNELS "gemm_kernels.h"

@@ -132,7 +132,8 @@ inline int gemm(const GemmArgs &s) {
     const int shares = parallel::shares_for(s.threads, tiles, s.rows * s.columns * (s.depth / LANES + 1));
     // Panels start on a cache line.
     const int64_t line = 64 / sizeof(float), floats = (panels * PANEL + shares * BLOCK_ROWS) * deepest + line;
-    float *const scratch = static_cast<float *>(std::malloc(floats * sizeof(float)));
+    const memory::Buffer buffer(floats * sizeof(float));
+    float *const scratch = static_cast<float *>(buffer.data());
     if (!scratch) return 1;
     float *const packed_b = scratch + (line - reinterpret_cast<uintptr_t>(scratch) / sizeof(float) % line) % line;
     float *const packed_a = packed_b + panels * PANEL * deepest;
@@ -155,6 +156,5 @@ inline int gemm(const GemmArgs &s) {
             }
         });
     }
-    std::free(scratch);
     return 0;
 }

@@ -14,14 +14,22 @@ inline double double_of(int64_t bits) {
     return value;
 }
 
-// A grid of tokens cut into lines: token k of line g is token g * length + k or, across, token k * lines + g.
+// A grid of tokens with up to three axes, in the order in which they are walked, the last one fastest; the last are 1 long
+// where there are fewer. Tokens that differ only in where they are along pooled axes are one group. Groups are numbered as
+// the walk meets them; their stride is 0 along pooled axes.
 struct Lines {
-    int64_t count, length, across;
+    int64_t sizes[3], strides[3], group_strides[3], count;
 
-    int64_t tokens() const { return count * length; }
-    // The token at a place of the walk from line to line.
-    int64_t walked(int64_t place) const { return across ? place % length * count + place / length : place; }
-    int64_t line_of(int64_t token) const { return across ? token % count : token / length; }
+    int64_t tokens() const { return sizes[0] * sizes[1] * sizes[2]; }
+    // Stretches of the walk, of equal length, that share no group.
+    int64_t stretches() const { return group_strides[0] ? sizes[0] : 1; }
+    // The token at a place of the walk, and its group.
+    int64_t walked(int64_t place) const { return sum_along(place, strides); }
+    int64_t group_at(int64_t place) const { return sum_along(place, group_strides); }
+    int64_t sum_along(int64_t place, const int64_t *along) const {
+        const int64_t line = place / sizes[2];
+        return place % sizes[2] * along[2] + line % sizes[1] * along[1] + line / sizes[1] * along[0];
+    }
 };
 
 // One direction of the convolution: contiguous float32 (dim, width), (dim,), (dim,); bias is 0 where there is none.

@@ -1,6 +1,7 @@
 // The mixer over pooled lines on CPU vectors, a lane a channel: both convolutions and the means they are pooled to in one
 // walk over the tokens, the few pooled tokens' projections and scans, and sum, LayerNorm and gate in another walk. No token
-// is moved: lines across the grid are walked where they stand. Included inside an instruction set's namespace (see
+// is moved: lines across the grid are walked where they stand, and where they lie between each other's tokens, as the
+// columns of (rows, columns, channels) do, each has sums of its own. Included inside an instruction set's namespace (see
 // each_isa.h).
 
 #include "scan_kernels.h"
@@ -24,11 +25,32 @@ inline void load_taps(const Taps &taps, int64_t dim, int64_t width, float *rows)
     }
 }
 
-// COUNT tokens of one line from one vector of channels on. x: WIDTH - 1 rows before them, theirs, WIDTH - 1 behind them.
-// sums: the line's totals so far.
-template <class T, int WIDTH, int COUNT>
+// The totals so far, forward and behind it backward, of the one group that some tokens are of.
+struct SharedSums {
+    float *forward, *backward;
+    V total_f, total_b;
+
+    VEC void begin(int64_t c) { total_f = load(forward + c), total_b = load(backward + c); }
+    VEC void add(int, int64_t, V f, V b) { total_f = total_f + f, total_b = total_b + b; }
+    VEC void end(int64_t c) { store(forward + c, total_f), store(backward + c, total_b); }
+};
+
+// Of a group for each token, which may be the same one.
+struct OwnSums {
+    float *const *forward, *const *backward;
+
+    VEC void begin(int64_t) {}
+    VEC void add(int token, int64_t c, V f, V b) {
+        store(forward[token] + c, load(forward[token] + c) + f);
+        store(backward[token] + c, load(backward[token] + c) + b);
+    }
+    VEC void end(int64_t) {}
+};
+
+// COUNT tokens from one vector of channels on. x: WIDTH - 1 rows before them, theirs, WIDTH - 1 behind them.
+template <class T, int WIDTH, int COUNT, class Sums>
 void convolve(const T *const *x, T *const *skip, int64_t c, int channels, const float *forward, const float *backward,
-              int64_t pitch, float *sum_forward, float *sum_backward) {
+              int64_t pitch, Sums sums) {
     V row[COUNT + 2 * (WIDTH - 1)], ahead[WIDTH], behind[WIDTH];
 #pragma GCC unroll 16
     for (int i = 0; i < COUNT + 2 * (WIDTH - 1); ++i) row[i] = load_some(x[i] + c, channels);
@@ -39,7 +61,7 @@ void convolve(const T *const *x, T *const *skip, int64_t c, int channels, const 
     }
     const V bias_f = load(forward + WIDTH * pitch + c), bias_b = load(backward + WIDTH * pitch + c);
     const V D_f = load(forward + (WIDTH + 1) * pitch + c), D_b = load(backward + (WIDTH + 1) * pitch + c);
-    V total_f = load(sum_forward + c), total_b = load(sum_backward + c);
+    sums.begin(c);
 #pragma GCC unroll 8
     for (int i = 0; i < COUNT; ++i) {
         V f = bias_f, b = bias_b;
@@ -49,29 +71,43 @@ void convolve(const T *const *x, T *const *skip, int64_t c, int channels, const 
             b = fma(behind[k], row[i + 2 * (WIDTH - 1) - k], b);
         }
         f = shared_math::silu<Machine>(f), b = shared_math::silu<Machine>(b);
-        total_f = total_f + f, total_b = total_b + b;
+        sums.add(i, c, f, b);
         store_some(skip[i] + c, fma(D_f, f, D_b * b), channels);
     }
-    store(sum_forward + c, total_f), store(sum_backward + c, total_b);
+    sums.end(c);
 }
 
+// What one thread sums up at a time: some channels, from `begin` on, of a stretch of the walk. Two rows of sums a group of
+// the stretch, forward and backward; the groups are numbered from `group` on.
+struct Stretch {
+    int64_t batch, begin, end, first_place, last_place, group;
+};
+
 template <class T, int WIDTH, int COUNT>
-void convolve_tokens(const PooledConvArgs &s, int64_t batch, int64_t place, const T *zeros, const float *forward,
-                     const float *backward, float *sum_forward, float *sum_backward) {
+void convolve_tokens(const PooledConvArgs &s, const Stretch &on, int64_t place, const T *zeros, const float *forward,
+                     const float *backward, float *sums) {
     const T *x[COUNT + 2 * (WIDTH - 1)];
     T *skip[COUNT];
+    float *sums_f[COUNT], *sums_b[COUNT];
+    const int64_t pitch = padded(s.dim);
     for (int i = 0; i < COUNT + 2 * (WIDTH - 1); ++i) {
         const int64_t at = place + i - (WIDTH - 1);
         x[i] = at < 0 || at >= s.lines.tokens() ? zeros
-                                                : pointer<T>(s.x.data) + batch * s.x.batch_stride +
+                                                : pointer<T>(s.x.data) + on.batch * s.x.batch_stride +
                                                       s.lines.walked(at) * s.x.token_stride;
     }
-    for (int i = 0; i < COUNT; ++i)
-        skip[i] = pointer<T>(s.skip) + (batch * s.lines.tokens() + s.lines.walked(place + i)) * s.dim;
-    const int64_t pitch = padded(s.dim);
-    for (int64_t c = 0; c < s.dim; c += LANES) {
+    bool is_shared = true;
+    for (int i = 0; i < COUNT; ++i) {
+        skip[i] = pointer<T>(s.skip) + (on.batch * s.lines.tokens() + s.lines.walked(place + i)) * s.dim;
+        sums_f[i] = sums + (s.lines.group_at(place + i) - on.group) * 2 * pitch, sums_b[i] = sums_f[i] + pitch;
+        is_shared = is_shared && sums_f[i] == sums_f[0];
+    }
+    for (int64_t c = on.begin; c < on.end; c += LANES) {
         const int channels = int(s.dim - c < LANES ? s.dim - c : LANES);
-        convolve<T, WIDTH, COUNT>(x, skip, c, channels, forward, backward, pitch, sum_forward, sum_backward);
+        if (is_shared)
+            convolve<T, WIDTH, COUNT>(x, skip, c, channels, forward, backward, pitch, SharedSums{sums_f[0], sums_b[0], {}, {}});
+        else
+            convolve<T, WIDTH, COUNT>(x, skip, c, channels, forward, backward, pitch, OwnSums{sums_f, sums_b});
     }
 }
 
@@ -81,38 +117,52 @@ template <class T> VEC void store_mean(T *to, const float *sums, V factor, int64
 }
 
 template <class T, int WIDTH>
-void convolve_line(const PooledConvArgs &s, int64_t task, const float *parameters, const T *zeros, float *sums) {
-    const int64_t batch = task / s.lines.count, line = task % s.lines.count, pitch = padded(s.dim);
+void convolve_stretch(const PooledConvArgs &s, const Stretch &on, const float *parameters, const T *zeros, float *sums) {
+    const int64_t pitch = padded(s.dim), groups = s.lines.count / s.lines.stretches();
     const float *forward = parameters, *backward = parameters + (WIDTH + 2) * pitch;
-    const int64_t end = (line + 1) * s.lines.length;
-    std::memset(sums, 0, 2 * pitch * sizeof(float));
-    int64_t place = line * s.lines.length;
-    for (; place + STEPS <= end; place += STEPS)
-        convolve_tokens<T, WIDTH, STEPS>(s, batch, place, zeros, forward, backward, sums, sums + pitch);
-    for (; place < end; ++place)
-        convolve_tokens<T, WIDTH, 1>(s, batch, place, zeros, forward, backward, sums, sums + pitch);
-    const V factor = set(float(double_of(s.scale) / double(s.lines.length)));
-    store_mean(pointer<T>(s.pooled_forward) + task * s.dim, sums, factor, s.dim);
-    store_mean(pointer<T>(s.pooled_backward) + task * s.dim, sums + pitch, factor, s.dim);
+    std::memset(sums, 0, 2 * groups * pitch * sizeof(float));
+    int64_t place = on.first_place;
+    for (; place + STEPS <= on.last_place; place += STEPS)
+        convolve_tokens<T, WIDTH, STEPS>(s, on, place, zeros, forward, backward, sums);
+    for (; place < on.last_place; ++place) convolve_tokens<T, WIDTH, 1>(s, on, place, zeros, forward, backward, sums);
+    const V factor = set(float(double_of(s.scale) * double(s.lines.count) / double(s.lines.tokens())));
+    const int64_t dim = (on.end < s.dim ? on.end : s.dim) - on.begin;
+    for (int64_t group = 0; group < groups; ++group) {
+        const int64_t row = (on.batch * s.lines.count + on.group + group) * s.dim + on.begin;
+        const float *of_group = sums + 2 * group * pitch + on.begin;
+        store_mean(pointer<T>(s.pooled_forward) + row, of_group, factor, dim);
+        store_mean(pointer<T>(s.pooled_backward) + row, of_group + pitch, factor, dim);
+    }
 }
 
-template <class T> auto line_of_width(const PooledConvArgs &s) {
-    return s.width == 2 ? convolve_line<T, 2> : s.width == 3 ? convolve_line<T, 3> : convolve_line<T, 4>;
+template <class T> auto stretch_of_width(const PooledConvArgs &s) {
+    return s.width == 2 ? convolve_stretch<T, 2> : s.width == 3 ? convolve_stretch<T, 3> : convolve_stretch<T, 4>;
 }
 
 template <class T> int pooled_conv_of(const PooledConvArgs &s) {
-    const int64_t tasks = s.batch * s.lines.count, pitch = padded(s.dim), parameters = 2 * (s.width + 2) * pitch;
-    const int shares = parallel::shares_for(s.threads, tasks, s.batch * s.lines.tokens() * pitch / LANES * STEPS_A_VECTOR);
-    float *const scratch = static_cast<float *>(std::calloc(parameters + (1 + 2 * shares) * pitch, sizeof(float)));
+    const int64_t stretches = s.lines.stretches(), length = s.lines.tokens() / stretches, pitch = padded(s.dim);
+    const int64_t groups = s.lines.count / stretches, parameters = 2 * (s.width + 2) * pitch;
+    // where an image is one stretch, threads share its channels
+    const int64_t vectors = pitch / LANES, blocks = stretches > 1 ? 1 : s.threads < vectors ? s.threads : vectors;
+    const int64_t tasks = s.batch * stretches * blocks;
+    const int shares = parallel::shares_for(s.threads, tasks, s.batch * s.lines.tokens() * vectors * STEPS_A_VECTOR);
+    float *const scratch =
+        static_cast<float *>(std::calloc(parameters + (1 + 2 * groups * shares) * pitch, sizeof(float)));
     if (!scratch) return 1;
     load_taps(s.forward, s.dim, s.width, scratch);
     load_taps(s.backward, s.dim, s.width, scratch + parameters / 2);
     const T *zeros = reinterpret_cast<const T *>(scratch + parameters);
-    const auto line = line_of_width<T>(s);
+    const auto stretch = stretch_of_width<T>(s);
     parallel::run(shares, [&](int share) {
-        float *sums = scratch + parameters + (1 + 2 * share) * pitch;
+        float *sums = scratch + parameters + (1 + 2 * groups * share) * pitch;
         const parallel::Range range = parallel::share_of(tasks, shares, share);
-        for (int64_t task = range.begin; task < range.end; ++task) line(s, task, scratch, zeros, sums);
+        for (int64_t task = range.begin; task < range.end; ++task) {
+            const int64_t block = task % blocks, number = task / blocks % stretches;
+            const Stretch on{task / blocks / stretches,   block * vectors / blocks * LANES,
+                             (block + 1) * vectors / blocks * LANES, number * length, (number + 1) * length,
+                             number * groups};
+            stretch(s, on, scratch, zeros, sums);
+        }
     });
     std::free(scratch);
     return 0;
@@ -216,7 +266,8 @@ template <class T> int pooled_scan_of(const PooledScanArgs &s) {
     const int64_t outputs = s.rank + 2 * s.dstate, tokens = s.batch * s.lines, blocks = padded(s.dim) / LANES;
     const int64_t own = (2 * s.dstate + s.rank + 4 * s.lines) * LANES, work = 2 * tokens * blocks * (outputs + s.dstate * 4);
     const int shares = parallel::shares_for(s.threads, blocks, work);
-    float *const rows = static_cast<float *>(std::malloc((2 * tokens * outputs + shares * own) * sizeof(float)));
+    const memory::Buffer buffer((2 * tokens * outputs + shares * own) * sizeof(float));
+    float *const rows = static_cast<float *>(buffer.data());
     if (!rows) return 1;
     parallel::run(shares, [&](int share) {
         for (int backward = 0; backward < 2; ++backward) {
@@ -230,7 +281,6 @@ template <class T> int pooled_scan_of(const PooledScanArgs &s) {
         for (int64_t task = range.begin; task < range.end; ++task)
             scan_channels<T>(s, task / blocks, task % blocks * LANES, rows, scratch);
     });
-    std::free(rows);
     return 0;
 }
 
@@ -287,11 +337,11 @@ VEC void gate_row(const GateSettings &s, const T *skip, const T *group, const T 
 }
 
 template <class T>
-VEC void gate_token(const PooledGateArgs &s, const GateSettings &settings, int64_t batch, int64_t token,
+VEC void gate_token(const PooledGateArgs &s, const GateSettings &settings, int64_t batch, int64_t place,
                     const float *weight, const float *bias, float *total) {
-    const int64_t dim = s.dim, row = batch * s.lines.tokens() + token;
+    const int64_t dim = s.dim, token = s.lines.walked(place), row = batch * s.lines.tokens() + token;
     const T *skip = pointer<T>(s.skip) + row * dim;
-    const T *group = pointer<T>(s.groups) + (batch * s.lines.count + s.lines.line_of(token)) * dim;
+    const T *group = pointer<T>(s.groups) + (batch * s.lines.count + s.lines.group_at(place)) * dim;
     const T *z = pointer<T>(s.z.data) + batch * s.z.batch_stride + token * s.z.token_stride;
     gate_row(settings, skip, group, z, weight, bias, total, pointer<T>(s.out) + row * dim);
 }

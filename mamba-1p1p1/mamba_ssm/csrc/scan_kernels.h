@@ -4,9 +4,8 @@
 #include "scan_math.h"
 #include "tile.h"
 
-// States that one walk over the steps holds, forward (where they do not fit in registers the rest stays in the first-level
-// cache, which costs less than another walk) and backward.
-constexpr int64_t FORWARD_STATES = 16;
+// States that one walk over the steps holds, forward and backward.
+constexpr int64_t FORWARD_STATES = ISA_AVX512 ? 16 : 8;
 constexpr int64_t BACKWARD_STATES = 4;
 constexpr int64_t FORWARD_STEPS = 64;
 // Neighbouring blocks of channels that take a tile of steps in turns, so that whole cache lines are used while they are
@@ -18,13 +17,10 @@ VEC int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // Scratch memory of one share of the work, handed out in cache-line-aligned pieces.
 class Scratch {
   public:
-    explicit Scratch(int64_t floats) : memory_(static_cast<float *>(std::malloc((floats + 64) * sizeof(float)))) {
-        next_ = memory_ + (64 - reinterpret_cast<uintptr_t>(memory_) % 64) / sizeof(float) % 16;
+    explicit Scratch(int64_t floats) : memory_((floats + 64) * sizeof(float)), next_(static_cast<float *>(memory_.data())) {
+        next_ += (64 - reinterpret_cast<uintptr_t>(next_) % 64) / sizeof(float) % 16;
     }
-    ~Scratch() { std::free(memory_); }
-    Scratch(const Scratch &) = delete;
-    Scratch &operator=(const Scratch &) = delete;
-    bool ok() const { return memory_ != nullptr; }
+    bool ok() const { return memory_.data() != nullptr; }
     float *take(int64_t floats) {
         float *piece = next_;
         next_ += round_up(floats, 16);
@@ -32,7 +28,8 @@ class Scratch {
     }
 
   private:
-    float *memory_, *next_;
+    memory::Buffer memory_;
+    float *next_;
 };
 
 // A scan's tensors seen from one (batch, block of channels), in scan order.

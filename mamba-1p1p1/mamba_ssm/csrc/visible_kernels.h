@@ -25,7 +25,8 @@ void convolve_visible(const VisibleConvArgs &s, int64_t batch, int64_t place, co
         skip[i] = row_of<T>(s.skip, batch * s.lines.tokens + s.lines.walked(batch, place + i), s.dim);
     for (int64_t c = 0; c < s.dim; c += LANES) {
         const int channels = int(s.dim - c < LANES ? s.dim - c : LANES);
-        convolve<T, WIDTH, COUNT>(x, skip, c, channels, forward, backward, padded(s.dim), sum_forward, sum_backward);
+        convolve<T, WIDTH, COUNT>(x, skip, c, channels, forward, backward, padded(s.dim),
+                                  SharedSums{sum_forward, sum_backward, {}, {}});
     }
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -47,17 +49,51 @@ DIRECTION_TENSORS = 7
 
 
 class Lines(NamedTuple):
-    """A token grid cut into `count` lines of equal length, each pooled to `scale` times its mean.
+    """A token grid of three axes, in the order in which they are walked, whose `pooled` ones become one token: `scale`
+    times the mean.
 
-    Token k of line g is number g * length + k of the sequence or, if `across`, number k * count + g. The convolutions
-    run from line to line.
+    `sizes` are the axes' lengths, the last of them 1 where there are fewer, and `strides` how far apart in the
+    sequence two neighbours along each are. The convolutions follow the walk, and groups are numbered as it meets them.
     """
 
-    count: int
-    across: bool
+    sizes: tuple[int, int, int]
+    strides: tuple[int, int, int]
+    pooled: tuple[bool, bool, bool]
     scale: float = 1.0
 
     kernel = "pooled_conv"  # the function of a kernel set that has kernels for them
+
+    @classmethod
+    def of_grid(
+        cls, shape: Sequence[int], axes: Sequence[int] | None = None, pooled: Sequence[int] = (-1,), scale: float = 1.0
+    ) -> Lines | None:
+        """Lines of a grid that tokens fill in raster order, its axes walked in the order `axes`, of which those
+        numbered `pooled`, after that, are pooled. None if that takes more than three axes once neighbours are one
+        where they can be."""
+        walked = range(len(shape)) if axes is None else axes
+        pooled = {place % len(shape) for place in pooled}
+        found: list[tuple[int, int, bool]] = []
+        for place, axis in enumerate(walked):
+            size, stride, is_pooled = shape[axis], math.prod(shape[axis + 1 :]), place in pooled
+            if size == 1:
+                continue
+            if found and found[-1][1:] == (size * stride, is_pooled):
+                size *= found.pop()[0]
+            found.append((size, stride, is_pooled))
+        if len(found) > 3:
+            return None
+        found += [(1, 0, False)] * (3 - len(found))
+        return cls(*zip(*found), scale)
+
+    @property
+    def count(self) -> int:
+        """How many groups there are."""
+        return math.prod(size for size, is_pooled in zip(self.sizes, self.pooled) if not is_pooled)
+
+    @property
+    def length(self) -> int:
+        """How many tokens are one group."""
+        return math.prod(self.sizes) // self.count
 
 
 class VisibleLines(NamedTuple):

@@ -145,8 +145,11 @@ def mix_pooled(
     D * u needs no scan, so it stays with the tokens; the scans meet it once, as the sum of both over the groups. `norm`
     stands before the gate silu(z). The projections are handed in, since tokens are put in order where they are narrow.
     """
-    pair, lines = len(branches) == 2 and not shared and all(branch.plain for branch in branches), pooling.lines
-    if pair and token_mask is None and lines is not None and backends.has(hidden_states, lines.kernel):
+    pair = len(branches) == 2 and not shared and all(branch.plain for branch in branches)
+    # while a graph is exported there are no kernels, and its sizes are not to be looked at
+    may_have = pair and token_mask is None and backends.has(hidden_states, Lines.kernel)
+    lines = pooling.lines if may_have else None
+    if lines is not None and backends.has(hidden_states, lines.kernel):
         is_full = isinstance(lines, Lines)
         conv_fn, gate_fn = (pooled_conv_fn, pooled_gate_fn) if is_full else (visible_conv_fn, visible_gate_fn)
         x, z = in_proj(hidden_states).chunk(2, dim=-1)

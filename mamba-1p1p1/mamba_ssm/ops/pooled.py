@@ -153,7 +153,7 @@ def pooled_gate_fn(
     _check_parameters(skip, "skip", [given for given in norm if given[1] is not None])
     if wants_reference(skip, groups, z, weight, bias):
         return pooled_gate_ref(skip, groups, z, weight, bias, eps, lines, share)
-    return torch.ops.mamba_ssm.pooled_gate(skip, groups, z, weight, bias, eps, lines.across, share)
+    return torch.ops.mamba_ssm.pooled_gate(skip, groups, z, weight, bias, eps, *lines[:3], share)
 
 
 def _check_tokens(name: str, x: Tensor) -> None:
@@ -163,9 +163,9 @@ def _check_tokens(name: str, x: Tensor) -> None:
 
 
 def _check_lines(name: str, x: Tensor, lines: Lines) -> None:
-    if not isinstance(lines.count, (int, torch.SymInt)) or lines.count < 1 or x.shape[1] % lines.count:
+    if min(lines.sizes) < 1 or x.shape[1] != prod(lines.sizes):
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}, wanted (batch, tokens, dim) that fill {lines.count} lines"
+            f"{name} has shape {tuple(x.shape)}, wanted (batch, tokens, dim) that fill a grid of {tuple(lines.sizes)}"
         )
 
 
@@ -184,14 +184,16 @@ def _check_parameters(x: Tensor, x_name: str, given) -> None:
 
 def pooled_conv_ref(x: Tensor, forward: Taps, backward: Taps, lines: Lines) -> tuple[Tensor, Tensor, Tensor]:
     """What `pooled_conv_fn` computes."""
-    walked, skip, pooled = _in_lines(x, lines.count, lines.across).flatten(1, 2).transpose(1, 2), None, []
+    walked, skip, pooled = _walked(x, lines).flatten(1, 3).transpose(1, 2), None, []
+    axes = [1 + axis for axis, is_pooled in enumerate(lines.pooled) if is_pooled]
     for (weight, bias, D), reverse in ((forward, False), (backward, True)):
         u = causal_conv1d_ref(walked, weight, bias, "silu", reverse=reverse).transpose(1, 2)
-        u = u.unflatten(1, (lines.count, -1))
+        u = u.unflatten(1, lines.sizes)
         part = D.to(u.dtype) * u
         skip = part if skip is None else skip + part
-        pooled.append(lines.scale * u.mean(2))
-    return _in_place(skip, lines.across), *pooled
+        means = u.mean(axes) if axes else u
+        pooled.append(lines.scale * means.reshape(x.shape[0], lines.count, x.shape[2]))
+    return _in_place(skip, lines), *pooled
 
 
 def pooled_scan_ref(groups: Tensor, groups_b: Tensor, forward: Projections, backward: Projections) -> Tensor:
@@ -218,7 +220,7 @@ def pooled_gate_ref(
     share: float,
 ) -> Tensor:
     """What `pooled_gate_fn` computes."""
-    total = _in_place(_in_lines(skip, lines.count, lines.across) + groups.unsqueeze(2), lines.across) * share
+    total = _in_place(_walked(skip, lines) + _spread(groups, lines), lines) * share
     if weight is not None:
         weight, bias = (None if parameter is None else parameter.to(total.dtype) for parameter in (weight, bias))
         total = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
@@ -228,11 +230,11 @@ def pooled_gate_ref(
 # --- registration ----------------------------------------------------------------------------------------------------
 
 
-def _conv(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale):
+def _conv(x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, scale):
     kernels = backends.pick(x)
     if not hasattr(kernels, "pooled_conv"):
-        return _conv_reference(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale)
-    return kernels.pooled_conv(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale)
+        return _conv_reference(x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, scale)
+    return kernels.pooled_conv(x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, scale)
 
 
 def _scan(groups, groups_b, *projections):
@@ -242,79 +244,94 @@ def _scan(groups, groups_b, *projections):
     return kernels.pooled_scan(groups, groups_b, *projections)
 
 
-def _gate(skip, groups, z, weight, bias, eps, across, share):
+def _gate(skip, groups, z, weight, bias, eps, sizes, strides, pooled, share):
     kernels = backends.pick(skip)
     if not hasattr(kernels, "pooled_gate"):
-        return _gate_reference(skip, groups, z, weight, bias, eps, across, share)
-    return kernels.pooled_gate(skip, groups, z, weight, bias, eps, across, share)
+        return _gate_reference(skip, groups, z, weight, bias, eps, sizes, strides, pooled, share)
+    return kernels.pooled_gate(skip, groups, z, weight, bias, eps, sizes, strides, pooled, share)
 
 
-def _conv_reference(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale):
-    return pooled_conv_ref(x, Taps(weight, bias, D), Taps(weight_b, bias_b, D_b), Lines(lines, across, scale))
+def _conv_reference(x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, scale):
+    return pooled_conv_ref(x, Taps(weight, bias, D), Taps(weight_b, bias_b, D_b), Lines(sizes, strides, pooled, scale))
 
 
-def _gate_reference(skip, groups, z, weight, bias, eps, across, share):
-    return pooled_gate_ref(skip, groups, z, weight, bias, eps, Lines(groups.shape[1], across), share)
+def _gate_reference(skip, groups, z, weight, bias, eps, sizes, strides, pooled, share):
+    return pooled_gate_ref(skip, groups, z, weight, bias, eps, Lines(sizes, strides, pooled), share)
 
 
-def _fake_conv(x, weight, bias, D, weight_b, bias_b, D_b, lines, across, scale):
-    pooled = (x.shape[0], lines, x.shape[2])
-    return x.new_empty(x.shape), x.new_empty(pooled), x.new_empty(pooled)
+def _fake_conv(x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, scale):
+    means = (x.shape[0], Lines(sizes, strides, pooled).count, x.shape[2])
+    return x.new_empty(x.shape), x.new_empty(means), x.new_empty(means)
 
 
 def _fake_scan(groups, groups_b, *projections):
     return groups.new_empty(groups.shape)
 
 
-def _fake_gate(skip, groups, z, weight, bias, eps, across, share):
+def _fake_gate(skip, groups, z, weight, bias, eps, sizes, strides, pooled, share):
     return skip.new_empty(skip.shape)
 
 
-def _in_lines(x: Tensor, lines: int, across: bool) -> Tensor:
-    """(batch, tokens, dim) -> (batch, lines, length, dim), a view."""
-    return x.unflatten(1, (-1, lines)).transpose(1, 2) if across else x.unflatten(1, (lines, -1))
+def _walked(x: Tensor, lines: Lines) -> Tensor:
+    """(batch, tokens, dim) -> (batch, *sizes, dim), a view."""
+    stored = _stored_axes(lines)
+    x = x.unflatten(1, [lines.sizes[axis] for axis in stored])
+    return x.permute(0, *(1 + stored.index(axis) for axis in range(3)), 4)
 
 
-def _in_place(x: Tensor, across: bool) -> Tensor:
-    """Inverse of `_in_lines`."""
-    return (x.transpose(1, 2) if across else x).flatten(1, 2)
+def _in_place(x: Tensor, lines: Lines) -> Tensor:
+    """Inverse of `_walked`."""
+    return x.permute(0, *(1 + axis for axis in _stored_axes(lines)), 4).flatten(1, 3)
+
+
+def _stored_axes(lines: Lines) -> list[int]:
+    """The axes in the order of the sequence, the last one fastest."""
+    return sorted(range(3), key=lambda axis: -lines.strides[axis])
+
+
+def _spread(groups: Tensor, lines: Lines) -> Tensor:
+    """(batch, groups, dim) -> (batch, *sizes, dim), with 1 for the sizes of pooled axes."""
+    return groups.unflatten(1, [1 if is_pooled else size for size, is_pooled in zip(lines.sizes, lines.pooled)])
 
 
 def _save_conv(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.lines, ctx.across, ctx.scale = inputs
+    *tensors, sizes, strides, pooled, scale = inputs
+    ctx.lines = Lines(tuple(sizes), tuple(strides), tuple(pooled), scale)
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate_conv(ctx, dskip: Tensor, dpooled: Tensor, dpooled_b: Tensor) -> tuple:
+    lines = ctx.lines
     if torch.is_grad_enabled():
-        given = *ctx.saved_tensors, ctx.lines, ctx.across, ctx.scale
+        given = *ctx.saved_tensors, *lines
         return gradients_by_reference(_conv_reference, given, (dskip, dpooled, dpooled_b))
     x, *taps = ctx.saved_tensors
-    x, dskip = _in_lines(x, ctx.lines, ctx.across), _in_lines(dskip, ctx.lines, ctx.across)
-    share, walked, grads, dx = ctx.scale / x.shape[2], x.flatten(1, 2).transpose(1, 2), [], None
-    for (weight, bias, D), pooled, reverse in ((taps[:3], dpooled, False), (taps[3:], dpooled_b, True)):
+    x, dskip = _walked(x, lines), _walked(dskip, lines)
+    share, walked, grads, dx = lines.scale / max(lines.length, 1), x.flatten(1, 3).transpose(1, 2), [], None
+    for (weight, bias, D), dmean, reverse in ((taps[:3], dpooled, False), (taps[3:], dpooled_b, True)):
         u = torch.ops.causal_conv1d.forward(walked, weight, bias, True, reverse)
-        du = torch.addcmul((pooled * share).unsqueeze(2), dskip, D.to(dskip.dtype)).flatten(1, 2).transpose(1, 2)
+        du = torch.addcmul(_spread(dmean * share, lines), dskip, D.to(dskip.dtype)).flatten(1, 3).transpose(1, 2)
         part, dweight, dbias = torch.ops.causal_conv1d.backward(du, walked, weight, bias, True, reverse)
-        dD = (dskip.flatten(1, 2) * u.transpose(1, 2)).sum((0, 1), dtype=D.dtype)
+        dD = (dskip.flatten(1, 3) * u.transpose(1, 2)).sum((0, 1), dtype=D.dtype)
         grads += [dweight, None if bias is None else dbias, dD]
         dx = part if dx is None else dx + part
-    dx = _in_place(dx.transpose(1, 2).unflatten(1, (ctx.lines, -1)), ctx.across)
-    return dx, *grads, None, None, None
+    dx = _in_place(dx.transpose(1, 2).unflatten(1, lines.sizes), lines)
+    return dx, *grads, None, None, None, None
 
 
 def _save_gate(ctx, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.eps, ctx.across, ctx.share = inputs
+    *tensors, ctx.eps, sizes, strides, pooled, ctx.share = inputs
+    ctx.lines = Lines(tuple(sizes), tuple(strides), tuple(pooled))
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate_gate(ctx, dout: Tensor) -> tuple:
+    lines, share = ctx.lines, ctx.share
     if torch.is_grad_enabled():
-        given = *ctx.saved_tensors, ctx.eps, ctx.across, ctx.share
+        given = *ctx.saved_tensors, ctx.eps, *lines[:3], share
         return gradients_by_reference(_gate_reference, given, (dout,))
     skip, groups, z, weight, bias = ctx.saved_tensors
-    lines, across, share = groups.shape[1], ctx.across, ctx.share
-    total = _in_place((_in_lines(skip, lines, across) + groups.unsqueeze(2)) * share, across)
+    total = _in_place((_walked(skip, lines) + _spread(groups, lines)) * share, lines)
     dnormed, dweight, dbias = dout * F.silu(z), None, None
     if weight is None:
         dtotal, normed = dnormed, total
@@ -328,7 +345,9 @@ def _differentiate_gate(ctx, dout: Tensor) -> tuple:
         dweight, dbias = dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
     dz = torch.ops.aten.silu_backward(dout * normed, z)
     dskip = dtotal * share
-    return dskip, _in_lines(dskip, lines, across).sum(2), dz, dweight, dbias, None, None, None
+    axes = [1 + axis for axis, is_pooled in enumerate(lines.pooled) if is_pooled]
+    dgroups = _walked(dskip, lines).sum(axes) if axes else _walked(dskip, lines)
+    return dskip, dgroups.reshape(groups.shape), dz, dweight, dbias, None, None, None, None, None
 
 
 def _conv_flops(x: Sequence[int], weight: Sequence[int], *_) -> int:
@@ -344,10 +363,11 @@ def _scan_flops(
     return 2 * (weights + scan_flops((batch, dim, lines), None, A_log, None, None, None, None))
 
 
+_LINES = "int[3] sizes, int[3] strides, bool[3] pooled"
 _TAPS = "Tensor weight, Tensor? bias, Tensor D, Tensor weight_b, Tensor? bias_b, Tensor D_b"
 _PROJECTIONS = ", ".join(f"Tensor x_proj{b}, Tensor dt_proj{b}, Tensor dt_bias{b}, Tensor A_log{b}" for b in ("", "_b"))
 OPERATORS.register(
-    f"pooled_conv(Tensor x, {_TAPS}, int lines, bool across, float scale) -> (Tensor, Tensor, Tensor)",
+    f"pooled_conv(Tensor x, {_TAPS}, {_LINES}, float scale) -> (Tensor, Tensor, Tensor)",
     _conv,
     _fake_conv,
     save=_save_conv,
@@ -358,7 +378,7 @@ OPERATORS.register(
     f"pooled_scan(Tensor groups, Tensor groups_b, {_PROJECTIONS}) -> Tensor", _scan, _fake_scan, flops=_scan_flops
 )
 OPERATORS.register(
-    "pooled_gate(Tensor skip, Tensor groups, Tensor z, Tensor? weight, Tensor? bias, float eps, bool across,"
+    f"pooled_gate(Tensor skip, Tensor groups, Tensor z, Tensor? weight, Tensor? bias, float eps, {_LINES},"
     " float share) -> Tensor",
     _gate,
     _fake_gate,

@@ -9,6 +9,15 @@ from mamba_ssm.kernels.cpp.library import LIBRARY
 from torch import Tensor
 
 
+def _lines(sizes: list[int], strides: list[int], pooled: list[bool]) -> tuple:
+    """The fields of csrc/pooled_abi.h's Lines, the number of groups last."""
+    group_strides, count = [], 1
+    for size, is_pooled in zip(reversed(sizes), reversed(pooled)):
+        group_strides.insert(0, 0 if is_pooled else count)
+        count *= 1 if is_pooled else size
+    return tuple(sizes), tuple(strides), tuple(group_strides), count
+
+
 def pooled_conv(
     x: Tensor,
     weight: Tensor,
@@ -17,13 +26,15 @@ def pooled_conv(
     weight_b: Tensor,
     bias_b: Tensor | None,
     D_b: Tensor,
-    lines: int,
-    across: bool,
+    sizes: list[int],
+    strides: list[int],
+    pooled: list[bool],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, dim = x.shape
+    batch, _, dim = x.shape
+    lines = _lines(sizes, strides, pooled)
     skip = x.new_empty(x.shape)
-    pooled, pooled_b = (x.new_empty((batch, lines, dim)) for _ in range(2))
+    means, means_b = (x.new_empty((batch, lines[-1], dim)) for _ in range(2))
     if skip.numel():
         x, width = channel_last(x), weight.shape[1]
         taps = [float32(parameter) for parameter in (weight, bias, D, weight_b, bias_b, D_b)]
@@ -35,16 +46,16 @@ def pooled_conv(
             width=width,
             scale=bits(scale),
             threads=torch.get_num_threads(),
-            lines=(lines, tokens // lines, across),
+            lines=lines,
             x=tokens_of(x),
             forward=tuple(addresses[:3]),
             backward=tuple(addresses[3:]),
             skip=address(skip),
-            pooled_forward=address(pooled),
-            pooled_backward=address(pooled_b),
+            pooled_forward=address(means),
+            pooled_backward=address(means_b),
         )
         LIBRARY.call("mamba_pooled_conv", arguments)
-    return skip, pooled, pooled_b
+    return skip, means, means_b
 
 
 def pooled_scan(groups: Tensor, groups_b: Tensor, *projections: Tensor) -> Tensor:
@@ -79,13 +90,15 @@ def pooled_gate(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    across: bool,
+    sizes: list[int],
+    strides: list[int],
+    pooled: list[bool],
     share: float,
 ) -> Tensor:
-    batch, tokens, dim = skip.shape
+    batch, _, dim = skip.shape
     out = skip.new_empty(skip.shape)
     if out.numel():
-        z, lines = channel_last(z), groups.shape[1]
+        z = channel_last(z)
         skip, groups, weight, bias = skip.contiguous(), groups.contiguous(), float32(weight), float32(bias)
         arguments = LIBRARY.structs.PooledGateArgs(
             batch=batch,
@@ -94,7 +107,7 @@ def pooled_gate(
             share=bits(share),
             eps=bits(eps),
             threads=torch.get_num_threads(),
-            lines=(lines, tokens // lines, across),
+            lines=_lines(sizes, strides, pooled),
             z=tokens_of(z),
             weight=address(weight),
             bias=address(bias),
