@@ -16,10 +16,11 @@ find_python() {
     exit 2
 }
 
-# one that an install left unfinished is made anew, with the Python that is asked for now
-if [ ! -x .venv/bin/python ] || ! compgen -G ".venv/installed-*" >/dev/null; then
-    [ -L .venv ] || rm -rf .venv
-    [ -x .venv/bin/python ] || "$(find_python)" -m venv .venv
+# one whose first install did not end is made anew, with the Python that is asked for now
+[ ! -e .venv/unfinished ] || rm -rf .venv
+if [ ! -x .venv/bin/python ]; then
+    "$(find_python)" -m venv .venv
+    touch .venv/unfinished
 fi
 PYTHON=$PWD/.venv/bin/python
 export PYTHON
@@ -44,6 +45,6 @@ if [ ! -e "$stamp" ]; then
                 "(on Debian: apt install g++), then this script again." >&2
         fi
     done
-    rm -f .venv/installed-*
+    rm -f .venv/installed-* .venv/unfinished
     touch "$stamp"
 fi

@@ -326,6 +326,8 @@ def test_operators_against_peers_and_ports(tmp_path: Path, capsys: pytest.Captur
 # --- mistakes ---
 
 MISTAKES = {
+    "channel_sampling": [["--epochs", "0"], ["--nonsense"]],
+    "channels": [["--models", "nothing"], ["--patch", "x"]],
     "detection": [["--models", "nothing"], ["--size", "3"], ["--heads", "x"]],
     "few_labels": [[], ["{here}"]],
     "flops": [["nothing"], ["vim_nano_patch4_32:depht=2"], ["--img-size", "0"]],
