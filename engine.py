@@ -369,7 +369,11 @@ def train_one_epoch(
             skipped = 0
             with contextlib.nullcontext() if is_last else task.no_sync():
                 run.scaler.scale(loss / group if group > 1 else loss).backward()
-            parts = {name: float(part.detach()) for name, part in result.items() if name not in ("loss", "output")}
+            parts = {
+                name: part.item() if isinstance(part, Tensor) else part
+                for name, part in result.items()
+                if name not in ("loss", "output")
+            }
             run.meters.update(count, loss=value, **parts)
             run.meters.update(lr=_rate(run.optimizer))
         if is_last and is_whole:
