@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "isa.h"
+#include "memory.h"
 #include "parallel.h"
 #include "scan_abi.h"
 #include "visible_abi.h"
