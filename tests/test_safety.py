@@ -1,0 +1,188 @@
+"""Files that would harm a run, and runs that would harm each other: what is refused, kept apart or put aside."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoints
+import datasets
+import run as runs
+from tests.conftest import QUICK, ROOT, Result, lines
+from tests.program_data import write_image_folder
+from utils import UsageError, randomness
+
+
+class _Pointers:
+    def __reduce__(self) -> tuple:
+        return np.ndarray, ((8,), np.dtype("O"), b"AAAAAAAA" * 8)
+
+
+class _Module:
+    def __reduce__(self) -> tuple:
+        return np.lib.format.open_memmap, ("x", "w+", np.uint8, (1,))
+
+
+@pytest.mark.parametrize("data", [_Pointers(), _Module(), np.array([None]), np.zeros((1, 3072), np.float32)])
+def test_cifar_holds_arrays_of_numbers_and_nothing_else(data: object, tmp_path: Path) -> None:
+    (tmp_path / "train").write_bytes(pickle.dumps({b"data": data, b"fine_labels": [0]}, 2))
+    with pytest.raises(UsageError, match="is no CIFAR file"):
+        datasets._cifar_arrays(tmp_path, ["train"], b"fine_labels")
+
+
+def test_random_states_name_places_inside_them() -> None:
+    state = randomness.random_state(torch.device("cpu"))
+    randomness.set_random_state(state, torch.device("cpu"))
+    state["numpy"][2] = 2**30
+    with pytest.raises(ValueError, match="position is 1073741824"):
+        randomness.set_random_state(state, torch.device("cpu"))
+
+
+def test_small_files_that_ask_for_all_memory_are_refused(tmp_path: Path) -> None:
+    torch.save({"model": {"a": torch.zeros(1, 64).expand(10**7, 64)}}, tmp_path / "a.pth")
+    with pytest.raises(UsageError, match="repeats its elements"):
+        checkpoints.read(str(tmp_path / "a.pth"))
+    whole = io.BytesIO()
+    torch.save({"model": {"a": torch.zeros(1 << 20)}}, whole)
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as new:
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record))
+    with pytest.raises(UsageError, match="compressed archive"):
+        checkpoints.read(str(tmp_path / "b.pth"))
+    Image.new("L", (1, 1000)).save(tmp_path / "thin.png")
+    with pytest.raises(UsageError, match="100 to 1"):
+        datasets.load_image(str(tmp_path / "thin.png"))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>", "is a web page"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(content: bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / "vim.pth").write_bytes(content)
+    with pytest.raises(UsageError, match=told):
+        checkpoints.read(str(tmp_path / "vim.pth"))
+
+
+def test_figures_beside_weights_are_no_code(tmp_path: Path) -> None:
+    from collections import defaultdict
+    from datetime import datetime
+
+    beside = {"best": np.float64(76.1), "array": np.ones(3), "when": datetime(2026, 1, 1), "more": defaultdict(list)}
+    torch.save({"model": {"net.head.weight": torch.ones(2)}, **beside}, tmp_path / "a.pth")
+    weights, _ = checkpoints.find_weights(checkpoints.read(str(tmp_path / "a.pth")), "a.pth")
+    assert weights.keys() == {"head.weight"}
+
+
+def test_pictures_keep_their_side_and_range(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.fromarray(np.zeros((20, 40, 3), np.uint8)).save(tmp_path / "turned.jpg", exif=exif)
+    assert datasets.load_image(str(tmp_path / "turned.jpg")).size == (20, 40)
+    assert datasets.load_image(str(tmp_path / "turned.jpg"), upright=False).size == (40, 20)
+    ramp = np.tile(np.linspace(0, 1, 40, dtype=np.float32), (20, 1))
+    pictures = {
+        "unit.tif": ramp,
+        "bytes.tif": ramp * 255,
+        "deep.png": (ramp * 4095).astype(np.uint16),
+        "wide.tif": (ramp * 65535).astype(np.int32),
+    }
+    for name, values in pictures.items():
+        Image.fromarray(values).save(tmp_path / name)
+        loaded = np.asarray(datasets.load_image(str(tmp_path / name)))
+        assert (loaded.min(), loaded.max()) == (0, 255), name
+    ramp[0, 0] = np.nan
+    Image.fromarray(ramp).save(tmp_path / "nan.tif")
+    with pytest.raises(UsageError, match="not finite"):
+        datasets.load_image(str(tmp_path / "nan.tif"))
+    with pytest.raises(UsageError, match="--max-pixels 800 allows it"):
+        datasets.load_image(str(tmp_path / "unit.tif"), max_pixels=799)
+    (tmp_path / "program.JPEG").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\nshowpage\n%%EOF\n")
+    with pytest.raises(UsageError, match="cannot identify"):
+        datasets.load_image(str(tmp_path / "program.JPEG"))
+
+
+def test_hidden_folders_are_no_classes(
+    program: Callable[..., Result], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_image_folder(tmp_path / "data", train=4)
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    (root / "train" / "n00000000" / "notes.txt").write_text("no image")
+    names = datasets.class_names(root / "train")
+    assert len(names) == 3
+    numbers = {name: number for number, name in enumerate(names[:2])}
+    folder = datasets.ClassFolders(root / "train", lambda image: image, datasets.load_image, numbers, cut=True)
+    assert (folder.classes, len(folder)) == (names[:2], 8)
+    assert "1 files that are no images are left out" in caplog.text
+    args = (*QUICK, "--data-set", "IMNET", "--no-repeated-aug")
+    for name in (root / "train").iterdir():
+        for file in [*name.iterdir()]:
+            file.rename(root / "train" / f"{name.name}_{file.name}") if file.suffix != ".txt" else file.unlink()
+        name.rmdir()
+    result = program(*args, "--data-path", root)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "train has no folder of images" in result.err
+
+
+def test_runs_keep_apart(program: Callable[..., Result], cifar: Path, tmp_path: Path) -> None:
+    common = (*QUICK, "--data-set", "CIFAR", "--data-path", cifar, "--output_dir", tmp_path / "run")
+    assert program(*common).code == 0
+    first = torch.load(tmp_path / "run" / "checkpoint.pth")
+    # a run from the beginning puts the old one aside
+    result = program(*common, "--seed", 1)
+    assert "checkpoint.pth is now checkpoint_before.pth" in result.err
+    aside = torch.load(tmp_path / "run" / "checkpoint_before.pth")
+    assert torch.equal(aside["model"]["head.weight"], first["model"]["head.weight"])
+    # a folder belongs to one process at a time
+    holder = "import argparse, sys, time, run\nheld = run.claim_output(argparse.Namespace(output_dir=sys.argv[1]))\n"
+    command = [sys.executable, "-c", f"{holder}print('held', flush=True)\ntime.sleep(60)", str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        result = program(*common, "--resume", "--epochs", 2)
+        process.kill()
+    assert result.code == 2
+    assert "belongs to a run that is still going" in result.err
+    # a new folder for a run that goes on; the schedule follows the flags
+    moved = tmp_path / "moved"
+    flags = (*common[:-1], moved, "--epochs", 3, "--lr", 0.01, "--resume", tmp_path / "run" / "checkpoint.pth")
+    result = program(*flags)
+    assert result.code == 0, result.err
+    assert "--epochs 1 -> 3" in result.err
+    assert "--lr 0.05 -> 0.01" in result.err
+    assert [line["epoch"] for line in lines(moved)] == [0, 1, 2]
+    result = program(*flags, "--opt", "sgd")
+    assert result.code == 2
+    assert "was trained with --opt adamw, and --opt sgd cannot go on from its state" in result.err
+
+
+def test_auto_goes_by_progress_and_not_by_time(tmp_path: Path) -> None:
+    import os
+
+    for epoch, name in ((4, "checkpoint.pth"), (0, "best_checkpoint.pth")):
+        torch.save({"epoch": epoch}, tmp_path / name)
+    os.utime(tmp_path / "checkpoint.pth", (1, 1))
+    args = argparse.Namespace(resume="auto", output_dir=str(tmp_path), eval=False)
+    assert runs.find(args)[1] == {"epoch": 4}
+
+
+def test_a_run_that_cannot_save_fails(
+    program: Callable[..., Result], cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "save", lambda path, checkpoint: False)
+    result = program(*QUICK, "--data-set", "CIFAR", "--data-path", cifar, "--output_dir", tmp_path / "run")
+    assert result.code == 1
+    assert "could not be written" in result.err
