@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -170,8 +171,6 @@ def test_runs_keep_apart(program: Callable[..., Result], cifar: Path, tmp_path: 
 
 
 def test_auto_goes_by_progress_and_not_by_time(tmp_path: Path) -> None:
-    import os
-
     for epoch, name in ((4, "checkpoint.pth"), (0, "best_checkpoint.pth")):
         torch.save({"epoch": epoch}, tmp_path / name)
     os.utime(tmp_path / "checkpoint.pth", (1, 1))
@@ -186,3 +185,13 @@ def test_a_run_that_cannot_save_fails(
     result = program(*QUICK, "--data-set", "CIFAR", "--data-path", cifar, "--output_dir", tmp_path / "run")
     assert result.code == 1
     assert "could not be written" in result.err
+
+
+def test_a_foreign_mamba_ssm_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mamba_ssm").mkdir()
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text("")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "main.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "wanted the one of this checkout: bash scripts/setup.sh" in done.stderr.splitlines()[-1]
