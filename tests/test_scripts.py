@@ -440,7 +440,7 @@ def test_flags_in_code_spans_exist() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
-        if "register_model" not in block:  # the worked example is tests/test_examples.py's
+        if "register_model" not in block and "Operators(" not in block:  # tests/test_examples.py runs these
             module = types.ModuleType("page")  # which dataclasses look up
             monkeypatch.setitem(sys.modules, "page", module)
             exec(compile(block, str(page), "exec"), vars(module))
