@@ -186,15 +186,7 @@ class TrainBatches:
             dataset, options = SeededDataset(dataset), {"sampler": self.sampler, "persistent_workers": workers > 0}
         if batch_sampler is None:
             options |= {"batch_size": self.batch_size, "drop_last": True}
-        self.loader = DataLoader(
-            dataset,
-            num_workers=workers,
-            pin_memory=args.pin_mem and torch.cuda.is_available(),
-            collate_fn=collate,
-            worker_init_fn=ignore_stop_signals,
-            generator=self.generator,
-            **options,
-        )
+        self.loader = _loader(dataset, args, workers, collate, generator=self.generator, **options)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """The batches of `epoch` from number `start` on."""
@@ -244,16 +236,23 @@ class EvalBatches:
         workers = max(_workers(args), int(streams))
         if batch_sampler is None:
             options["batch_size"] = batch_size
-        self.loader = DataLoader(
-            dataset,
-            num_workers=workers,
-            pin_memory=args.pin_mem and torch.cuda.is_available(),
-            collate_fn=collate,
-            worker_init_fn=ignore_stop_signals,
-            generator=torch.Generator(),
-            persistent_workers=workers > 0 and not streams,
-            **options,
+        keep = workers > 0 and not streams
+        self.loader = _loader(
+            dataset, args, workers, collate, generator=torch.Generator(), persistent_workers=keep, **options
         )
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.loader)
+
+
+def _loader(
+    dataset: Dataset, args: argparse.Namespace, workers: int, collate: Collate | None, **options: Any
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        pin_memory=args.pin_mem and torch.cuda.is_available(),
+        collate_fn=collate,
+        worker_init_fn=ignore_stop_signals,
+        **options,
+    )

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.triton.layernorm import RMSNorm
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
 from torch import Tensor, nn
 
 from models_mamba import Block, VisionMamba, add_norm, init_linears
-from models_registry import ALIASES, REGISTRY
+from models_registry import ALIASES, REGISTRY, pretrained_cfg
 
 DEFAULT_RATIO = 0.75
 
@@ -315,24 +314,12 @@ def masked_name(name: str) -> str | None:
     return masked if is_model(masked) else None
 
 
-def _pretrained_cfg(name: str) -> dict[str, Any]:
-    size = _REGISTRY[_ALIASES.get(name, name)].get("img_size", 224)
-    return dict(
-        url="",
-        num_classes=0,
-        input_size=(3, size, size),
-        fixed_input_size=True,
-        pool_size=None,
-        crop_pct=0.875,
-        interpolation="bicubic",
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        first_conv="patch_embed.proj",
-        classifier=None,
-    )
-
-
-default_cfgs = generate_default_cfgs({name: _pretrained_cfg(name) for name in (*_REGISTRY, *_ALIASES)})
+default_cfgs = generate_default_cfgs(
+    {
+        name: pretrained_cfg(_REGISTRY[_ALIASES.get(name, name)] | dict(num_classes=0), classifier=None, fixed=True)
+        for name in (*_REGISTRY, *_ALIASES)
+    }
+)
 
 
 def _entry(name: str) -> Callable[..., MaskedAutoencoder]:

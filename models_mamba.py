@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.triton.layernorm import RMSNorm
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, lecun_normal_, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -42,6 +41,7 @@ from models_registry import (
     PUBLISHED_SPELLINGS,
     REGISTRY,
     VimSettings,
+    pretrained_cfg,
     registry_keywords,
     registry_name,
 )
@@ -554,25 +554,9 @@ class VisionMamba(nn.Module):
 # --- registry ---
 
 
-def _pretrained_cfg(name: str) -> dict[str, Any]:
-    settings = REGISTRY[ALIASES.get(name, name)]
-    size = settings.get("img_size", 224)
-    return dict(
-        url="",
-        num_classes=settings.get("num_classes", 1000),
-        input_size=(settings.get("in_chans", 3), size, size),
-        fixed_input_size=not settings.get("spatial_pool", False),
-        pool_size=None,
-        crop_pct=0.875,
-        interpolation="bicubic",
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        first_conv="patch_embed.proj",
-        classifier="head",
-    )
-
-
-default_cfgs = generate_default_cfgs({name: _pretrained_cfg(name) for name in (*REGISTRY, *ALIASES)})
+default_cfgs = generate_default_cfgs(
+    {name: pretrained_cfg(REGISTRY[ALIASES.get(name, name)]) for name in (*REGISTRY, *ALIASES)}
+)
 
 
 def _entry(name: str) -> Callable[..., VisionMamba]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from embeddings import SCAN_ORDERS
 from fusion.token_state import ClassTokens
@@ -253,3 +254,22 @@ def registry_keywords(name: str) -> dict[str, Any]:
     if not timm.is_model(name):
         return {}
     return dict(getattr(timm.model_entrypoint(name), "keywords", {}))
+
+
+def pretrained_cfg(settings: dict[str, Any], *, classifier: str | None = "head", fixed: bool = False) -> dict[str, Any]:
+    """timm's `pretrained_cfg` of a model with the keywords `settings`; `fixed` says that no image of another size goes
+    through it, which holds for all but those with spatial pooling."""
+    size = settings.get("img_size", 224)
+    return dict(
+        url="",
+        num_classes=settings.get("num_classes", 1000),
+        input_size=(settings.get("in_chans", 3), size, size),
+        fixed_input_size=fixed or not settings.get("spatial_pool", False),
+        pool_size=None,
+        crop_pct=0.875,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv="patch_embed.proj",
+        classifier=classifier,
+    )

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks.cases import Case
-from benchmarks.command import add_device, add_threads, command, parser, write_json
+from benchmarks.command import add_device, add_threads, command, device_of, parser, write_json
 from measure.machine import in_words, machine
 from measure.timing import time_in_turns
 from utils.flags import number
@@ -56,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_device(flags)
     add_threads(flags)
     args = flags.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = device_of(args)
     torch.manual_seed(0)
     calls = []
     for name in args.models:

@@ -59,6 +59,13 @@ def add_threads(found: argparse.ArgumentParser, threads: int | None = None) -> N
     found.add_argument("--threads", type=number(int, 1), default=threads, help=f"CPU threads (default: {told})")
 
 
+def device_of(args: argparse.Namespace) -> torch.device:
+    """What --device names, with as many threads as --threads says from here on."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return torch.device(args.device)
+
+
 def device_name(text: str) -> str:
     """An argparse type: a device that this machine has."""
     wanted = f"{text!r} is no device of this machine; wanted cpu, or cuda or cuda:N where there is a GPU"

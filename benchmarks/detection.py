@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 from benchmarks.cases import Case, model_spec
-from benchmarks.command import add_device, add_threads, command, parser, write_json
+from benchmarks.command import add_device, add_threads, command, device_of, parser, write_json
 from measure.machine import in_words, machine
 from measure.timing import time_in_turns
 from tasks.detect import Detector, build_detector
@@ -120,9 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("--seconds", type=number(float, 0), default=30.0, help="of timing (default: %(default)s)")
     flags.add_argument("--out", type=Path, default=None, metavar="FILE", help="JSON file")
     args = flags.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = device_of(args)
     about = machine(device)
     rows = measure(args.models, args.size, args.heads, device, args.seconds, args.proposals)
     print(in_words(about), end="\n\n")

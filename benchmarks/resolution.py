@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import DTYPES, Case, build, model_spec
-from benchmarks.command import add_device, add_threads, command, parser, write_json
+from benchmarks.command import add_device, add_threads, command, device_of, parser, write_json
 from measure.flops import model_flops
 from measure.machine import in_words, machine
 from measure.timing import time_in_turns
@@ -132,9 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("--out", type=Path, default=Path("output/resolution"), help="folder (default: %(default)s)")
     flags.add_argument("--add", action="store_true", help="keep the rows that --out holds")
     args = flags.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device, file = torch.device(args.device), args.out / "resolution.json"
+    device, file = device_of(args), args.out / "resolution.json"
     before = kept_rows(file) if args.add else []
     about = machine(device)
     rows: list[dict[str, Any]] = []

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case, model_spec
-from benchmarks.command import add_device, add_threads, command, parser, write_json
+from benchmarks.command import add_device, add_threads, command, device_of, parser, write_json
 from measure.machine import in_words, machine
 from measure.timing import time_in_turns
 from tasks.segment import build_segmenter
@@ -93,9 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     flags.add_argument("--out", type=Path, default=None, metavar="FILE", help="JSON file")
     args = flags.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = device_of(args)
     about = machine(device)
     rows: list[dict[str, Any]] = []
     for size in args.sizes:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import DTYPES, Case, OnnxCase, build, model_spec, own_size
-from benchmarks.command import add_device, add_threads, command, parser, write_json
+from benchmarks.command import add_device, add_threads, command, device_of, parser, write_json
 from benchmarks.peers import PEERS
 from measure.flops import model_flops
 from measure.machine import in_words, machine
@@ -154,9 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError("--onnx contradicts a GPU: ONNX Runtime is measured on a CPU.")
     if args.peers:
         args.models += [name for name in PEERS if name not in args.models]
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    rows, about = measure(args), machine(torch.device(args.device))
+    about = machine(device_of(args))
+    rows = measure(args)
     print(in_words(about), end="\n\n")
     print(table(rows, args.train))
     write_json(args.json, {"machine": about, "rows": rows})

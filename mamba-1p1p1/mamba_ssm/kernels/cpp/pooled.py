@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from causal_conv1d.layout import address, channel_last, float32
 from causal_conv1d.native import DTYPE_CODES, bits, tokens_of
@@ -16,6 +19,40 @@ def _lines(sizes: list[int], strides: list[int], pooled: list[bool]) -> tuple:
         group_strides.insert(0, 0 if is_pooled else count)
         count *= 1 if is_pooled else size
     return tuple(sizes), tuple(strides), tuple(group_strides), count
+
+
+def conv_fields(x: Tensor, taps: Sequence[Tensor | None], lines: tuple) -> dict[str, Any]:
+    """What every pass over the tokens before the scans is told; `x` is channel-last, `taps` are float32."""
+    addresses = [address(tap) for tap in taps]
+    return {
+        "batch": x.shape[0],
+        "dim": x.shape[2],
+        "dtype": DTYPE_CODES[x.dtype],
+        "width": taps[0].shape[1],
+        "threads": torch.get_num_threads(),
+        "lines": lines,
+        "x": tokens_of(x),
+        "forward": tuple(addresses[:3]),
+        "backward": tuple(addresses[3:]),
+    }
+
+
+def gate_fields(
+    z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, lines: tuple, share: float
+) -> dict[str, Any]:
+    """What every pass over the tokens behind the scans is told; `z` is channel-last, weight and bias are float32."""
+    return {
+        "batch": z.shape[0],
+        "dim": z.shape[2],
+        "dtype": DTYPE_CODES[z.dtype],
+        "share": bits(share),
+        "eps": bits(eps),
+        "threads": torch.get_num_threads(),
+        "lines": lines,
+        "z": tokens_of(z),
+        "weight": address(weight),
+        "bias": address(bias),
+    }
 
 
 def pooled_conv(
@@ -36,20 +73,10 @@ def pooled_conv(
     skip = x.new_empty(x.shape)
     means, means_b = (x.new_empty((batch, lines[-1], dim)) for _ in range(2))
     if skip.numel():
-        x, width = channel_last(x), weight.shape[1]
-        taps = [float32(parameter) for parameter in (weight, bias, D, weight_b, bias_b, D_b)]
-        addresses = [address(parameter) for parameter in taps]
+        x, taps = channel_last(x), [float32(tap) for tap in (weight, bias, D, weight_b, bias_b, D_b)]
         arguments = LIBRARY.structs.PooledConvArgs(
-            batch=batch,
-            dim=dim,
-            dtype=DTYPE_CODES[x.dtype],
-            width=width,
+            **conv_fields(x, taps, lines),
             scale=bits(scale),
-            threads=torch.get_num_threads(),
-            lines=lines,
-            x=tokens_of(x),
-            forward=tuple(addresses[:3]),
-            backward=tuple(addresses[3:]),
             skip=address(skip),
             pooled_forward=address(means),
             pooled_backward=address(means_b),
@@ -95,22 +122,12 @@ def pooled_gate(
     pooled: list[bool],
     share: float,
 ) -> Tensor:
-    batch, _, dim = skip.shape
     out = skip.new_empty(skip.shape)
     if out.numel():
         z = channel_last(z)
         skip, groups, weight, bias = skip.contiguous(), groups.contiguous(), float32(weight), float32(bias)
         arguments = LIBRARY.structs.PooledGateArgs(
-            batch=batch,
-            dim=dim,
-            dtype=DTYPE_CODES[skip.dtype],
-            share=bits(share),
-            eps=bits(eps),
-            threads=torch.get_num_threads(),
-            lines=_lines(sizes, strides, pooled),
-            z=tokens_of(z),
-            weight=address(weight),
-            bias=address(bias),
+            **gate_fields(z, weight, bias, eps, _lines(sizes, strides, pooled), share),
             skip=address(skip),
             groups=address(groups),
             out=address(out),

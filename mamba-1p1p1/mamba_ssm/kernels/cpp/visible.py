@@ -6,9 +6,10 @@ import ctypes
 
 import torch
 from causal_conv1d.layout import address, channel_last, float32
-from causal_conv1d.native import DTYPE_CODES, bits, tokens_of
+from causal_conv1d.native import bits
 from mamba_ssm.kernels.arguments import Taps, VisibleLines
 from mamba_ssm.kernels.cpp.library import LIBRARY
+from mamba_ssm.kernels.cpp.pooled import conv_fields, gate_fields
 from torch import Tensor
 
 
@@ -29,21 +30,11 @@ def visible_conv(x: Tensor, forward: Taps, backward: Taps, lines: VisibleLines) 
     skip = x.new_empty(x.shape)
     pooled, pooled_b = (x.new_zeros((batch, lines.count, dim)) for _ in range(2))
     if skip.numel():
-        x, width = channel_last(x), forward.weight.shape[1]
-        taps = [float32(parameter) for parameter in (*forward, *backward)]
-        addresses = [address(parameter) for parameter in taps]
+        x, taps = channel_last(x), [float32(parameter) for parameter in (*forward, *backward)]
         lines, fields = _lines_of(lines, tokens)
         arguments = LIBRARY.structs.VisibleConvArgs(
-            batch=batch,
-            dim=dim,
-            dtype=DTYPE_CODES[x.dtype],
-            width=width,
+            **conv_fields(x, taps, fields),
             factor=bits(lines.factor),
-            threads=torch.get_num_threads(),
-            lines=fields,
-            x=tokens_of(x),
-            forward=tuple(addresses[:3]),
-            backward=tuple(addresses[3:]),
             skip=address(skip),
             pooled_forward=address(pooled),
             pooled_backward=address(pooled_b),
@@ -60,21 +51,12 @@ def visible_conv_backward(
     taps = [float32(parameter) for parameter in (*forward, *backward)]
     grads = [None if tap is None else torch.zeros_like(tap) for tap in taps]
     if dx.numel():
-        x, width = channel_last(x), forward.weight.shape[1]
+        x, targets = channel_last(x), [address(grad) for grad in grads]
         dskip, dpooled, dpooled_b = (grad.to(x.dtype).contiguous() for grad in (dskip, dpooled, dpooled_b))
-        addresses, targets = [address(tap) for tap in taps], [address(grad) for grad in grads]
         lines, fields = _lines_of(lines, tokens)
         arguments = LIBRARY.structs.VisibleConvBackwardArgs(
-            batch=batch,
-            dim=dim,
-            dtype=DTYPE_CODES[x.dtype],
-            width=width,
+            **conv_fields(x, taps, fields),
             factor=bits(lines.factor),
-            threads=torch.get_num_threads(),
-            lines=fields,
-            x=tokens_of(x),
-            forward=tuple(addresses[:3]),
-            backward=tuple(addresses[3:]),
             dskip=address(dskip),
             dpooled_forward=address(dpooled),
             dpooled_backward=address(dpooled_b),
@@ -87,24 +69,6 @@ def visible_conv_backward(
     return dx, *(
         dx.new_empty(0) if grad is None else grad.to(parameter.dtype) for grad, parameter in zip(grads, parameters)
     )
-
-
-def _gate_fields(
-    z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, lines: tuple[int, int, int, int], share: float
-) -> dict[str, object]:
-    """What both passes of the gate are told; `z`, `weight` and `bias` are as the library wants them."""
-    return {
-        "batch": z.shape[0],
-        "dim": z.shape[2],
-        "dtype": DTYPE_CODES[z.dtype],
-        "share": bits(share),
-        "eps": bits(eps),
-        "threads": torch.get_num_threads(),
-        "lines": lines,
-        "z": tokens_of(z),
-        "weight": address(weight),
-        "bias": address(bias),
-    }
 
 
 def visible_gate(
@@ -123,7 +87,7 @@ def visible_gate(
         weight, bias = float32(weight), float32(bias)
         lines, fields = _lines_of(lines, z.shape[1])
         arguments = LIBRARY.structs.VisibleGateArgs(
-            **_gate_fields(z, weight, bias, eps, fields, share),
+            **gate_fields(z, weight, bias, eps, fields, share),
             skip=address(skip),
             groups=address(groups),
             out=address(out),
@@ -150,7 +114,7 @@ def visible_gate_backward(
         z, skip, groups, dout = channel_last(z), skip.contiguous(), groups.contiguous(), dout.to(z.dtype).contiguous()
         lines, fields = _lines_of(lines, z.shape[1])
         arguments = LIBRARY.structs.VisibleGateBackwardArgs(
-            **_gate_fields(z, wide, wide_bias, eps, fields, share),
+            **gate_fields(z, wide, wide_bias, eps, fields, share),
             skip=address(skip),
             groups=address(groups),
             dout=address(dout),
