@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import MICRO, Result, call_program, finish, lines, start
+from tests.conftest import MICRO, Result, call_program, finish, lines, same, start
 from tests.shapes_data import write_shapes
-from utils import telling
 
 FLAGS = (
     *("--task", "segment", "--model", "vim_micro_patch8_32", "--input-size", "32", "--batch-size", "4", "--lr", "2e-3"),
@@ -36,16 +32,6 @@ def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = call_program(*FLAGS, "--data-path", shapes, "--output_dir", output, "--layer-decay", 0.9, "--clip-grad", 5)
     assert result.code == 0, result.err
     return output
-
-
-def same(first: Any, second: Any) -> bool:
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return all(same(first[key], second[key]) for key in first if key not in ("seconds", "peak_memory_mib", "args"))
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(same, first, second))
-    return first == second or (first != first and second != second)
 
 
 def test_training_logs_and_saves(run: Path) -> None:
@@ -87,19 +73,11 @@ def test_evaluation_writes_predictions_and_pictures(run: Path, shapes: Path, tmp
 
 
 @pytest.mark.parametrize("family", ["fastvim", "dyvm"])
-def test_resume_is_exact(family: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_is_exact(family: str, shapes: Path, tmp_path: Path, stop_after: Callable[[int], None]) -> None:
     flags = [*FLAGS, "--data-path", shapes, "--model", f"{family}_micro_patch8_32", "--seed", 3]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert call_program(*flags, "--output_dir", whole).code == 0
-    plain, left = telling.Progress.step, [5]
-
-    def step(self: telling.Progress, *args: Any) -> None:
-        plain(self, *args)
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(telling.Progress, "step", step)
+    stop_after(5)
     assert call_program(*flags, "--output_dir", parts).code == 0
     stopped = torch.load(parts / "checkpoint.pth", weights_only=False)
     assert (stopped["epoch"], stopped["step"]) != (1, 0)

@@ -16,9 +16,21 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
         if request.param == "torch":
             stack.enter_context(backend.use("torch"))
         else:
-            if backends.available("cpu") != "cpp" or conv_backends.available("cpu") != "cpp":
-                pytest.skip("the C++ kernels are not built")
-            if stack.enter_context(native.isa(request.param)) != request.param:
-                pytest.skip(f"this processor has no {request.param}")
-            stack.enter_context(backend.use("cpp"))
+            _enter(stack, request.param)
         yield request.param
+
+
+@pytest.fixture(params=["plain", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The C++ backend at each instruction set that this machine has."""
+    with ExitStack() as stack:
+        _enter(stack, request.param)
+        yield request.param
+
+
+def _enter(stack: ExitStack, isa: str) -> None:
+    if backends.available("cpu") != "cpp" or conv_backends.available("cpu") != "cpp":
+        pytest.skip("the C++ kernels are not built")
+    if stack.enter_context(native.isa(isa)) != isa:
+        pytest.skip(f"this processor has no {isa}")
+    stack.enter_context(backend.use("cpp"))

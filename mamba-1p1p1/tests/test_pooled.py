@@ -1,12 +1,11 @@
 """The mixer over pooled lines: every instruction set against autograd through the formulas."""
 
-from contextlib import ExitStack
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from causal_conv1d import backend, causal_conv1d_ref, native
+from causal_conv1d import backend, causal_conv1d_ref
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.pooled import (
@@ -22,15 +21,6 @@ from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 pytestmark = pytest.mark.skipif(backends.available("cpu") != "cpp", reason="the C++ kernels are not built")
-
-
-@pytest.fixture(params=["plain", "avx2", "avx512"])
-def isa(request):
-    with ExitStack() as stack:
-        if stack.enter_context(native.isa(request.param)) != request.param:
-            pytest.skip(f"this processor has no {request.param}")
-        stack.enter_context(backend.use("cpp"))
-        yield request.param
 
 
 class Grid(NamedTuple):

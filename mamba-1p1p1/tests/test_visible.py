@@ -1,10 +1,7 @@
 """The mixer over visible tokens: every instruction set against autograd through the formulas."""
 
-from contextlib import ExitStack
-
 import pytest
 import torch
-from causal_conv1d import backend, native
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.visible import (
     Taps,
@@ -17,15 +14,6 @@ from mamba_ssm.ops.visible import (
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 pytestmark = pytest.mark.skipif(backends.available("cpu") != "cpp", reason="the C++ kernels are not built")
-
-
-@pytest.fixture(params=["plain", "avx2", "avx512"])
-def isa(request):
-    with ExitStack() as stack:
-        if stack.enter_context(native.isa(request.param)) != request.param:
-            pytest.skip(f"this processor has no {request.param}")
-        stack.enter_context(backend.use("cpp"))
-        yield request.param
 
 
 def random(*shape, dtype=torch.float32):
