@@ -5,6 +5,7 @@
     python -m benchmarks.compare DATA_PATH --data-set CIFAR --size nano --epochs 50 --fine-tune-epochs 10
     python -m benchmarks.compare --methods merging              # every strategy and order of Famba-V
     python -m benchmarks.compare --methods policies             # DyVM's learned decisions against random and even ones
+    python -m benchmarks.compare --task segment --seeds 0       # the same under a segmentation head, by mIoU
 
 Flags that this program does not know go to every run. In --output_dir each run has a folder of its own; a finished run
 is not repeated, and one that was interrupted goes on. There are then `table.md`, `table.csv`, `pareto.png`, and
@@ -51,7 +52,7 @@ def plan(args: argparse.Namespace, more: Sequence[str]) -> list[Run]:
     """All runs in the order they are made: seed after seed, so that a machine's drift meets every method alike."""
     table, is_small = COMPARISONS[args.task], args.data_set == COMPARISONS[args.task].small_data_set
     data = ["--data-set", args.data_set, *(["--data-path", str(args.data_path)] if args.data_path else [])]
-    shared = [*(table.small_recipe if is_small else table.recipe), *data, "--device", args.device]
+    shared = ["--task", args.task, *(table.small_recipe if is_small else table.recipe), *data, "--device", args.device]
     tuning = () if is_small else table.fine_tuning
     runs: dict[str, Run] = {}
     for seed in args.seeds:
@@ -61,10 +62,11 @@ def plan(args: argparse.Namespace, more: Sequence[str]) -> list[Run]:
             epochs = args.fine_tune_epochs if method.fine_tunes else args.epochs
             flags = ["--model", f"{method.family}_{table.sizes[args.size]}", *shared]
             flags += [*(method.nano_flags if nano else method.flags), *(tuning if method.fine_tunes else ()), *more]
-            flags += ["--epochs", str(epochs), "--seed", str(seed)]
+            length, lines = table.length(epochs)
+            flags += [*length, "--seed", str(seed)]
             full = f"{name}-seed{seed}"
             start = runs[f"{method.start}-seed{seed}"] if method.fine_tunes else None
-            runs[full] = Run(full, name, seed, args.output_dir / full, start, epochs, flags)
+            runs[full] = Run(full, name, seed, args.output_dir / full, start, lines, flags)
     return list(runs.values())
 
 
@@ -135,6 +137,7 @@ FIGURES = {
     "parameters": ("parameters, M", 1e6, 3, False),
     "flops_published": ("FLOPs published, M", 1e6, 2, False),
     "flops_full": ("FLOPs full, M", 1e6, 2, False),
+    "flops_head": ("FLOPs of the heads, M", 1e6, 2, False),
     "train_seconds": ("training, s", 1, 1, True),
     "train_peak_bytes": ("peak training memory, MiB", 2**20, 1, False),
     "images_per_second": ("inference, images/s", 1, 0, True),
@@ -143,9 +146,9 @@ FIGURES = {
 PANELS = {"images_per_second": ("inference, images/s", True), "train_seconds": ("training time, s", False)}
 
 
-def figures_of(score: Score) -> dict[str, tuple[str, float, int, bool]]:
-    """All figures of a table: the score, then what it costs."""
-    return {score.key: (score.title, 1, 2, True)} | FIGURES
+def figures_of(score: Score, entry: dict[str, Any]) -> dict[str, tuple[str, float, int, bool]]:
+    """The figures of a table whose runs have those of `entry`: the score, then what it costs."""
+    return {score.key: (score.title, 1, 2, True)} | {name: told for name, told in FIGURES.items() if name in entry}
 
 
 def summarize(found: Sequence[dict[str, Any]], table: Comparison, score: Score) -> list[dict[str, Any]]:
@@ -155,7 +158,7 @@ def summarize(found: Sequence[dict[str, Any]], table: Comparison, score: Score) 
     for name in dict.fromkeys(entry["method"] for entry in found):
         entries = [entry for entry in found if entry["method"] == name]
         row: dict[str, Any] = {"method": name, "title": table.methods[name].title, "seeds": len(entries)}
-        for figure, (_, unit, decimals, show_spread) in figures_of(score).items():
+        for figure, (_, unit, decimals, show_spread) in figures_of(score, entries[0]).items():
             values = [entry[figure] for entry in entries]
             mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
             row |= {
@@ -178,14 +181,14 @@ def report(
     rows = summarize(found, table, score)
     seeds = f"mean ± standard deviation over {len(args.seeds)} seeds" if len(args.seeds) > 1 else "one seed"
     fine_tuned = [table.methods[name].title for name in args.methods if table.methods[name].fine_tunes]
-    made = f"{args.data_set}, {args.size} models, {_epochs(args.epochs)}, {seeds}"
+    made = f"{args.data_set}, {args.size} models, {_length(args.epochs, table)}, {seeds}"
     if fine_tuned:
         made += (
-            f"; {', '.join(fine_tuned)}: {_epochs(args.fine_tune_epochs)} from the trained plain model, whose training "
-            "is in their time"
+            f"; {', '.join(fine_tuned)}: {_length(args.fine_tune_epochs, table)} from the trained plain model, whose "
+            "training is in their time"
         )
     made += f". {in_words(about)}.\n"
-    columns = {title: f"{{{figure}_text}}" for figure, (title, *_) in figures_of(score).items()}
+    columns = {title: f"{{{figure}_text}}" for figure, (title, *_) in figures_of(score, rows[0]).items()}
     text = f"{markdown(rows, {'method': '{title}'} | columns)}\n\n{made}"
     output: Path = args.output_dir
     write(output / "table.md", text)
@@ -200,16 +203,22 @@ def report(
     return text
 
 
-def _epochs(count: int) -> str:
-    return f"{count} epoch{'s' if count > 1 else ''}"
+def _length(count: int, table: Comparison) -> str:
+    return f"{count} {'step' if table.by_steps else 'epoch'}{'s' if count > 1 else ''}"
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """This program's flags, and those that go to every run."""
-    task, table = "classify", COMPARISONS["classify"]
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task", default="classify")
+    task = first.parse_known_args(argv)[0].task
+    if task not in COMPARISONS:
+        raise UsageError(f"--task {task!r} is not compared; wanted one of {', '.join(COMPARISONS)}.")
+    table = COMPARISONS[task]
     flags = parser("benchmarks.compare", __doc__, allow_abbrev=False)
     flags.usage = "%(prog)s [DATA_PATH] [FLAGS...]"
-    flags.set_defaults(task=task)
+    flags.add_argument("--task", default="classify", choices=[*COMPARISONS], help="default: %(default)s")
     flags.add_argument(
         "--data-set", default=None, help=f"default: {table.small_data_set}, or {table.data_set} with a DATA_PATH"
     )
@@ -223,8 +232,11 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         help=f"{', '.join(table.methods)}, or {' or '.join(table.groups)} (default: {' '.join(table.compared)})",
     )
     flags.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    for name, epochs in (("--epochs", table.epochs), ("--fine-tune-epochs", table.fine_tune_epochs)):
-        flags.add_argument(name, type=number(int, 1), default=None, help="default: {}, or {}".format(*epochs))
+    for name, lengths in (("epochs", table.epochs), ("fine_tune_epochs", table.fine_tune_epochs)):
+        flag = f"--{name.replace('epochs', table.unit).replace('_', '-')}"
+        flags.add_argument(
+            flag, dest=name, type=number(int, 1), default=None, help="default: {}, or {}".format(*lengths)
+        )
     flags.add_argument("--output_dir", "--output-dir", type=Path, default=Path("output/compare"))
     add_device(flags)
     flags.add_argument(
@@ -237,7 +249,6 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--speed-seconds", type=number(float, 0), default=60.0, help="for timing all models (default: 60)"
     )
     # first or not at all: the value of a flag that is not known here would be taken for it
-    argv = list(sys.argv[1:] if argv is None else argv)
     data_path = argv.pop(0) if argv and not argv[0].startswith("--") and argv[0] != "-h" else ""
     args, more = flags.parse_known_args(argv)
     args.data_path = "" if data_path == "-" else data_path

@@ -81,11 +81,39 @@ _RECIPE = ("--batch-size", "128", "--drop-path", "0", "--weight-decay", "0.1")
 _FINE_TUNING = ("--lr", "3e-5", "--min-lr", "1e-6", "--weight-decay", "1e-8", "--warmup-epochs", "5")
 
 
+# Segmentation, from nothing: few steps want small batches, a high learning rate, and images of about the tested size.
+SHAPES_RECIPE = (
+    *(
+        "--batch-size",
+        "4",
+        "--lr",
+        "2e-3",
+        "--input-size",
+        "64",
+        "--scale-range",
+        "0.8",
+        "1.25",
+        "--seg-channels",
+        "64",
+    ),
+    *("--drop", "0", "--drop-path", "0", "--num_workers", "0"),
+)
+_SEGMENTERS = {
+    "none": Method("Vim", "vim"),
+    "upper": Method("Famba-V (upper)", "vim", _merging("upper", 8, 4), _merging("upper", 8, 2)),
+    "fastvim": Method("FastVim", "fastvim"),
+    "dyvm-token": Method("DyVM (token)", "dyvm", ("--pruning", "token")),
+    "mambareg": Method("MambaReg", "mambareg"),
+    "deit": Method("DeiT (ViT)", "deit", (), ("--lr", "1e-3")),
+}
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One task's: `methods` by name, those `compared` unless others are asked for, `groups` of them by name; model
     names without the family by size; the data set that is at hand with flags and epochs for it, the one that is asked
-    for by a path, and its flags; what fine-tuning adds there."""
+    for by a path, and its flags; what fine-tuning adds there. `by_steps` says that runs are as long as so many steps,
+    not epochs."""
 
     methods: dict[str, Method]
     compared: tuple[str, ...]
@@ -98,6 +126,19 @@ class Comparison:
     fine_tuning: tuple[str, ...]
     epochs: tuple[int, int]  # of the small data set, of the other
     fine_tune_epochs: tuple[int, int]
+    by_steps: bool = False
+
+    @property
+    def unit(self) -> str:
+        """What the length of a run is counted in, as the program's flag for it says."""
+        return "iterations" if self.by_steps else "epochs"
+
+    def length(self, count: int) -> tuple[list[str], int]:
+        """The program's flags for a run of `count` epochs or steps, and how many lines it logs."""
+        if not self.by_steps:
+            return ["--epochs", str(count)], count
+        lines = 2 if count % 2 == 0 else 1
+        return ["--iterations", str(count), "--eval-interval", str(count // lines)], lines
 
 
 COMPARISONS = {
@@ -113,5 +154,19 @@ COMPARISONS = {
         fine_tuning=_FINE_TUNING,
         epochs=(15, 300),
         fine_tune_epochs=(15, 30),
-    )
+    ),
+    "segment": Comparison(
+        methods=_SEGMENTERS,
+        compared=tuple(_SEGMENTERS),
+        groups={},
+        sizes=_SIZES,
+        small_data_set="SHAPES",
+        small_recipe=SHAPES_RECIPE,
+        data_set="ADE20K",
+        recipe=(),
+        fine_tuning=(),
+        epochs=(1200, 160_000),
+        fine_tune_epochs=(0, 0),
+        by_steps=True,
+    ),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import checkpoints
 import engine
@@ -17,7 +17,7 @@ import main as program
 from benchmarks.cases import Case
 from benchmarks.summary import Score, read_log
 from fusion.token_merging import TokenMerging
-from measure.flops import model_flops
+from measure.flops import model_flops, traced_flops
 from measure.memory import peak_memory
 from measure.pruning import kept_directions
 from measure.timing import time_in_turns
@@ -66,6 +66,8 @@ def trained_case(run: Run, device: torch.device) -> tuple[Case, argparse.Namespa
     model.load_state_dict(checkpoint["model"])
     task = kind(args, model.to(device), data, device)
     inputs, _, _ = task.prepare(next(iter(kind.eval_batches(data, args))), training=False)
+    if not isinstance(inputs, Tensor):  # images with the size of their labels, all of one shape in a small data set
+        inputs = torch.stack([image for image, _ in inputs])
     dtype = "float32"
     if args.if_amp:
         dtype = args.amp_dtype or ("bfloat16" if device.type == "cpu" or torch.cuda.is_bf16_supported() else "float16")
@@ -121,6 +123,17 @@ def kept_shares(model: Any, line: dict[str, Any]) -> tuple[float, float]:
     return tokens[-1] if tokens else 1.0, line.get("test_kept_directions", 1.0)
 
 
+def body_of(model: nn.Module) -> nn.Module:
+    """The backbone inside a model for dense prediction; another model itself."""
+    return getattr(getattr(model, "backbone", None), "body", model)
+
+
+def head_flops(model: nn.Module, img_size: int) -> int:
+    """Multiply-adds of one image through all that stands on the backbone's maps."""
+    whole, maps = (sum(traced_flops(part, img_size).values()) for part in (model, model.backbone))
+    return whole - maps
+
+
 def measure(runs: Sequence[Run], score: Score, device: torch.device, seconds: float) -> list[dict[str, Any]]:
     """What every finished run achieved, by `score`, and costs, one entry a run; all are timed for about `seconds`."""
     cases, found = [], []
@@ -129,9 +142,10 @@ def measure(runs: Sequence[Run], score: Score, device: torch.device, seconds: fl
         if run.method not in train_peaks:  # the same for every seed
             train_peaks[run.method] = training_peak(run, device)
         case, settings = trained_case(run, device)
-        kept = kept_directions(case.model, case.images)
-        flops = model_flops(case.model, settings.input_size, kept)
-        tokens, directions = kept_shares(case.model, read_log(run.folder)[-1])
+        body = body_of(case.model)
+        kept = kept_directions(body, case.images)
+        flops = model_flops(body, settings.input_size, kept)
+        tokens, directions = kept_shares(body, read_log(run.folder)[-1])
         cases.append(case)
         found.append(
             {
@@ -144,6 +158,7 @@ def measure(runs: Sequence[Run], score: Score, device: torch.device, seconds: fl
                 "parameters": sum(parameter.numel() for parameter in case.model.parameters()),
                 "flops_published": flops.published,
                 "flops_full": flops.full,
+                **({} if body is case.model else {"flops_head": head_flops(case.model, settings.input_size)}),
                 "train_seconds": training_seconds(run),
                 "train_peak_bytes": train_peaks[run.method],
                 "eval_peak_bytes": case.peak_bytes(),

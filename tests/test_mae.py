@@ -14,6 +14,7 @@ from mamba_ssm.modules.mamba_simple import Mamba
 from torch import Tensor, nn
 
 import checkpoints
+import engine
 from fusion.spatial_pooling import GridPooling, VisiblePooling
 from models_mae import MaskedAutoencoder, linear_probe, mask_by_noise, sine_positions, visible_count
 from tests.golden_rules import fill, fill_model, images, load, relative_error
@@ -69,6 +70,8 @@ def test_published_fine_tuning_and_probe() -> None:
     model = timm.create_model(config["model"], drop_path_rate=0.0, **config["kwargs"])
     weights, may_miss = checkpoints.adapt(masked.state_dict(), model, "mae.pth")
     checkpoints.load_strictly(model, weights, "mae.pth", config["model"], may_miss=may_miss)
+    scales = engine.layer_scales(model, config["layer_decay"])
+    assert [scales[name] for name in config["names"]] == pytest.approx(arrays["lr_scale"].tolist(), rel=1e-12)
     fill_head(model.head, config["salt"])
     pixels = images(config["input"], config["salt"])
     logits = model.train()(pixels)

@@ -167,6 +167,8 @@ def build_detector(
     rpn_pre_nms_top_n_test: int = 1000,
     rpn_post_nms_top_n_test: int = 1000,
     box_batch_size_per_image: int = 512,
+    rpn_pre_nms_top_n_train: int = 2000,
+    rpn_post_nms_top_n_train: int | None = None,
     **body: Any,
 ) -> Detector:
     """Cascade Mask R-CNN for `num_classes` classes on the timm model `name`, built with the keywords `body`.
@@ -188,7 +190,15 @@ def build_detector(
         raise ValueError(f"{name} has maps of stride {sorted(set(strides))}; wanted one of 4, 8 or 16.")
     dense = DenseBackbone(model, (index,), feature="hidden" if pools else "stream", outnorm=pools)
     backbone = PyramidBackbone(dense, SimplePyramid(dense.channels[0], out_channels, kind.norm_eps))
-    rpn = ProposalNetwork(kind, out_channels, rpn_pre_nms_top_n_test, rpn_post_nms_top_n_test, strides[index])
+    rpn = ProposalNetwork(
+        kind,
+        out_channels,
+        rpn_pre_nms_top_n_test,
+        rpn_post_nms_top_n_test,
+        strides[index],
+        rpn_pre_nms_top_n_train,
+        rpn_post_nms_top_n_train,
+    )
     roi_heads = CascadeRoIHeads(
         kind, out_channels, num_classes, fc_channels, box_batch_size_per_image, stride=strides[index]
     )

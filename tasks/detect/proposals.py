@@ -66,6 +66,7 @@ class ProposalNetwork(RegionProposalNetwork):
     """torchvision's network, with a box loss that is linear from `kind.rpn_beta` on (0: everywhere).
 
     `stride` is that of the backbone's map, the pyramid's third: anchors of a finer one are smaller in proportion.
+    `post_nms_top_n_train` is by default the kind's.
     """
 
     def __init__(
@@ -75,6 +76,8 @@ class ProposalNetwork(RegionProposalNetwork):
         pre_nms_top_n_test: int = 1000,
         post_nms_top_n_test: int = 1000,
         stride: int = 16,
+        pre_nms_top_n_train: int = 2000,
+        post_nms_top_n_train: int | None = None,
     ) -> None:
         super().__init__(
             Anchors(stride),
@@ -83,8 +86,11 @@ class ProposalNetwork(RegionProposalNetwork):
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
             positive_fraction=0.5,
-            pre_nms_top_n={"training": 2000, "testing": pre_nms_top_n_test},
-            post_nms_top_n={"training": kind.rpn_post_nms_top_n_train, "testing": post_nms_top_n_test},
+            pre_nms_top_n={"training": pre_nms_top_n_train, "testing": pre_nms_top_n_test},
+            post_nms_top_n={
+                "training": post_nms_top_n_train or kind.rpn_post_nms_top_n_train,
+                "testing": post_nms_top_n_test,
+            },
             nms_thresh=0.7,
         )
         self.beta = kind.rpn_beta

@@ -51,6 +51,15 @@ _RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+def _proposals(count: int) -> dict[str, int]:
+    """The numbers of proposals an image: as published for 1000 in evaluation; where fewer are wanted, since images are
+    small, fewer are looked at in proportion, in training too."""
+    numbers = dict(rpn_pre_nms_top_n_test=max(min(1000, 4 * count), count), rpn_post_nms_top_n_test=count)
+    if count < 1000:
+        numbers |= dict(rpn_pre_nms_top_n_train=min(2000, 4 * count), rpn_post_nms_top_n_train=2 * count)
+    return numbers
+
+
 class Detect(Task):
     """Finds objects: their boxes, classes and masks. In training `output` is the losses by name."""
 
@@ -77,7 +86,10 @@ class Detect(Task):
             "--det-boxes", type=count, default=512, help="boxes an image that each stage trains on (default: 512)"
         )
         group.add_argument(
-            "--det-proposals", type=count, default=1000, help="proposals an image in evaluation (default: 1000)"
+            "--det-proposals",
+            type=count,
+            default=1000,
+            help="proposals an image in evaluation (default: 1000; with fewer, fewer in training too)",
         )
         group.add_argument(
             "--scale-range",
@@ -160,8 +172,7 @@ class Detect(Task):
                 out_channels=args.det_channels,
                 fc_channels=args.det_fc_channels,
                 drop_path_rate=args.drop_path,
-                rpn_pre_nms_top_n_test=max(1000, args.det_proposals),
-                rpn_post_nms_top_n_test=args.det_proposals,
+                **_proposals(args.det_proposals),
                 box_batch_size_per_image=args.det_boxes,
                 **keywords,
             )

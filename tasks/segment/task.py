@@ -114,6 +114,12 @@ class Segment(Task):
             choices=FEATURES,
             help="what of a layer is a map: its mixer's output, or that and the residual (default: hidden)",
         )
+        group.add_argument(
+            "--seg-channels",
+            type=number(int, 1),
+            default=None,
+            help="of the decoder (default: the backbone's width; 512 where its maps go to the decoder as they are)",
+        )
 
     @classmethod
     def set_defaults(cls, args: argparse.Namespace, typed: set[str]) -> None:
@@ -187,6 +193,8 @@ class Segment(Task):
                 2 if data is None else data.num_classes,
                 img_size=args.input_size,
                 feature=args.dense_feature,
+                channels=args.seg_channels,
+                aux_channels=args.seg_channels or 256,
                 dropout=args.drop,
                 drop_path_rate=args.drop_path,
                 **keywords,
