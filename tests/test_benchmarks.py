@@ -27,6 +27,7 @@ from benchmarks.peers import PEERS
 from measure.flops import model_flops
 from tests import micro_models
 from tests.conftest import ROOT
+from tests.shapes_data import write_shapes
 from utils import UsageError
 
 
@@ -211,6 +212,27 @@ def test_one_epoch_comparison(one_epoch: list[str], tmp_path: Path, capsys: pyte
     own = summary.read_log(output / "dyvm-token-seed1")[0]["seconds"]
     start = summary.read_log(output / "none-seed1")[0]["seconds"]
     assert by_name["dyvm-token-seed1"]["train_seconds"] == pytest.approx(own + start)
+
+
+def test_comparison_of_segmenters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs as long as so many steps, judged by mIoU, body and heads counted apart."""
+    flags = [str(write_shapes(tmp_path / "shapes")), "--task", "segment", "--data-set", "SHAPES", "--size", "nano"]
+    flags += ["--methods", "upper", "fastvim", "--seeds", "0", "--iterations", "2", "--speed-seconds", "0"]
+    flags += ["--device", "cpu", "--output_dir", str(tmp_path / "compare"), "--warmup-iters", "0"]
+    assert compare.main(flags, launch=in_process) == 0
+    table = capsys.readouterr().out
+    assert "| mIoU, % |" in table
+    assert "| FLOPs of the heads, M |" in table
+    assert "nano models, 2 steps, one seed" in table
+    rows = {row["method"]: row for row in csv.DictReader((tmp_path / "compare" / "table.csv").open())}
+    assert float(rows["fastvim"]["flops_full"]) < float(rows["upper"]["flops_full"])
+    assert float(rows["upper"]["kept_tokens"]) < 1 == float(rows["fastvim"]["kept_tokens"])
+    for name, row in rows.items():
+        assert len(summary.read_log(tmp_path / "compare" / f"{name}-seed0")) == 2
+        assert float(row["mIoU"]) >= 0 < float(row["flops_head"])
+        assert float(row["train_peak_bytes"]) > float(row["eval_peak_bytes"]) > 0
+    assert compare.main(["--task", "detect"]) == 2
+    assert "'detect' is not compared; wanted one of classify, segment" in capsys.readouterr().err
 
 
 def test_finished_runs_are_not_repeated(
