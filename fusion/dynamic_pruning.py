@@ -533,10 +533,11 @@ class DecisionMeter(Meter):
     def update(self, state: TokenState) -> None:
         """Add what one batch's sequence holds."""
         chosen = state.entry(DynamicPruning.name, Choices())
-        sums = [torch.tensor([len(state.hidden)])]
-        sums += [decision.double().mean(1).sum().view(1) for decision in chosen.decisions]
+        sums = [decision.double().mean(1).sum().view(1) for decision in chosen.decisions]
         sums += [gates.double().sum(0) for gates in chosen.gates]
-        self.sums += torch.cat([part.cpu().double() for part in sums])
+        self.sums[0] += len(state.hidden)
+        if sums:  # in one piece, since a training waits for it
+            self.sums[1:] += torch.cat(sums).cpu()
 
     @property
     def tokens(self) -> Tensor | None:
