@@ -335,6 +335,8 @@ def tell_class_place(name: str, model: nn.Module, checkpoint: Any, path: str) ->
     classes = next((module.class_tokens for module in model.modules() if hasattr(module, "class_tokens")), None)
     if classes is None or classes.count != 1 or classes.positions != "shared" or classes.place not in PLACES_TOLD:
         return
+    if any(key.startswith(DECODER_PREFIXES) for key in find_weights(checkpoint, path)[0]):
+        return  # of a masked autoencoder, whose rows are put in their places
     here = PLACES_TOLD[classes.place]
     if isinstance(checkpoint, dict) and "processes" in checkpoint:
         saved = saved_flags(checkpoint).get("model", "")
@@ -345,8 +347,6 @@ def tell_class_place(name: str, model: nn.Module, checkpoint: Any, path: str) ->
                 "%s is of --model %s, whose class token stands %s; here it stands %s.", path, saved, told, here
             )
         return
-    if any(key.startswith(DECODER_PREFIXES) for key in find_weights(checkpoint, path)[0]):
-        return  # of a masked autoencoder, whose rows are put in their places
     place = next(place for place in PLACES_TOLD if place != classes.place)
     others = names_of_same_weights(name, place)
     wanted = f"--model {' or '.join(others)}" if others else "a model with the other use_middle_cls_token"
