@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from embeddings import resize_pos_embed
 from fusion.registry import accept as accept_by_methods
 from fusion.token_state import join_cls
+from models_registry import class_place, names_of_same_weights
 from utils import UsageError, first_line
 from utils.files import download, is_url, write_atomically
 from utils.flags import Parser
@@ -46,6 +47,7 @@ INERT_PACKAGES = (
 )
 # what is beside an encoder in the weights of self-supervised training
 DECODER_PREFIXES = ("decoder", "mask_token")
+PLACES_TOLD = {"front": "in front of the patches", "middle": "in the middle of the patches"}
 REGISTER_KEYS = ("cls_token", "neck.weight", "norm_neck.weight", "pos_embed_cls")  # MambaReg's
 
 
@@ -317,11 +319,41 @@ def saved_flags(checkpoint: Any) -> dict[str, Any]:
 
 
 def accept(args: argparse.Namespace, model: nn.Module, checkpoint: Any, path: str) -> None:
-    """Let the methods of `model` see what it starts from: settings follow from it, or contradict it (UsageError)."""
+    """Let the methods of `model` see what it starts from: settings follow from it, or contradict it (UsageError); and
+    say where its class token is taken to stand."""
+    tell_class_place(getattr(args, "model", ""), model, checkpoint, path)
     try:
         accept_by_methods(model, args, find_weights(checkpoint, path)[0], saved_flags(checkpoint), path)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def tell_class_place(name: str, model: nn.Module, checkpoint: Any, path: str) -> None:
+    """Say where the class token of the weights in `path` is taken to stand, if nothing in the file does: keys and
+    shapes are the same in front of the patches and in the middle. Of a run of this program the model is known: warn if
+    its place is another. `name` is what `model`, or the backbone in it, is called."""
+    classes = next((module.class_tokens for module in model.modules() if hasattr(module, "class_tokens")), None)
+    if classes is None or classes.count != 1 or classes.positions != "shared" or classes.place not in PLACES_TOLD:
+        return
+    if any(key.startswith(DECODER_PREFIXES) for key in find_weights(checkpoint, path)[0]):
+        return  # of a masked autoencoder, whose rows are put in their places
+    here = PLACES_TOLD[classes.place]
+    if isinstance(checkpoint, dict) and "processes" in checkpoint:
+        saved = saved_flags(checkpoint).get("model", "")
+        was = class_place(saved) if isinstance(saved, str) else ""
+        if was not in ("", classes.place):
+            told = PLACES_TOLD.get(was, was)
+            _logger.warning(
+                "%s is of --model %s, whose class token stands %s; here it stands %s.", path, saved, told, here
+            )
+        return
+    place = next(place for place in PLACES_TOLD if place != classes.place)
+    others = names_of_same_weights(name, place)
+    wanted = f"--model {' or '.join(others)}" if others else "a model with the other use_middle_cls_token"
+    _logger.info(
+        "%s does not say where its class token stood: --model %s takes it to be %s. If it stood %s, wanted %s.",
+        *(path, name, here, PLACES_TOLD[place], wanted),
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

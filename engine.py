@@ -339,7 +339,7 @@ def train_one_epoch(
     source = batches.epoch(run.epoch, run.step)
     before = run.seconds
     reset_peak_memory(run.device)
-    skipped, is_whole = 0, True
+    skipped, is_whole, meters = 0, True, task.meters()
     while batches.steps is None or run.step < batches.steps:
         place = run.step % args.accum_iter  # in the group of batches that make one step
         batch, stops = _fetch(source, bool(stop) and place == 0)
@@ -350,7 +350,9 @@ def train_one_epoch(
         if batch is None:
             break
         inputs, targets, count = task.prepare(batch, training=True)
-        with run.autocast():
+        for meter in meters:  # a batch's own shares join the epoch's figures, which outlive an interruption
+            meter.sums.zero_()
+        with run.autocast(), _active(meters):
             result = task(inputs, targets)
         loss = result["loss"]
         value = loss.item()
@@ -374,6 +376,8 @@ def train_one_epoch(
                 for name, part in result.items()
                 if name not in ("loss", "output")
             }
+            for meter in meters:
+                parts |= meter.shares()
             run.meters.update(count, loss=value, **parts)
             run.meters.update(lr=_rate(run.optimizer))
         if is_last and is_whole:
@@ -384,6 +388,15 @@ def train_one_epoch(
             board.add({"train/step_loss": value, "train/step_lr": _rate(run.optimizer)}, run.updates)
     progress.close()
     return run.meters.averages()
+
+
+@contextlib.contextmanager
+def _active(meters: Sequence[Meter]) -> Iterator[None]:
+    """Let `meters` see what the model does."""
+    with contextlib.ExitStack() as entered:
+        for meter in meters:
+            entered.enter_context(meter)
+        yield
 
 
 def _rate(optimizer: Optimizer) -> float:
@@ -456,9 +469,7 @@ def evaluate(
     progress = Progress("Test", batches.steps, task.device)
     source = iter(batches)
     step = 0
-    with contextlib.ExitStack() as entered:
-        for meter in meters:
-            entered.enter_context(meter)
+    with _active(meters):
         # a stream does not know its steps, and its processes may not have equally many: no talk among them then
         while batches.steps is None or step < batches.steps:
             wanted = bool(stop) if stop is not None else False

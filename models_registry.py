@@ -3,7 +3,8 @@ aliases and the spellings of published systems."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
 from typing import Any
 
 import timm
@@ -130,6 +131,7 @@ _CHANNELS = dict(channel_tokens=True, in_chans=8, use_norm_after_ssm=True)
 _CHANNELVIM, _FASTCHANNELVIM = VIM | _CHANNELS, FASTVIM | _CHANNELS
 _VIM_NORM = VIM | dict(use_norm_after_ssm=True)  # the Vim that FastVim's authors pre-train and fine-tune
 _FAMBAV = VIM | dict(if_bidirectional=True, use_middle_cls_token=False)
+_FAMBAV_UNPAIRED = VIM | dict(use_middle_cls_token=False)  # what Famba-V's release calls its small model
 _DYVM = dict(pruning="both")
 _MAMBAREG = VIM | dict(use_middle_cls_token=False, num_cls_tokens=12)
 _VIDEOMAMBA = VIM | dict(use_middle_cls_token=False, if_divide_out=False)
@@ -159,6 +161,7 @@ REGISTRY: dict[str, dict[str, Any]] = {
     "vim_base_patch16_224_stride8": VIM | _BASE | _STRIDE8,
     "fambav_tiny_patch16_224": _FAMBAV | _TINY,
     "fambav_small_patch16_224": _FAMBAV | _SMALL,
+    "fambav_small_unpaired_patch16_224": _FAMBAV_UNPAIRED | _SMALL,
     "fastvim_tiny_patch16_224": FASTVIM | _TINY,
     "fastvim_small_patch16_224": FASTVIM | _SMALL,
     "fastvim_base_patch16_224": FASTVIM | _BASE,
@@ -224,6 +227,9 @@ ALIASES |= {
     f"{_LONG_CHANNELS}_midclstok_div2": "channelvim_small_patch16_224",
 }
 
+# keywords that leave no trace in the weights
+_SHAPELESS = {"use_middle_cls_token", "if_bidirectional", "if_divide_out", "drop_path_rate", "pruning_loc"}
+
 # How `--model` is spelt in DyVM's release, and what each is here.
 PUBLISHED_SPELLINGS = {
     "Vim-Tiny": "dyvm_tiny_patch16_224",
@@ -240,9 +246,23 @@ PUBLISHED_SPELLINGS = {
 }
 
 
+# The same with DyVM- in front, sizes by their first letter, and the plain models that are taught from.
+_SPELLING = re.compile(
+    r"(?:DyVM[-_]?)?(?P<family>Vim|VideoMamba|MambaReg)(?P<teacher>[-_]?Teacher)?"
+    r"[-_](?P<size>Tiny|Small|Middle|Base|Large|[TSMBL])(?P<behind>[-_]?Teacher)?"
+)
+_SIZES = {name[0]: name for name in ("Tiny", "Small", "Middle", "Base", "Large")}
+
+
 def registry_name(name: str) -> str:
     """The name in timm's registry that `name`, as `--model` takes it, stands for."""
-    return PUBLISHED_SPELLINGS.get(name, name)
+    spelt = _SPELLING.fullmatch(name)
+    if spelt is None:
+        return name
+    found = PUBLISHED_SPELLINGS.get(f"{spelt['family']}-{_SIZES[spelt['size'][0]]}", name)
+    if not (spelt["teacher"] or spelt["behind"]):
+        return found
+    return found.replace("dyvm_", "" if spelt["family"] != "Vim" else "vim_")
 
 
 def registry_keywords(name: str) -> dict[str, Any]:
@@ -273,3 +293,23 @@ def pretrained_cfg(settings: dict[str, Any], *, classifier: str | None = "head",
         first_conv="patch_embed.proj",
         classifier=classifier,
     )
+
+
+def class_place(name: str) -> str:
+    """Where the one class token of a registry name stands that shares its table of positions with the patches, by the
+    rules of `ClassTokens`; "" for a name that is unknown or has no such token."""
+    keywords = registry_keywords(name)
+    own = {each.name for each in fields(VimSettings)}
+    classes = VimSettings(**{key: value for key, value in keywords.items() if key in own}).class_tokens
+    return classes.place if keywords and classes.count == 1 and classes.positions == "shared" else ""
+
+
+def names_of_same_weights(name: str, place: str) -> list[str]:
+    """The registry names whose weights have the keys and shapes of those of `name`, and whose class token stands at
+    `place`."""
+
+    def shapes(keywords: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in keywords.items() if key not in _SHAPELESS}
+
+    wanted = shapes(registry_keywords(name))
+    return [other for other, own in REGISTRY.items() if shapes(own) == wanted and class_place(other) == place]

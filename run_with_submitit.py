@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import secrets
 import subprocess
+import time
 from pathlib import Path
 
 import submitit
@@ -22,6 +24,8 @@ from utils.signals import StopRequest
 from utils.telling import setup_logging
 
 _logger = logging.getLogger(__name__)
+
+JOBS = Path("output", "jobs")
 
 
 class Training:
@@ -54,7 +58,16 @@ def get_args_parser() -> Parser:
     parser.add_argument("--ngpus", type=number(int, 1), default=8, help="GPUs, and processes, a machine (default: 8)")
     parser.add_argument("--cpus", type=number(int, 1), default=10, help="cores a process (default: 10)")
     parser.add_argument("--timeout", type=number(int, 1), default=2800, help="minutes an allocation (default: 2800)")
-    parser.add_argument("--job_dir", "--job-dir", type=Path, required=True, help="shared folder of logs and output")
+    parser.add_argument(
+        "--job_dir",
+        "--job-dir",
+        type=Path,
+        default=None,
+        help=f"shared folder of logs and output (default: a new one in {JOBS}, named by the time)",
+    )
+    parser.add_argument(
+        "--use_volta32", "--use-volta32", action="store_true", help="only machines with V100 GPUs of 32 GB"
+    )
     parser.add_argument("--partition", default=None, help="SLURM partition")
     parser.add_argument("--comment", default="", help="comment for the scheduler")
     parser.add_argument("--job-name", default="vim", help="default: vim")
@@ -66,13 +79,20 @@ def submit(argv: list[str] | None = None) -> submitit.Job:
     """Check all flags here, before anything waits in a queue, then submit the job."""
     parser = get_args_parser()
     args, flags = parser.parse_known_args(argv)
+    if args.job_dir is None:
+        # one folder for all allocations of the job, which another one of this second does not have
+        args.job_dir = JOBS / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     if "--output_dir" not in flags and "--output-dir" not in flags:
         flags += ["--output_dir", str(args.job_dir)]
     if not any(flag.partition("=")[0] == "--resume" for flag in flags):
         flags += ["--resume", "auto"]
     program.parse(flags)
+    if args.use_volta32 and args.cluster != "slurm":
+        raise UsageError(f"--use_volta32 chooses machines of SLURM; wanted it without --cluster {args.cluster}.")
     executor = submitit.AutoExecutor(folder=args.job_dir / "jobs", cluster=args.cluster)
     slurm = {"slurm_partition": args.partition, "slurm_comment": args.comment, "slurm_signal_delay_s": 180}
+    if args.use_volta32:
+        slurm["slurm_constraint"] = "volta32gb"
     executor.update_parameters(
         name=args.job_name,
         nodes=args.nodes,

@@ -105,6 +105,7 @@ WORDS = {
     "--amp-dtype": ["bfloat16", "float16"],
     "--fusion-strategy": ["no", "all", "alternate", "interleaved", "lower", "upper"],
     "--fusion-order": ["published", "raster"],
+    "--fusion-matching": ["similar", "random", "kth"],
     "--fusion-layer": ["-1", "0", "2", "4"],
     "--fusion-token": ["-1", "0", "3", "99"],
     "--spatial-pool": ["none", "alternate", "row", "col"],
@@ -112,6 +113,7 @@ WORDS = {
     "--pruning": ["none", "token", "block", "both"],
     "--pruning-policy": ["learned", "static", "random"],
     "--predictor-input": ["hidden", "delta", "B"],
+    "--pruning-teacher": ["both", "logits"],
     "--resume": ["auto", "nowhere", "http://x/y.pth", "/", "\0"],
     "--finetune": ["", "nowhere", "ftp://x/y.pth"],
     "--device": ["cpu", "meta", "x", "cuda:x", ""],
@@ -124,6 +126,7 @@ SWITCHES = [
     *("--ThreeAugment", "--src", "--resplit", "--cosub", "--attn-only", "--eval", "--dist-eval", "--no-pin-mem"),
     *("--distributed", "--if_amp", "--no_amp", "--if_continue_inf", "--if_nan2num", "--if_random_token_rank"),
     *("--if_random_cls_token_position", "--bi-merge", "--no-norm-after-ssm", "--deterministic", "--fsdp", "-x", "y"),
+    "--fusion-weighted",
 ]
 VALUES = [
     *("--drop", "--drop-path", "--model-ema-decay", "--opt-eps", "--clip-grad", "--momentum", "--weight-decay", "--lr"),

@@ -241,6 +241,8 @@ class DynamicPruning(SiteMethod):
         kind = given.get(cls.switch, defaults.get(cls.switch, cls.off))
         if args.gate_noise_end < 1 and (kind not in ("block", "both") or args.pruning_policy != "learned"):
             raise ValueError("--gate-noise-end wants --pruning block or both, and --pruning-policy learned.")
+        if args.pruning_teacher != "both" and (kind == cls.off or not getattr(args, "with_teacher", True)):
+            raise ValueError("--pruning-teacher wants --pruning, in a task that learns from the unpruned model.")
         if kind == cls.off:
             if cls.is_on({}, defaults):
                 raise ValueError(
@@ -457,7 +459,8 @@ class DynamicPruning(SiteMethod):
 
     def criterion(self, base: nn.Module, teacher: nn.Module | None, args: argparse.Namespace) -> nn.Module:
         """The task's criterion, the keep targets and the teacher."""
-        return PruningLoss(base, teacher, self.settings, args.token_pruning_weight, args.block_pruning_weight)
+        weights = args.token_pruning_weight, args.block_pruning_weight
+        return PruningLoss(base, teacher, self.settings, *weights, compare_tokens=args.pruning_teacher == "both")
 
     def begin_epoch(self, epoch: int, epochs: int, args: argparse.Namespace) -> None:
         """Set the noise of the gates."""
@@ -530,10 +533,11 @@ class DecisionMeter(Meter):
     def update(self, state: TokenState) -> None:
         """Add what one batch's sequence holds."""
         chosen = state.entry(DynamicPruning.name, Choices())
-        sums = [torch.tensor([len(state.hidden)])]
-        sums += [decision.double().mean(1).sum().view(1) for decision in chosen.decisions]
+        sums = [decision.double().mean(1).sum().view(1) for decision in chosen.decisions]
         sums += [gates.double().sum(0) for gates in chosen.gates]
-        self.sums += torch.cat([part.cpu().double() for part in sums])
+        self.sums[0] += len(state.hidden)
+        if sums:  # in one piece, since a training waits for it
+            self.sums[1:] += torch.cat(sums).cpu()
 
     @property
     def tokens(self) -> Tensor | None:
@@ -546,6 +550,8 @@ class DecisionMeter(Meter):
         return self.sums[1 + self.stages :].view(self.shape) / self.sums[0] if self.shape[0] else None
 
     def shares(self) -> dict[str, float]:
-        """The kept shares by name, for a log."""
+        """The kept shares by name, for a log; none before an image was seen."""
+        if not self.sums[0]:
+            return {}
         named = {f"kept_tokens_{j + 1}": float(share) for j, share in enumerate(self.tokens if self.stages else ())}
         return named | ({} if self.directions is None else {"kept_directions": float(self.directions.mean())})

@@ -119,7 +119,7 @@ class Meter:
         raise NotImplementedError
 
     def shares(self) -> dict[str, float]:
-        """What was summed up, by name, for a log."""
+        """What was summed up, by name, for a log; nothing where nothing was seen."""
         raise NotImplementedError
 
 

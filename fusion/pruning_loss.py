@@ -57,7 +57,8 @@ class PruningLoss(nn.Module):
 
     `base(samples, logits, targets)` + token_weight * mean over stages and images of (kept share - target)^2
     + block_weight * (mean(block policy) - target)^2 + distill_weight * (KL + MSE). `teacher` is the model that
-    fine-tuning started from, without pruning. `parts` holds the terms of the last call, weighted.
+    fine-tuning started from, without pruning. Without `compare_tokens` there is no MSE, as in the release where scan
+    directions alone are pruned. `parts` holds the terms of the last call, weighted.
     """
 
     def __init__(
@@ -68,10 +69,12 @@ class PruningLoss(nn.Module):
         token_weight: float = 10.0,
         block_weight: float = 10.0,
         distill_weight: float = 0.5,
+        compare_tokens: bool = True,
     ) -> None:
         super().__init__()
         self.base, self.teacher, self.settings = base, teacher.eval().requires_grad_(False), settings
         self.token_weight, self.block_weight, self.distill_weight = token_weight, block_weight, distill_weight
+        self.compare_tokens = compare_tokens
         self.parts: dict[str, Tensor] = {}
 
     def train(self, mode: bool = True) -> PruningLoss:
@@ -98,7 +101,7 @@ class PruningLoss(nn.Module):
         student, teacher = (logits.float().log_softmax(-1) for logits in (outputs.logits, teacher_logits))
         terms["logit_kl"] = self.distill_weight * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
         # merged tokens are no one patch's, and have no counterpart
-        if outputs.positions is not None:
+        if self.compare_tokens and outputs.positions is not None:
             index = outputs.positions.unsqueeze(-1).expand(-1, -1, teacher_tokens.shape[-1])
             distance = (outputs.tokens.float() - teacher_tokens.float().gather(1, index)).square().mean(-1)
             kept = (outputs.token_policy.squeeze(-1) > 0.5).to(distance.dtype)

@@ -9,6 +9,7 @@ from fusion.method import Settings, option
 KINDS = ("token", "block", "both")
 POLICIES = ("learned", "static", "random")
 PREDICTOR_INPUTS = ("hidden", "delta", "B")
+TEACHERS = ("both", "logits")
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,13 @@ class PruningTraining(Settings):
         flag="--block-pruning-weight",
         aliases=("--layer-pruning-weight",),
         type=float,
+    )
+    pruning_teacher: str = option(
+        "both",
+        "what is compared with the unpruned model: logits and tokens, or logits alone, as the release does where "
+        "directions alone are pruned (default: both)",
+        flag="--pruning-teacher",
+        choices=TEACHERS,
     )
     gate_noise_end: float = option(
         1.0,

@@ -34,8 +34,7 @@ _logger = logging.getLogger(__name__)
 
 STRATEGIES = ("no", "all", "alternate", "lower", "upper")
 ORDERS = ("published", "raster")
-
-
+MATCHINGS = ("similar", "random", "kth")
 RELEASE_LAYER, RELEASE_TOKEN = 11, 7  # its defaults of K and r
 
 
@@ -48,7 +47,9 @@ class MergingSettings(Settings):
     """Which sites merge, how many tokens each, and in which order the survivors go on.
 
     `strategy` picks the sites by index i: `all` every one, `alternate` (also `interleaved`) odd i, `lower` i < layer,
-    `upper` i > layer.
+    `upper` i > layer. Ablations: `matching` says which tokens are fused, those most similar to another one, or some
+    drawn at `random` (`random_sources`), or every `kth` (`every_kth`), each into its most similar token of the others;
+    with `weighted`, a token counts as often in a mean as patches have gone into it.
     """
 
     strategy: str = option(
@@ -76,6 +77,20 @@ class MergingSettings(Settings):
         flag="--fusion-order",
         keyword="fusion_order",
         choices=ORDERS,
+    )
+    matching: str = option(
+        "similar",
+        "ablation: which tokens are fused, the most similar, some at random, or every kth",
+        flag="--fusion-matching",
+        keyword="fusion_matching",
+        choices=MATCHINGS,
+    )
+    weighted: bool = option(
+        False,
+        "ablation: a token counts in a mean by the patches that it holds",
+        flag="--fusion-weighted",
+        keyword="fusion_weighted",
+        action="store_true",
     )
 
     def __post_init__(self) -> None:
@@ -118,7 +133,12 @@ def num_merged(r: int, num_patches: int) -> int:
 
 
 def bipartite_soft_matching(
-    metric: Tensor, r: int, class_token: bool = False, order: str = "published", sort: bool | None = None
+    metric: Tensor,
+    r: int,
+    class_token: bool = False,
+    order: str = "published",
+    sort: bool | None = None,
+    sources: Tensor | None = None,
 ) -> Matching:
     """Match the r most similar pairs of tokens (Bolya et al. 2023, section 3): metric (B, L, C) -> `Matching` to L - r.
 
@@ -130,7 +150,10 @@ def bipartite_soft_matching(
     `order` "published" puts the a-tokens that are left first, then the b-tokens; "raster" leaves every token that is
     left in its place. `sort` is about published order: True keeps the a-tokens in index order, False puts the most
     similar first. The default, None, sorts if there is a class token, as the published function does; models sort.
-    Raises ValueError for an unknown order, or for one that contradicts sort=False.
+
+    `sources` (B or 1, r), long, names the tokens to fuse, counted without the class token, in place of those that are
+    most similar: they are then set a, all others set b, and what is left keeps its place (`random_sources`,
+    `every_kth`). Raises ValueError for an unknown order, or for one or sources that contradict sort=False or r.
     """
     if order not in ORDERS:
         raise ValueError(f"order is {order!r}; wanted one of {', '.join(ORDERS)}.")
@@ -138,7 +161,24 @@ def bipartite_soft_matching(
         raise ValueError("sort is False; wanted True or None with a class token or in raster order.")
     index = (0,) if class_token else ()
     r = num_merged(r, metric.shape[1] - len(index))
-    return _match(metric, r, index, index, int(class_token), order, sort=class_token or bool(sort))[0]
+    if sources is None:
+        return _match(metric, r, index, index, int(class_token), order, sort=class_token or bool(sort))[0]
+    if sort is False or sources.ndim != 2 or sources.shape[1] != r or len(sources) not in (1, len(metric)):
+        raise ValueError(
+            f"sources are {tuple(sources.shape)}; wanted ({len(metric)} or 1, {r}), and sort True or None beside them."
+        )
+    return _match_sources(metric, sources, index, index)[0]
+
+
+def random_sources(batch: int, num_patches: int, r: int, generator: torch.Generator | None = None) -> Tensor:
+    """r of `num_patches` patch tokens drawn at random for each sequence of a batch: (batch, r), long, rising."""
+    return torch.rand(batch, num_patches, generator=generator).topk(r).indices.sort().values
+
+
+def every_kth(num_patches: int, r: int) -> Tensor:
+    """r of `num_patches` patch tokens in even steps of k = num_patches / r, from the first: (1, r), long, rising. With
+    r half of them they are every second token, set a of the published matching."""
+    return (torch.arange(r) * num_patches // max(r, 1)).unsqueeze(0)
 
 
 def _match(
@@ -163,6 +203,26 @@ def _match(
     slot, kept = _match_patches(patches, r, first, order, sort)
     places = _own_places(kept, index) if moved is None else moved
     return _with_cls(slot, kept, patches.shape[1] - r, index, places), places
+
+
+def _match_sources(
+    metric: Tensor, sources: Tensor, index: ClassIndex, moved: tuple[int, ...] | None
+) -> tuple[Matching, ClassIndex]:
+    """Match a sequence with class tokens at `index`, going to `moved` as in `_match`, whose patch tokens `sources`
+    (B or 1, r) are fused, each into the most similar of the others."""
+    patches = split_cls(metric, index)[1]
+    batch, length = patches.shape[:2]
+    sources = sources.to(patches.device).expand(batch, -1)
+    kept = torch.ones(batch, length, dtype=torch.bool, device=patches.device).scatter(1, sources, False)
+    with torch.no_grad(), _without_autocast(metric.device.type):
+        unit = F.normalize(patches.to(torch.promote_types(patches.dtype, torch.float32)), dim=-1)
+        from_a = unit.gather(1, sources.unsqueeze(-1).expand(-1, -1, unit.shape[2]))
+        similarity = from_a @ unit.transpose(1, 2)
+        partner = similarity.masked_fill(~kept.unsqueeze(1), -torch.inf).argmax(-1)
+    slot = kept.cumsum(1) - 1
+    slot = slot.scatter(1, sources, slot.gather(1, partner))
+    places = _own_places(kept, index) if moved is None else moved
+    return _with_cls(slot, kept, length - sources.shape[1], index, places), places
 
 
 def _own_places(kept: Tensor, index: ClassIndex) -> Tensor:
@@ -213,23 +273,38 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def merge(x: Tensor, matching: Matching) -> Tensor:
-    """Fuse tokens: x (B, L, C) -> (B, L', C), each the plain mean of its group, in x's dtype.
+def merge(x: Tensor, matching: Matching, sizes: Tensor | None = None) -> Tensor:
+    """Fuse tokens: x (B, L, C) -> (B, L', C), each the mean of its group, in x's dtype; plain, or weighted by `sizes`
+    (B, L), above 0, as many as patches have gone into each token (Bolya et al. 2023, section 3).
 
     Sums in float32 at least. A token alone in its group keeps its exact value. Differentiable in x.
     """
-    if merging.has_kernels(x):
+    if sizes is None and merging.has_kernels(x):
         return merging.merge_tokens_fn(x, matching.slot, matching.count)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if sizes is None:
+        mean = _sums(wide, matching).div_(matching.count.unsqueeze(-1))
+    else:
+        sizes = sizes.to(wide.dtype)
+        shares = sizes / merge_sizes(sizes, matching).gather(1, matching.slot)
+        mean = _sums(wide * shares.unsqueeze(-1), matching)
+    return mean.to(x.dtype)
+
+
+def merge_sizes(sizes: Tensor, matching: Matching) -> Tensor:
+    """How many patches have gone into each group: sizes (B, L) -> (B, L')."""
+    return _sums(sizes.unsqueeze(-1), matching).squeeze(-1)
+
+
+def _sums(x: Tensor, matching: Matching) -> Tensor:
+    """The sum of each group: x (B, L, C) -> (B, L', C)."""
     batch, length, channels = x.shape
     num_left = matching.count.shape[1]
     # rows of a matrix instead of a batch of sequences: torch adds whole rows much faster
     rows = matching.slot + num_left * torch.arange(batch, device=x.device).unsqueeze(1)
     rows = rows.reshape(-1, 1).expand(-1, channels)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    total = x.new_zeros(batch * num_left, channels, dtype=dtype)
-    total = total.scatter_add_(0, rows, x.reshape(-1, channels).to(dtype))
-    mean = total.div_(matching.count.view(-1, 1))
-    return mean.view(batch, num_left, channels).to(x.dtype)
+    total = x.new_zeros(batch * num_left, channels).scatter_add_(0, rows, x.reshape(-1, channels))
+    return total.view(batch, num_left, channels)
 
 
 def unmerge(y: Tensor, matching: Matching) -> Tensor:
@@ -237,7 +312,9 @@ def unmerge(y: Tensor, matching: Matching) -> Tensor:
     return y.gather(1, matching.slot.unsqueeze(-1).expand(-1, -1, y.shape[-1]))
 
 
-def merge_tokens(state: TokenState, r: int, order: str = "published") -> TokenState:
+def merge_tokens(
+    state: TokenState, r: int, order: str = "published", sources: Tensor | None = None, weighted: bool = False
+) -> TokenState:
     """Fuse r patch tokens of `state` after a site, for its hidden states and, with the same pairs, its residual.
 
     The hidden states are the metric. Class tokens are taken out and the patch tokens count from 0 in the choice of even
@@ -245,6 +322,9 @@ def merge_tokens(state: TokenState, r: int, order: str = "published") -> TokenSt
     both ends, or spread by a rule, are put back by their rule, and those in front or behind stay there; others are in
     the middle of the patch tokens that are left (`order` "published") or keep their own places among them ("raster"),
     which differ from image to image: their index is then a tensor (B, K).
+
+    `sources` (B or 1, r), long, names the patch tokens to fuse (see `bipartite_soft_matching`). With `weighted`, tokens
+    count in a mean by the patches that they hold, which the result remembers, and class tokens by one.
 
     The result has neither grid nor positions, since a fused token is no one patch's; `groups`, where kept, say which
     patches it is. Raises ValueError for a state with a token mask.
@@ -257,10 +337,19 @@ def merge_tokens(state: TokenState, r: int, order: str = "published") -> TokenSt
     cls = state.cls
     moved = _moved_cls(cls, state.num_patches, state.num_patches - fused, order)
     in_front = cls.place != "spread" and cls.index == tuple(range(cls.count))
-    matching, index = _match(state.hidden, fused, cls.index, moved, cls.count % 2 if in_front else 0, order, sort=True)
+    if sources is None:
+        first = cls.count % 2 if in_front else 0
+        matching, index = _match(state.hidden, fused, cls.index, moved, first, order, sort=True)
+    else:
+        matching, index = _match_sources(state.hidden, sources, cls.index, moved)
+    sizes = None
+    if weighted:
+        sizes = state.entry(TokenMerging.name)
+        sizes = state.hidden.new_ones(state.hidden.shape[:2], dtype=torch.float32) if sizes is None else sizes
+        state = state.with_entry(TokenMerging.name, merge_sizes(sizes, matching))
     return state.replace(
-        hidden=merge(state.hidden, matching),
-        residual=None if state.residual is None else merge(state.residual, matching),
+        hidden=merge(state.hidden, matching, sizes),
+        residual=None if state.residual is None else merge(state.residual, matching, sizes),
         cls=cls.moved(index),
         grid=None,
         positions=None,
@@ -348,6 +437,8 @@ class TokenMerging(SiteMethod):
             if "fusion_layer" not in typed:
                 args.fusion_layer, args.cut_fusion_layer = RELEASE_LAYER, True
             return
+        if args.fusion_matching != "similar" or args.fusion_weighted:
+            raise ValueError("--fusion-matching and --fusion-weighted say how tokens merge; wanted --fusion-strategy.")
         if args.fusion_token > 0 or args.fusion_layer != 0:
             _logger.warning("--fusion-token and --fusion-layer change nothing without --fusion-strategy.")
         if args.fusion_token < 0:
@@ -379,6 +470,7 @@ class TokenMerging(SiteMethod):
             raise ValueError(
                 "A merged token has no one position to turn by: wanted the rotary embedding without token merging."
             )
+        self.model = model
         self.resize(model)
 
     def resize(self, model: nn.Module) -> None:
@@ -390,21 +482,34 @@ class TokenMerging(SiteMethod):
 
     def __call__(self, index: int, state: TokenState, run: Callable[..., TokenState]) -> TokenState:
         state = run(state)
-        return merge_tokens(state, self.settings.token, self.settings.order) if index in self.sites else state
+        if index not in self.sites:
+            return state
+        settings = self.settings
+        return merge_tokens(state, settings.token, settings.order, self._sources(index, state), settings.weighted)
+
+    def _sources(self, index: int, state: TokenState) -> Tensor | None:
+        """Which patch tokens are fused after site `index`; None for the most similar. What is drawn is drawn for each
+        image in training, and in evaluation for all images and every time alike."""
+        fused = num_merged(self.settings.token, state.num_patches)
+        if self.settings.matching == "similar":
+            return None
+        if self.settings.matching == "kth":
+            return every_kth(state.num_patches, fused)
+        if self.model.training:
+            return random_sources(len(state.hidden), state.num_patches, fused)
+        return random_sources(1, state.num_patches, fused, torch.Generator().manual_seed(index))
 
     def describe(self) -> None:
         """Log the number of tokens after each site, and warn if there are sites that cannot merge what is asked of
         them."""
         settings, before = self.settings, (self.num_tokens, *self.schedule)
         lengths = " ".join(map(str, self.schedule))
+        matching = "" if settings.matching == "similar" else f", {settings.matching} matching"
         _logger.info(
-            "Token merging (%s, K %d, r %d, %s order): %d tokens, after the sites %s.",
-            settings.strategy,
-            settings.layer,
-            settings.token,
-            settings.order,
-            self.num_tokens,
-            lengths,
+            "Token merging (%s, K %d, r %d, %s order%s): %d tokens, after the sites %s.",
+            *(settings.strategy, settings.layer, settings.token, settings.order),
+            matching + (", weighted" if settings.weighted else ""),
+            *(self.num_tokens, lengths),
         )
         idle = [index for index in self.sites if before[index] == before[index + 1]]
         if not self.sites or len(idle) == len(self.sites):
@@ -415,3 +520,5 @@ class TokenMerging(SiteMethod):
                 idle[0] - 1,
                 settings.token,
             )
+        elif settings.weighted and len(self.sites) == 1:
+            _logger.warning("Weighted means are plain ones here: one site merges, and every token is one patch there.")

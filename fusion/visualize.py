@@ -1,9 +1,16 @@
-"""Pictures of what happens between the sites: hidden states, their similarities, and which patches became one token."""
+"""Pictures of what happens between the sites: hidden states, their similarities, and which patches became one token.
+
+`python -m fusion.visualize FILE.npz` draws what was saved again: `hidden_states.npz`, `mixer_outputs.npz`, or any file
+of token sequences under `layer_{i}`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +24,15 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from fusion.token_state import TokenState
+from utils import UsageError, first_line
+from utils.flags import Parser
+from utils.telling import setup_logging
 
 _logger = logging.getLogger(__name__)
 
-NUM_IMAGES = 4
 DROPPED = -1
 SIDE = 256  # least height of a picture, in pixels
+HIDDEN_STATES, MIXER_OUTPUTS, GROUPS = "hidden_states.npz", "mixer_outputs.npz", "groups.npz"
 
 
 def visualize_merging(
@@ -35,33 +45,122 @@ def visualize_merging(
     """Write what every site of `model` (a `VisionMamba`) makes of `images` (N, 3, H, W), normalised by `mean` and
     `std`.
 
-    Image n gets the folder `directory`/image_n with `hidden_states.npz`: float32 (L_i, D) under `layer_{i}` for site i;
-    `groups.npz`: the patch token that each patch now lives in (`DROPPED` if it was pruned), int (rows, cols) under
-    `layer_{i}`, and under `class_tokens_{i}` the patch that each class token or register stands behind (`class_marks`);
-    `similarity_{i}.png`: the cosine similarity between all tokens in sequence order; `groups_{i}.png`: the image with
-    each token's patches in their mean colour and one border, and a white square for each class token; and
-    `overview.png`: all of it on one sheet. The model is run in eval mode without gradients and left in the mode it was
-    in.
+    Image n gets the folder `directory`/image_n with what `save` writes there, drawn by `draw_saved`. The model is run
+    in eval mode without gradients and left in the mode it was in.
     """
-    states = trace(model, images)
+    with mixer_outputs(model) as mixed:
+        states = trace(model, images)
     rows, cols = patch_cells(model, images.shape[-2:])
     shown = images.float().cpu() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
     for number, image in enumerate(shown.clamp(0, 1).permute(0, 2, 3, 1).numpy()):
         folder = Path(directory, f"image_{number}")
-        folder.mkdir(parents=True, exist_ok=True)
-        hidden = [state.hidden[number].float().cpu() for state in states]
-        groups = [patch_groups(state)[number].cpu().view(int(rows.max()) + 1, -1).numpy() for state in states]
-        similarity = [cosine_similarity(tokens).numpy() for tokens in hidden]
-        marks = [class_marks(state, number) for state in states]
-        overlays = [draw_groups(image, group, rows, cols, at) for group, at in zip(groups, marks)]
-        np.savez_compressed(folder / "hidden_states.npz", **{f"layer_{i}": x.numpy() for i, x in enumerate(hidden)})
-        places = {f"class_tokens_{i}": np.array(at, dtype=int) for i, at in enumerate(marks)}
-        np.savez_compressed(folder / "groups.npz", **{f"layer_{i}": x for i, x in enumerate(groups)}, **places)
-        for index, (overlay, heat) in enumerate(zip(overlays, similarity)):
-            imsave(folder / f"groups_{index}.png", overlay)
-            imsave(folder / f"similarity_{index}.png", _enlarge(heat), cmap="viridis", vmin=-1, vmax=1)
-        _overview(image, overlays, similarity, [len(tokens) for tokens in hidden]).savefig(folder / "overview.png")
+        save(folder, image, (rows, cols), states, mixed, number)
+        draw_saved(folder / HIDDEN_STATES, folder)
     _logger.info("Pictures of %d sites for %d images are in %s.", len(states), len(images), directory)
+
+
+def save(
+    folder: Path,
+    image: np.ndarray,
+    cells: tuple[np.ndarray, np.ndarray],
+    states: Sequence[TokenState],
+    mixed: Sequence[Tensor],
+    number: int,
+) -> None:
+    """Write what was seen of image `number` of a batch into `folder`, with `layer_{i}` for site i in every file.
+
+    `hidden_states.npz`: the tokens behind the site, merged where it merges, float32 (L_i, D). `mixer_outputs.npz`: what
+    the mixer of the site's first layer gave, before any merging, which is what the release saves, float32 (L, D).
+    `groups.npz`: the patch token that each patch now lives in (`DROPPED` if it was pruned), int (rows, cols); under
+    `class_tokens_{i}` the patch that each class token or register stands behind (`class_marks`); and the `image`, uint8
+    (H, W, 3), with the row of patches of each of its rows of pixels (`rows`), and the column of each column (`cols`).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, cols = cells
+    hidden = {f"layer_{i}": state.hidden[number].float().cpu().numpy() for i, state in enumerate(states)}
+    np.savez_compressed(folder / HIDDEN_STATES, **hidden)
+    outputs = {f"layer_{i}": output[number].float().cpu().numpy() for i, output in enumerate(mixed)}
+    np.savez_compressed(folder / MIXER_OUTPUTS, **outputs)
+    height = int(rows.max()) + 1
+    groups = {f"layer_{i}": patch_groups(x)[number].cpu().view(height, -1).numpy() for i, x in enumerate(states)}
+    groups |= {f"class_tokens_{i}": np.array(class_marks(x, number), dtype=int) for i, x in enumerate(states)}
+    pixels = (image * 255).round().astype(np.uint8)
+    np.savez_compressed(folder / GROUPS, **groups, image=pixels, rows=rows, cols=cols)
+
+
+def draw_saved(file: str | Path, directory: str | Path | None = None) -> Path:
+    """Draw what `file`, an npz of token sequences (L_i, D) or (1, L_i, D) under `layer_{i}`, holds; returns the folder.
+
+    `similarity_{i}.png` is the cosine similarity between all tokens of site i in sequence order, `overview.png` has all
+    of it on one sheet. With `groups.npz` beside the file, of tokens that it fits, `groups_{i}.png` is the image with
+    each token's patches in their mean colour and one border, and a white square for each class token. The pictures go
+    to `directory`, or else to a folder beside the file that is named like it. Raises UsageError for a file that is
+    none.
+    """
+    file = Path(file)
+    arrays, beside = _layers(_read(file)), file.with_name(GROUPS)
+    if not arrays:
+        raise UsageError(
+            f"{file} holds no token sequence; wanted arrays of (tokens, channels) under layer_0, layer_1, ..."
+        )
+    folder = file.with_suffix("") if directory is None else Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    similarity = {i: cosine_similarity(torch.from_numpy(tokens)).numpy() for i, tokens in arrays.items()}
+    overlays, image = {}, None
+    seen = _read(beside) if beside.is_file() else {}
+    if "image" in seen and all(_fits(tokens, seen, i) for i, tokens in arrays.items()):
+        image = seen["image"] / 255
+        for i in arrays:
+            marks = seen[f"class_tokens_{i}"].tolist()
+            overlays[i] = draw_groups(image, seen[f"layer_{i}"], seen["rows"], seen["cols"], marks)
+    for i, heat in similarity.items():
+        imsave(folder / f"similarity_{i}.png", _enlarge(heat), cmap="viridis", vmin=-1, vmax=1)
+    for i, overlay in overlays.items():
+        imsave(folder / f"groups_{i}.png", overlay)
+    _overview(image, overlays, similarity).savefig(folder / "overview.png")
+    return folder
+
+
+def _read(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz."""
+    try:
+        with np.load(file) as found:
+            return dict(found.items())
+    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{file} cannot be read as an npz of arrays: {first_line(error)}.") from error
+
+
+def _layers(arrays: Mapping[str, np.ndarray]) -> dict[int, np.ndarray]:
+    """The token sequences among `arrays`, float32 (L, D), by their site, rising."""
+    found = {}
+    for name, array in arrays.items():
+        site = name.removeprefix("layer_")
+        if site.isdecimal() and array.ndim in (2, 3) and array.dtype.kind == "f" and array.size:
+            found[int(site)] = (array if array.ndim == 2 else array[0]).astype(np.float32)
+    return dict(sorted(found.items()))
+
+
+def _fits(tokens: np.ndarray, seen: Mapping[str, np.ndarray], site: int) -> bool:
+    """Whether `tokens` are those that the groups of `site` make."""
+    if f"layer_{site}" not in seen:
+        return False
+    return len(tokens) == seen[f"layer_{site}"].max() + 1 + len(seen[f"class_tokens_{site}"])
+
+
+@contextlib.contextmanager
+def mixer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that is given what the mixer of each site's first layer puts out, (B, L, D), whenever `model` runs."""
+    found: list[Tensor] = []
+    per_site = model.depth // model.num_sites
+    hooks = [
+        layer.mixer.register_forward_hook(lambda module, inputs, output: found.append(output.detach()))
+        for layer in model.layers[::per_site]
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
@@ -178,22 +277,49 @@ def patch_cells(model: nn.Module, size: Sequence[int]) -> tuple[np.ndarray, np.n
 
 
 def _overview(
-    image: np.ndarray, overlays: list[np.ndarray], similarity: list[np.ndarray], lengths: list[int]
+    image: np.ndarray | None, overlays: Mapping[int, np.ndarray], similarity: Mapping[int, np.ndarray]
 ) -> Figure:
-    """One sheet: the image, then for every site its groups and below them its similarities."""
-    blocks = -(-(len(overlays) + 1) // 9)
-    columns = -(-(len(overlays) + 1) // blocks)
-    figure = Figure(figsize=(1.6 * columns, 3.6 * blocks), layout="constrained")
-    axes = figure.subplots(2 * blocks, columns, squeeze=False)
+    """One sheet: the image, then for every site its groups and below them its similarities, or these alone."""
+    first = 0 if image is None else 1
+    places = len(similarity) + first
+    blocks = -(-places // 9)
+    columns = -(-places // blocks)
+    height = 1 + first
+    figure = Figure(figsize=(1.6 * columns, 1.8 * height * blocks), layout="constrained")
+    axes = figure.subplots(height * blocks, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    axes[0, 0].imshow(image)
-    axes[0, 0].set_title("image", fontsize=8)
-    shades = colormaps["viridis"]
-    for index, (overlay, heat, length) in enumerate(zip(overlays, similarity, lengths)):
-        block, column = divmod(index + 1, columns)
-        axes[2 * block, column].imshow(overlay)
-        axes[2 * block, column].set_title(f"site {index}: {length} tokens", fontsize=8)
-        drawn = axes[2 * block + 1, column].imshow(heat, cmap=shades, vmin=-1, vmax=1)
-    figure.colorbar(drawn, ax=axes[1, 0], location="left", label="cosine similarity", fraction=0.8)
+    if image is not None:
+        axes[0, 0].imshow(image)
+        axes[0, 0].set_title("image", fontsize=8)
+    for number, (site, heat) in enumerate(similarity.items()):
+        block, column = divmod(number + first, columns)
+        above = axes[height * block, column]
+        if image is not None:
+            above.imshow(overlays[site])
+        drawn = axes[height * (block + 1) - 1, column].imshow(heat, cmap=colormaps["viridis"], vmin=-1, vmax=1)
+        above.set_title(f"site {site}: {len(heat)} tokens", fontsize=8)
+    figure.colorbar(drawn, ax=axes[height - 1, 0], location="left", label="cosine similarity", fraction=0.8)
     return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw a saved file again."""
+    parser = Parser(prog="python -m fusion.visualize", description="Draw a file that --visualize saved.")
+    parser.add_argument("file", metavar="FILE.npz", help="hidden_states.npz, mixer_outputs.npz, or another of layers")
+    parser.add_argument("--output", metavar="DIR", help="where the pictures go (default: a folder named like the file)")
+    args = parser.parse_args(argv)
+    try:
+        folder = draw_saved(args.file, args.output)
+    except OSError as error:
+        raise UsageError(f"The pictures cannot be written: {error}.") from error
+    _logger.info("Pictures of %s are in %s.", args.file, folder)
+
+
+if __name__ == "__main__":
+    setup_logging()
+    try:
+        main()
+    except UsageError as error:
+        print(f"python -m fusion.visualize: error: {error}", file=sys.stderr)
+        sys.exit(2)

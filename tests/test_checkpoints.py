@@ -278,3 +278,52 @@ def test_repair_log(tmp_path: Path) -> None:
     write(*lines[:2])
     runs.repair_log(file, 3, lines[2])
     assert read() == lines[:3]
+
+
+# --- where the class token stood, which no key and no shape tells ---
+
+
+@pytest.fixture(scope="module")
+def places() -> dict[str, torch.nn.Module]:
+    names = ("vim_small_patch16_224", "fambav_small_unpaired_patch16_224", "mambareg_small_patch16_224")
+    with torch.device("meta"):
+        return {name.split("_")[0]: timm.create_model(name, depth=2) for name in (*names, "fastvim_small_patch16_224")}
+
+
+def test_the_small_model_of_the_release_is_not_paired(places: dict[str, torch.nn.Module]) -> None:
+    vim, fambav = places["vim"], places["fambav"]
+    shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (vim, fambav)]
+    assert shapes[0] == shapes[1]
+    assert (vim.class_token_positions(196), fambav.class_token_positions(196)) == ((98,), (0,))
+    assert not fambav.if_bidirectional
+
+
+def test_the_place_that_is_assumed_is_said(
+    places: dict[str, torch.nn.Module], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    small, unpaired = "vim_small_patch16_224", "fambav_small_unpaired_patch16_224"
+    weights = {"model": {"cls_token": torch.zeros(1, 1, 384)}}
+
+    def told(name: str, family: str, checkpoint: object = weights) -> str:
+        caplog.clear()
+        args = argparse.Namespace(model=name)
+        checkpoints.accept(args, places[family], checkpoint, "small.pth")
+        return caplog.text
+
+    first = told(small, "vim")
+    assert f"small.pth does not say where its class token stood: --model {small} takes it to be in the middle" in first
+    assert f"If it stood in front of the patches, wanted --model fambav_small_patch16_224 or {unpaired} or" in first
+    assert (
+        f"takes it to be in front of the patches. If it stood in the middle of the patches, wanted --model {small}."
+        in (told(unpaired, "fambav"))
+    )
+    assert "wanted a model with the other use_middle_cls_token" in told("mine", "vim")
+    # a run of this program says which model it was, and in some models there is but one place
+    run = weights | {"processes": [], "args": {"model": small}}
+    assert told(small, "vim", run) == ""
+    warned = told(unpaired, "fambav", run)
+    assert f"small.pth is of --model {small}, whose class token stands in the middle of the patches; here it" in warned
+    assert told("mambareg_small_patch16_224", "mambareg") == told("fastvim_small_patch16_224", "fastvim") == ""
+    masked = {"model": {"cls_token": torch.zeros(1), "mask_token": torch.zeros(1)}}
+    assert told(small, "vim", masked) == ""

@@ -358,6 +358,12 @@ def test_each_mechanism_alone(kind: str) -> None:
     loss.backward()
     assert loss.isfinite()
     assert ("token_ratio" in criterion.parts, "block_ratio" in criterion.parts) == (kind != "block", kind != "token")
+    # the release compares no tokens where it prunes none
+    criterion.compare_tokens = False
+    parts = criterion.parts
+    criterion(x, trained, torch.tensor([1, 2]))
+    assert criterion.parts.keys() == parts.keys() - {"token_mse"}
+    assert float(parts["token_mse"]) > 0
 
 
 def test_evenly_spread() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -66,10 +67,41 @@ def test_slurm_job_saves_itself_and_queues_again(cifar: Path, tmp_path: Path) ->
 def test_submitit_runs_the_program(cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = [*QUICK, "--model", "vim_nano_patch4_32", "--data-set", "CIFAR", "--data-path", str(cifar)]
-    job = run_with_submitit.submit([*flags, "--cluster", "local", "--ngpus", "2", "--job_dir", str(tmp_path)])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path)
+    job = run_with_submitit.submit([*flags, "--cluster", "local", "--ngpus", "2"])
     assert job.results() == [None, None]
-    assert json.loads((tmp_path / "log.txt").read_text())["epoch"] == 0
-    assert json.loads((tmp_path / "args.json").read_text())["world_size"] == 2
+    (output,) = (tmp_path / "output" / "jobs").iterdir()
+    assert json.loads((output / "log.txt").read_text())["epoch"] == 0
+    assert json.loads((output / "args.json").read_text())["world_size"] == 2
+    assert (output / "jobs").is_dir()
+
+
+def test_submitit_asks_slurm_for_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, made = {}, []
+
+    class Executor:
+        def __init__(self, folder: Path, cluster: str) -> None:
+            made.append((folder, cluster))
+
+        def update_parameters(self, **parameters: object) -> None:
+            asked.update(parameters)
+
+        def submit(self, training: run_with_submitit.Training) -> types.SimpleNamespace:
+            return types.SimpleNamespace(job_id="7", training=training)
+
+    monkeypatch.setattr(run_with_submitit.submitit, "AutoExecutor", Executor)
+    job = run_with_submitit.submit(["--use_volta32", "--nodes", "2", "--model", "vim_nano_patch4_32"])
+    (folder, cluster), *_ = made
+    assert (folder.parents[1], folder.name, cluster) == (Path("output/jobs"), "jobs", "slurm")
+    assert (asked["slurm_constraint"], asked["nodes"], asked["gpus_per_node"]) == ("volta32gb", 2, 8)
+    assert job.training.flags[-4:] == ["--output_dir", str(folder.parent), "--resume", "auto"]
+    run_with_submitit.submit(["--job_dir", str(tmp_path), "--model", "vim_nano_patch4_32"])
+    assert made[1] == (tmp_path / "jobs", "slurm")
+    run_with_submitit.submit(["--model", "vim_nano_patch4_32"])
+    assert made[2][0] != folder
+    with pytest.raises(UsageError, match="wanted it without --cluster local"):
+        run_with_submitit.submit(["--use_volta32", "--cluster", "local"])
 
 
 def test_submitit_refuses_before_it_queues(tmp_path: Path) -> None:

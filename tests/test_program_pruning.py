@@ -13,17 +13,21 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import main
 from fusion.dynamic_pruning import DecisionMeter
+from fusion.pruning_loss import PruningLoss, PruningOutput
 from fusion.visualize_pruning import visualize_pruning
 from measure.pruning import force_gates
-from models_mamba import PUBLISHED_SPELLINGS
+from models_mamba import PUBLISHED_SPELLINGS, registry_name
+from run import Run
 from tasks import backbone
 from tasks.classify.task import Classify
 from tasks.task import Data
-from tests.conftest import QUICK, Result
+from tests.conftest import QUICK, Result, lines
 from tests.golden_rules import fill_model, images
 
 # the names of the micro models are registered by conftest's import
@@ -47,16 +51,38 @@ def test_fine_tuning_logs_the_loss_and_what_is_kept(tuned: Path) -> None:
     assert 0 <= line["test_kept_directions"] <= 1
 
 
-def test_gate_noise_falls_to_its_end(cifar: Path, vim_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scales, train = [], main.engine.train_one_epoch
-    monkeypatch.setattr(
-        main.engine,
-        "train_one_epoch",
-        lambda run, *rest: scales.append(run.model.site_methods[0].gate_noise) or train(run, *rest),
-    )
+def test_training_logs_what_it_keeps_while_the_noise_falls(
+    cifar: Path, vim_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales, train, seen, loss = [], main.engine.train_one_epoch, [], PruningLoss.forward
+
+    def noted(self: PruningLoss, samples: Tensor, outputs: PruningOutput, targets: Tensor) -> Tensor:
+        shares = [*(decision.mean().item() for decision in outputs.decisions), outputs.block_policy.mean().item()]
+        seen[-1].append((len(samples), shares))
+        return loss(self, samples, outputs, targets)
+
+    def epoch(run: Run, *rest: object) -> dict[str, float]:
+        scales.append(run.model.site_methods[0].gate_noise)
+        seen.append([])
+        return train(run, *rest)
+
+    monkeypatch.setattr(PruningLoss, "forward", noted)
+    monkeypatch.setattr(main.engine, "train_one_epoch", epoch)
     flags = (*DYVM, "--data-path", cifar, "--model-path", vim_weights, "--epochs", 3, "--gate-noise-end", 0.5)
+    flags += ("--output_dir", tmp_path, "--pruning-teacher", "logits")
     assert main.main([str(flag) for flag in flags]) == 0
     assert scales == [1.0, 0.75, 0.5]
+    names = ["kept_tokens_1", "kept_tokens_2", "kept_tokens_3", "kept_directions"]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for line, batches in zip(lines(tmp_path), seen):
+        assert "train_token_mse" not in line
+        assert line["train_logit_kl"] > 0
+        images = sum(count for count, _ in batches)
+        for place, name in enumerate(names):
+            mean = sum(count * shares[place] for count, shares in batches) / images
+            assert line[f"train_{name}"] == pytest.approx(mean, rel=1e-6)
+            assert events.Scalars(f"train/{name}")[line["epoch"]].value == pytest.approx(mean, rel=1e-5)
+            assert len(events.Scalars(f"test/{name}")) == 3
 
 
 def test_evaluation_compares_with_the_teacher(
@@ -105,6 +131,13 @@ def test_published_spellings(name: str, vim_weights: Path) -> None:
     assert args.input_size == 224
 
 
+def test_other_spellings_of_the_release() -> None:
+    spelt = {"DyVM-Vim-S": "dyvm_small_patch16_224", "DyVM-VideoMamba-Middle": "dyvm_videomamba_middle_patch16_224"}
+    spelt |= {"VimTeacher-Base": "vim_base_patch16_224", "MambaReg-S-Teacher": "mambareg_small_patch16_224"}
+    assert {name: registry_name(name) for name in spelt} == spelt
+    assert registry_name("Vim-Huge") == "Vim-Huge"
+
+
 BAD = {
     "stages": ("--pruning-loc 2 1 3", "increasing"),
     "stage past the depth": ("--pruning-loc 1 2 4", "0 to 3"),
@@ -115,6 +148,7 @@ BAD = {
     "merging": ("--fusion-strategy all --fusion-token 1", "merging"),
     "predictor input": ("--predictor-input B --pruning-loc 0 1 2", "from 1 on"),
     "no pruning": ("--pruning none", "plain model"),
+    "nothing to learn from": ("--model vim_micro_patch8_32 --pruning-teacher logits", "--pruning-teacher wants"),
     "class count": ("--model-path {classes}", "head.weight is (10, 32) instead of (100, 32)"),
     "size": ("--model-path {size}", "instead of"),
     "no teacher": ("--model-path {nothing}", "is no file"),
@@ -161,6 +195,7 @@ def test_meter_adds_up_batches() -> None:
     model = timm.create_model("dyvm_micro_patch8_32").eval()
     ran = force_gates(model, 4, 0.75)
     meter = DecisionMeter(model)
+    assert meter.shares() == {}
     x = images((4, 3, 32, 32), 1)
     with torch.no_grad():
         assert torch.equal(meter(x), model(x))

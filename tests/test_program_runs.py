@@ -105,6 +105,31 @@ def test_output(trained: Path) -> None:
     assert events.Scalars("train/step_loss")
 
 
+def test_curves_go_to_mlflow_until_it_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[tuple[str, object]] = []
+
+    class MLflow:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            def called(*given: object, **named: object) -> None:
+                if named.get("step") == 2:
+                    raise ConnectionError("no server")
+                calls.append((name, given or named))
+
+            return called
+
+    monkeypatch.setitem(sys.modules, "mlflow", MLflow())
+    board = telling.Board(tmp_path / "run", 0, {"lr": 0.1, "model": None})
+    for step in (1, 2, 3):
+        board.add({"test/acc1": 50.0 + step}, step)
+    board.close()
+    wanted = [("start_run", {"run_name": "run"}), ("log_params", ({"lr": "0.1", "model": "None"},))]
+    assert calls == [*wanted, ("log_metrics", ({"test/acc1": 51.0},))]
+    assert caplog.messages == ["MLflow could not be reached (no server): no more goes there."]
+    assert len(EventAccumulator(str(tmp_path / "run")).Reload().Scalars("test/acc1")) == 3
+
+
 def test_eval_of_weights_and_their_average(trained: Path, program: Callable[..., Result], tmp_path: Path) -> None:
     line = last_line(trained)
     result = program(*QUICK, "--eval", "--resume", trained / "checkpoint.pth")

@@ -89,7 +89,9 @@ def test_resume_is_exact(family: str, shapes: Path, tmp_path: Path, stop_after: 
     logs = [[{k: v for k, v in line.items() if k not in drop} for line in lines(folder)] for folder in (whole, parts)]
     assert logs[0] == logs[1]
     if family == "dyvm":
-        assert {"train_token_ratio", "train_block_ratio", "test_kept_tokens_1"} <= logs[0][0].keys()
+        assert {"train_token_ratio", "train_block_ratio", "train_kept_tokens_1", "test_kept_tokens_1"} <= logs[0][
+            0
+        ].keys()
         seen = ["--eval", "--resume", whole / "checkpoint.pth", "--visualize", tmp_path / "seen"]
         result = call_program(*flags, *seen)
         assert result.code == 0, result.err

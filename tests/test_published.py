@@ -68,10 +68,18 @@ def as_text(value: Any) -> str:
 
 @pytest.mark.parametrize("each", [each for each in PUBLISHED if "means" in each.said], ids=lambda each: each.title)
 def test_a_published_command_means_what_it_meant(each: Published, places: dict[str, str]) -> None:
-    args = program.parse([filled(word, places) for word in program_flags(each.words)])
-    for pair in shlex.split(each.said["means"]):
-        name, _, wanted = pair.partition("=")
+    flags = [filled(word, places) for word in program_flags(each.words)]
+    args = program.parse(flags)
+    means = dict(pair.partition("=")[::2] for pair in shlex.split(each.said["means"]))
+    for name, wanted in means.items():
         assert as_text(getattr(args, name)) == filled(wanted, places), name
+    # whatever else was typed means what it says
+    actions = program.get_args_parser(program.choose_task(flags))._option_string_actions
+    for name, given in values_of(flags).items():
+        if name in actions and actions[name].dest not in means:
+            value = getattr(args, actions[name].dest)
+            own = value if isinstance(value, (list, tuple)) else [value]
+            assert [plain(as_text(part)) for part in own] == [plain(as_text(x)) for x in given or [actions[name].const]]
 
 
 @pytest.mark.parametrize("each", [each for each in PUBLISHED if "refused" in each.said], ids=lambda each: each.title)
@@ -81,8 +89,11 @@ def test_what_is_refused_has_a_counterpart(each: Published) -> None:
             program.parse(program_flags(each.words))
     kind, script, *rest = each.said["ours"].split()
     assert kind == "bash"
-    assert script in EXPERIMENTS
-    assert rest[0] == "DATA"
+    if "install" in each.words:
+        assert (script, rest) == ("scripts/setup.sh", [])
+    else:
+        assert script in EXPERIMENTS
+        assert rest[0] == "DATA"
 
 
 def test_every_release_is_there() -> None:

@@ -19,6 +19,7 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -406,6 +407,9 @@ def run_module(name: str, arguments: list[str], files: Files, folder: Path, monk
         "examples.new_method": ["--data-set", "CIFAR", "--data-path", str(files.data["CIFAR"]), *SMALL["classify"]],
         "examples.new_task": ["--model", "vim_micro_patch8_32", *SMALL["classify"], "--batch-size", "256"],
     }
+    if name == "fusion.visualize":  # of a run that is yet to be made
+        np.savez(folder / "saved.npz", layer_0=np.ones((4, 2)))
+        arguments = [str(folder / "saved.npz")]
     if name == "benchmarks.plot":  # the folders of runs that are yet to be made
         arguments = [str(logged_run(folder / word)) if word.startswith("output/") else word for word in arguments]
         arguments += ["--file", str(folder / "curves.png")]

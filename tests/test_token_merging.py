@@ -24,8 +24,11 @@ from fusion.token_merging import (
     MergingSettings,
     TokenMerging,
     bipartite_soft_matching,
+    every_kth,
     merge,
+    merge_sizes,
     merge_tokens,
+    random_sources,
     token_schedule,
     unmerge,
 )
@@ -356,7 +359,12 @@ def test_flags(caplog: pytest.LogCaptureFixture) -> None:
     flags = "--fusion-strategy interleaved --fusion-layer 4 --fusion-token 8 --bi-merge"
     args = parser.parse_args(flags.split())
     keywords = fusion.model_keywords(args, models_mamba.registry_keywords(args.model))
-    assert keywords == dict(fusion_strategy="alternate", fusion_layer=4, fusion_token=8, fusion_order="published")
+    wanted = dict(fusion_strategy="alternate", fusion_layer=4, fusion_token=8, fusion_order="published")
+    assert keywords == wanted | dict(fusion_matching="similar", fusion_weighted=False)
+    args = parser.parse_args([*flags.split(), "--fusion-matching", "kth", "--fusion-weighted"])
+    keywords = fusion.model_keywords(args, models_mamba.registry_keywords(args.model))
+    assert keywords == wanted | dict(fusion_matching="kth", fusion_weighted=True)
+    args = parser.parse_args(flags.split())
     fusion.check(args, set())
     assert "--bi-merge changes nothing" in caplog.records[-1].getMessage()
     fusion.check(parser.parse_args(["--fusion-token", "8"]), set())
@@ -364,6 +372,130 @@ def test_flags(caplog: pytest.LogCaptureFixture) -> None:
     assert len(caplog.records) == 2
     fusion.check(parser.parse_args([]), set())
     assert len(caplog.records) == 2
+    for given in (["--fusion-weighted"], ["--fusion-matching", "random"]):
+        with pytest.raises(ValueError, match="wanted --fusion-strategy"):
+            fusion.check(parser.parse_args(given), set())
+
+
+# --- the ablations: which tokens are fused, and weighted means ---
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", STATES)
+def test_given_tokens_are_fused_into_their_most_similar(kind: str, order: str) -> None:
+    cls_index = STATES[kind]
+    state = TokenState(images((3, 17, 8), 7), images((3, 17, 8), 8), ClassTokens.at(cls_index))
+    num_patches = state.num_patches
+    sources = random_sources(3, num_patches, 5, torch.Generator().manual_seed(1))
+    groups = torch.arange(num_patches).expand(3, -1)
+    merged = merge_tokens(state.replace(groups=groups), 5, order, sources)
+    assert merged.num_tokens == 12
+    # class tokens go where they go with the most similar tokens
+    if order == "published":
+        like = merge_tokens(state, 5, order).cls.index
+        assert torch.equal(merged.cls.index, like) if isinstance(like, Tensor) else merged.cls.index == like
+    for image in range(3):
+        before = [split_cls(x, cls_index)[1][image] for x in (state.hidden, state.residual)]
+        unit = before[0] / before[0].norm(dim=-1, keepdim=True)
+        chosen = sources[image].tolist()
+        wanted = {token: [token] for token in range(num_patches) if token not in chosen}
+        for token in chosen:
+            wanted[max(wanted, key=lambda other: float(unit[token] @ unit[other]))].append(token)
+        got = [merged.groups[image].eq(place).nonzero().flatten().tolist() for place in range(len(wanted))]
+        assert got == [sorted(group) for group in wanted.values()]
+        for x, after in zip(before, (merged.hidden, merged.residual)):
+            means = torch.stack([x[group].mean(0) for group in wanted.values()])
+            torch.testing.assert_close(split_cls(after, merged.cls)[1][image], means)
+
+
+def test_every_kth_is_half_the_published_matching() -> None:
+    assert every_kth(10, 5).tolist() == [[0, 2, 4, 6, 8]]
+    assert every_kth(10, 3).tolist() == [[0, 3, 6]]
+    assert every_kth(10, 0).shape == (1, 0)
+    metric = images((2, 16, 8), 3)
+    wanted = bipartite_soft_matching(metric, 8)
+    given = bipartite_soft_matching(metric, 8, sources=every_kth(16, 8))
+    assert all(torch.equal(own, other) for own, other in zip(given, wanted))
+    after = bipartite_soft_matching(images((2, 17, 8), 3), 8, class_token=True, sources=every_kth(16, 8))
+    assert after.slot[:, 0].tolist() == [0, 0]
+    assert after.kept[:, 1::2].logical_not().all()
+    for wrong in (dict(r=7), dict(r=8, sort=False)):
+        with pytest.raises(ValueError, match="sources are"):
+            bipartite_soft_matching(metric, **wrong, sources=every_kth(16, 8))
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_weighted_means_are_those_of_all_patches(weighted: bool) -> None:
+    """Through mixers that add nothing, a token of several merges is the mean of its patches, if it is weighted."""
+    keywords = dict(fusion_strategy="all", fusion_token=20, fusion_weighted=weighted)
+    model = timm.create_model("vim_nano_patch4_32", **SMALL, **keywords).eval()
+    for layer in model.layers:
+        torch.nn.init.zeros_(layer.mixer.out_proj.weight)
+    with torch.no_grad():
+        state = model.embed(images((2, 3, 32, 32), 2))
+        patches = split_cls(state.hidden, state.cls)[1]
+        # what comes first is the residual afterwards; tokens that differ in it choose by it
+        state = state.replace(groups=torch.arange(64).expand(2, -1), residual=state.hidden)
+        for _ in range(3):
+            state = merge_tokens(state, 12, weighted=weighted)
+            state = state.replace(hidden=state.residual)
+    means = torch.stack(
+        [torch.stack([patches[i, state.groups[i] == place].mean(0) for place in range(28)]) for i in range(2)]
+    )
+    difference = (split_cls(state.residual, state.cls)[1] - means).abs().max()
+    assert difference < 1e-6 if weighted else difference > 1e-4
+    if weighted:
+        sizes = split_cls(state.entry("merging").unsqueeze(-1), state.cls)[1].squeeze(-1)
+        assert torch.equal(sizes, torch.nn.functional.one_hot(state.groups).sum(1).float())
+
+
+def test_weighted_means_of_given_sizes() -> None:
+    matching = Matching(
+        torch.tensor([[0, 1, 1, 0]]), torch.tensor([[True, True, False, False]]), torch.tensor([[2, 2]])
+    )
+    sizes = torch.tensor([[1.0, 3.0, 1.0, 4.0]])
+    x = torch.tensor([[[1.0], [2.0], [6.0], [11.0]]]).double().requires_grad_()
+    merged = merge(x, matching, sizes)
+    torch.testing.assert_close(merged.flatten().tolist(), [9.0, 3.0])
+    assert merge_sizes(sizes, matching).tolist() == [[5.0, 4.0]]
+    (merged * torch.tensor([[[1.0], [2.0]]])).sum().backward()
+    torch.testing.assert_close(x.grad.flatten().tolist(), [0.2, 1.5, 0.5, 0.8])
+
+
+@pytest.mark.parametrize("matching", ["random", "kth"])
+def test_models_with_other_matchings(matching: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    keywords = SMALL | dict(depth=2, fusion_strategy="all", fusion_token=9, fusion_weighted=True)
+    model = timm.create_model("vim_nano_patch4_32", **keywords, fusion_matching=matching)
+    usual = timm.create_model("vim_nano_patch4_32", **keywords)
+    usual.load_state_dict(model.state_dict())
+    fusion.describe(model)
+    assert f"{matching} matching, weighted): 65 tokens, after the sites 56 47." in caplog.messages[0]
+    x = images((3, 3, 32, 32), 1)
+
+    def trained(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return model.train()(x)
+
+    logits = trained(1)
+    assert torch.equal(trained(1), logits)
+    assert torch.equal(trained(2), logits) == (matching == "kth")
+    logits.square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    with torch.no_grad():
+        before = torch.random.get_rng_state()
+        tested = model.eval()(x)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        torch.testing.assert_close(model(x[2:]), tested[2:], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(usual.eval()(x), tested, rtol=1e-3)
+
+
+def test_random_tokens_are_drawn_for_each_image() -> None:
+    sources = random_sources(500, 8, 3, torch.Generator().manual_seed(0))
+    assert (sources.diff(dim=1) > 0).all()
+    share = torch.bincount(sources.flatten(), minlength=8) / 500
+    assert (share - 3 / 8).abs().max() < 0.08
 
 
 def test_compiles_without_a_graph_break() -> None:

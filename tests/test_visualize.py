@@ -12,8 +12,18 @@ from matplotlib.image import imread
 
 import models_mamba  # noqa: F401 (registers the models)
 from fusion.token_state import split_cls
-from fusion.visualize import DROPPED, cosine_similarity, draw_groups, patch_groups, trace, visualize_merging
+from fusion.visualize import (
+    DROPPED,
+    cosine_similarity,
+    draw_groups,
+    draw_saved,
+    main,
+    patch_groups,
+    trace,
+    visualize_merging,
+)
 from tests.golden_rules import images
+from utils import UsageError
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_classes=5, drop_path_rate=0.0)
 
@@ -25,8 +35,9 @@ def test_files(tmp_path: Path) -> None:
     assert model.training
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["image_0", "image_1"]
     folder = tmp_path / "pictures" / "image_1"
-    names = {f"{kind}_{site}.png" for kind in ("groups", "similarity") for site in (0, 1)}
-    assert {path.name for path in folder.iterdir()} == names | {"hidden_states.npz", "groups.npz", "overview.png"}
+    names = {f"{kind}_{site}.png" for kind in ("groups", "similarity") for site in (0, 1)} | {"overview.png"}
+    saved = {f"{kind}.npz" for kind in ("hidden_states", "mixer_outputs", "groups")}
+    assert {path.name for path in folder.iterdir()} == names | saved
 
     with torch.no_grad():
         states = trace(model, images((2, 3, 32, 32), 1))
@@ -38,6 +49,69 @@ def test_files(tmp_path: Path) -> None:
             assert set(groups[f"layer_{site}"].ravel()) == set(range(16 - 3 * (site + 1)))
     assert imread(folder / "groups_1.png").shape[:2] == (256, 256)
     assert imread(folder / "similarity_1.png").shape[0] >= 256
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_both_states_are_saved(paired: bool, tmp_path: Path) -> None:
+    """The merged state, and what the release saves: the output of the mixer of each site's first layer."""
+    keywords = SMALL | dict(depth=4 if paired else 2, if_bidirectional=paired, use_middle_cls_token=not paired)
+    model = timm.create_model("vim_nano_patch4_32", **keywords, fusion_strategy="all", fusion_token=2).eval()
+    x = images((1, 3, 32, 32), 1)
+    visualize_merging(model, x, tmp_path)
+    states, mixed = [], []
+    with torch.no_grad():
+        state = model.embed(x)
+        for site in range(model.num_sites):
+            layer = model.layers[site * (2 if paired else 1)]
+            mixed.append(layer(state.hidden, state.residual)[0])
+            state = model.site_methods[0](site, state, lambda state, site=site: model.run_site(site, state))
+            states.append(state.hidden)
+    for name, wanted in (("hidden_states", states), ("mixer_outputs", mixed)):
+        with np.load(tmp_path / "image_0" / f"{name}.npz") as found:
+            assert list(found) == [f"layer_{site}" for site in range(model.num_sites)]
+            for site, tokens in enumerate(wanted):
+                np.testing.assert_allclose(found[f"layer_{site}"], tokens[0].numpy(), rtol=1e-5, atol=1e-6)
+    assert not any(layer.mixer._forward_hooks for layer in model.layers)
+
+
+def test_saved_files_are_drawn_again(tmp_path: Path) -> None:
+    model = timm.create_model("vim_nano_patch4_32", **SMALL, fusion_strategy="all", fusion_token=3)
+    visualize_merging(model, images((1, 3, 32, 32), 1), tmp_path)
+    folder = tmp_path / "image_0"
+    pictures = {path.name: imread(path) for path in folder.glob("*.png")}
+    assert draw_saved(folder / "hidden_states.npz") == folder / "hidden_states"
+    again = {path.name: imread(path) for path in (folder / "hidden_states").iterdir()}
+    assert again.keys() == pictures.keys()
+    assert all(np.array_equal(again[name], picture) for name, picture in pictures.items())
+    # what the mixers gave is longer than what the groups make, so that similarities alone are drawn
+    main([str(folder / "mixer_outputs.npz"), "--output", str(tmp_path / "drawn")])
+    names = {"similarity_0.png", "similarity_1.png", "overview.png"}
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == names
+    assert not np.array_equal(imread(tmp_path / "drawn" / "similarity_1.png"), pictures["similarity_1.png"])
+
+
+def test_a_file_of_the_release_is_drawn(tmp_path: Path) -> None:
+    tokens = images((1, 5, 8), 4)
+    np.savez(tmp_path / "saved.npz", **{f"layer_{site}": tokens.numpy() for site in (0, 11)}, other=np.zeros(3))
+    draw_saved(tmp_path / "saved.npz")
+    assert len(list((tmp_path / "saved").glob("similarity_*.png"))) == 2
+    similarity = imread(tmp_path / "saved" / "similarity_11.png")
+    assert len({tuple(similarity[52 * row + 20, 52 * row + 20]) for row in range(5)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(None, "cannot be read"), (b"PK no archive", "cannot be read"), (dict(other=np.zeros(3)), "no token sequence")],
+)
+def test_a_file_that_is_none_is_refused(content: object, told: str, tmp_path: Path) -> None:
+    file = tmp_path / "saved.npz"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        np.savez(file, **content)
+    with pytest.raises(UsageError, match=told):
+        main([str(file)])
+    assert not (tmp_path / "saved").exists()
 
 
 def test_trace_follows_every_patch_to_its_token() -> None:

@@ -8,11 +8,13 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from utils.errors import first_line
 from utils.memory import peak_memory_mib
 from utils.processes import is_main_process, sum_over_processes
 
@@ -123,13 +125,13 @@ class Board:
             import mlflow
 
             self._mlflow = mlflow
-            mlflow.start_run(run_name=folder.name if folder is not None else None)
-            mlflow.log_params({name: str(value) for name, value in settings.items()})
+            self._tell_mlflow(lambda mlflow: mlflow.start_run(run_name=folder.name if folder is not None else None))
+            flags = {name: str(value) for name, value in settings.items()}
+            self._tell_mlflow(lambda mlflow: mlflow.log_params(flags))
 
     def add(self, values: dict[str, float], step: int) -> None:
-        """Add a point to each curve. A disk that is full ends the curves, not the run."""
-        if self._mlflow is not None:
-            self._mlflow.log_metrics(values, step=step)
+        """Add a point to each curve. A disk that is full, or a server that is gone, ends the curves, not the run."""
+        self._tell_mlflow(lambda mlflow: mlflow.log_metrics(values, step=step))
         if self._writer is None:
             return
         try:
@@ -145,8 +147,16 @@ class Board:
         if self._writer is not None:
             with contextlib.suppress(OSError):
                 self._writer.close()
-        if self._mlflow is not None:
-            self._mlflow.end_run()
+        self._tell_mlflow(lambda mlflow: mlflow.end_run())
+
+    def _tell_mlflow(self, act: Callable[[Any], None]) -> None:
+        if self._mlflow is None:
+            return
+        try:
+            act(self._mlflow)
+        except Exception as error:  # its own, and those of whatever carries it to a server or a file
+            _logger.warning("MLflow could not be reached (%s): no more goes there.", first_line(error))
+            self._mlflow = None
 
 
 def setup_logging() -> None:

@@ -192,8 +192,9 @@ class DenseBackbone(nn.Module):
             tokens = hidden if self.feature == "hidden" else hidden + residual
             maps.append(tokens.transpose(1, 2).unflatten(2, grid).contiguous())
 
-        # meters count what every site decides
-        is_metered = any(method.meters for method in body.site_methods)
+        # meters count what every site decides; what is trained does not depend on them
+        is_partial = self.out_indices[-1] + 1 < body.num_sites
+        is_metered = any(method.meters for method in body.site_methods) and not (is_partial and body.training)
         state = body.encode(state, visit, None if is_metered else self.out_indices[-1] + 1)
         if is_metered:
             for method in body.site_methods:
