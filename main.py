@@ -17,6 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import utils.threads  # noqa: F401  before torch
+
+# isort: split
+
 import torch
 import torch.distributed as dist
 from torch import nn

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 import main as program
-from benchmarks import cases, compare, ops, plot, summary, throughput
+from benchmarks import aarch64, cases, compare, ops, plot, summary, throughput
 from benchmarks.peers import PEERS
 from measure.flops import model_flops
 from tests import micro_models
@@ -348,6 +348,7 @@ def test_operators_against_peers_and_ports(tmp_path: Path, capsys: pytest.Captur
 # --- mistakes ---
 
 MISTAKES = {
+    "aarch64": [["--lops"], ["everything"]],
     "channel_sampling": [["--epochs", "0"], ["--nonsense"]],
     "channels": [["--models", "nothing"], ["--patch", "x"]],
     "detection": [["--models", "nothing"], ["--size", "3"], ["--heads", "x"]],
@@ -396,3 +397,23 @@ def test_mistakes_are_one_sentence(
 def test_every_command_is_tried() -> None:
     commands = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "@command(" in path.read_text()}
     assert commands - {"command"} == MISTAKES.keys() | {"compare"}, "compare's mistakes have a test of their own"
+
+
+def test_loops_of_aarch64_that_calculate_in_single_numbers_are_told() -> None:
+    code = """
+0000000000000000 <sum(float const*)>:
+       0:\tldr\ts1, [x0], #4
+       4:\tfadd\ts0, s0, s1
+       8:\tb.ne\t0 <sum(float const*)>  // b.any
+       c:\tret
+0000000000000010 <void step<4>(float*)>:
+      10:\tldr\tq1, [x1], #16
+      14:\tfmla\tv0.4s, v1.4s, v2.4s
+      18:\tcbnz\tx3, 14 <void step<4>(float*)+0x4>
+      1c:\tb.ne\t10 <void step<4>(float*)>
+      20:\tbl\t0 <sum(float const*)>
+"""
+    single, vector = aarch64.loops(code)
+    assert (single.function, single.vectors, single.singles) == ("sum", 0, 1)
+    assert (vector.function, vector.vectors, vector.singles) == ("void step<4>", 1, 0)
+    assert vector.instructions == {"fmla": 1, "cbnz": 1}  # the outer loop is none of the innermost

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from tests.conftest import MICRO, QUICK, ROOT, Result, finish, lines, ranks_of, start
 from tests.program_data import write_cifar100
+from utils import threads
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
 
@@ -131,3 +133,24 @@ def test_a_mistake_is_told_once(tmp_path: Path) -> None:
     assert result.code != 0
     assert result.err.count("nowhere does not exist") == 1
     assert (ROOT / "main.py").exists()
+
+
+def test_threads_that_wait_sleep_before_another_process_needs_the_core():
+    unset = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    told = subprocess.run(
+        [sys.executable, "-c", "import main"],
+        **dict(cwd=ROOT, env=unset | {"OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True, check=True),
+    ).stderr
+    if "GOMP_SPINCOUNT" not in told:
+        pytest.skip("torch has another OpenMP runtime here")
+    assert f"GOMP_SPINCOUNT = '{threads.SPINS}'" in told
+
+
+@pytest.mark.parametrize(("variable", "value"), [("GOMP_SPINCOUNT", "77"), ("OMP_WAIT_POLICY", "active")])
+def test_how_threads_wait_is_the_users_to_say(monkeypatch, variable, value):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    before = dict(os.environ)
+    threads.sleep_early()
+    assert os.environ == before

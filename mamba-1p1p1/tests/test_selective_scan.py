@@ -170,6 +170,25 @@ def test_steps_without_softplus(kernels):
         assert_as_reference(2, 17, 4, 8, delta_softplus=False, options=options, tolerance=2e-5)
 
 
+@pytest.mark.parametrize("furthest", [20.0, 400.0])
+def test_exponentials(furthest, kernels):
+    """A state that is 1 and then decays is the exponential itself: within 1.6e-7, beside what rounding of its argument
+    takes. A block whose arguments reach far takes another way than one whose arguments are all near."""
+    dim = 4096
+    exponents = torch.cat([torch.zeros(8), torch.logspace(-6, 0, dim - 8)]) * 20
+    exponents[7::8] = furthest  # one lane of each vector
+    delta = torch.stack([torch.ones(dim), exponents], dim=-1).unsqueeze(0)
+    u = torch.tensor([1.0, 0.0]).repeat(1, dim, 1)
+    ones = torch.ones(1, 1, 2)
+    decayed = selective_scan_fn(u, delta, -torch.ones(dim, 1), ones, ones)[0, :, 1]
+    wanted = torch.exp(-exponents.double())
+    counted = (exponents <= 20) | (wanted == 0)  # beyond, results are no normal numbers
+    bound = wanted * (1.6e-7 + exponents * 2.0**-23)
+    assert torch.all(((decayed - wanted).abs() <= bound)[counted])
+    assert torch.all(decayed[:7] == 1)
+    assert torch.all(decayed[exponents == 400] < 1e-37)
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 5, 3), (2, 0, 5, 3), (2, 4, 0, 3)])
 def test_empty(shape, kernels):
     tensors = arguments(*shape)

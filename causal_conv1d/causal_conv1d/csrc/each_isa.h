@@ -11,6 +11,13 @@
 #else
 #define ISA_X86 0
 #endif
+// What `plain` is on aarch64, where every processor has it.
+#if defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+#define ISA_NEON 1
+#include <arm_neon.h>
+#else
+#define ISA_NEON 0
+#endif
 
 #if ISA_X86
 

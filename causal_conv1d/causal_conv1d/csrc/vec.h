@@ -34,16 +34,21 @@ VEC V fma(V a, V b, V c) {
     return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif ISA_AVX2
     return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif ISA_NEON
+    return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     return a * b + c;
 #endif
 }
-// Both return the second argument if either is NaN. One instruction each on x86, which compilers do not make of a > b ? a : b.
+// Both return the second argument if either is NaN, but on NEON NaN. One instruction each there and on x86, which compilers
+// do not make of a > b ? a : b.
 VEC V max(V a, V b) {
 #if ISA_AVX512
     return (V)_mm512_max_ps((__m512)a, (__m512)b);
 #elif ISA_AVX2
     return (V)_mm256_max_ps((__m256)a, (__m256)b);
+#elif ISA_NEON
+    return (V)vmaxq_f32((float32x4_t)a, (float32x4_t)b);
 #else
     return a > b ? a : b;
 #endif
@@ -53,6 +58,8 @@ VEC V min(V a, V b) {
     return (V)_mm512_min_ps((__m512)a, (__m512)b);
 #elif ISA_AVX2
     return (V)_mm256_min_ps((__m256)a, (__m256)b);
+#elif ISA_NEON
+    return (V)vminq_f32((float32x4_t)a, (float32x4_t)b);
 #else
     return a < b ? a : b;
 #endif
@@ -63,6 +70,8 @@ VEC V abs(V x) { return (V)((BitsV)x & 0x7fffffffu); }
 VEC bool all_at_most(V x, float bound) {
 #if ISA_AVX2
     return _mm256_movemask_ps((__m256)(x <= set(bound))) == 0xff;
+#elif ISA_NEON
+    return vminvq_u32((uint32x4_t)(x <= set(bound))) != 0;
 #else
     bool all = true;
     for (int i = 0; i < LANES; ++i) all &= x[i] <= bound;
@@ -139,6 +148,12 @@ VEC V reciprocal(V x) {
     V r = (V)_mm256_rcp_ps((__m256)x), rest = fma(set(0.f) - x, r, set(1.f));
     r = fma(r, fma(rest, rest, rest), r);  // twelve bits, three times as many
     return x > set(0x1p125f) ? set(0.f) : r;
+#elif ISA_NEON
+    V r = (V)vrecpeq_f32((float32x4_t)x);
+    r = r * (V)vrecpsq_f32((float32x4_t)x, (float32x4_t)r);
+    const V rest = fma(set(0.f) - x, r, set(1.f));
+    r = fma(r, fma(rest, rest, rest), r);  // sixteen bits, three times as many
+    return x > set(0x1p125f) ? set(0.f) : r;
 #else
     return set(1.f) / x;
 #endif
@@ -193,6 +208,10 @@ VEC V load(const float16 *p) {
     __m128i h;
     __builtin_memcpy(&h, p, sizeof h);
     return (V)_mm256_cvtph_ps(h);
+#elif ISA_NEON
+    float16x4_t h;
+    __builtin_memcpy(&h, p, sizeof h);
+    return (V)vcvt_f32_f16(h);
 #else
     return from_half_bits(load_bits(&p->bits));
 #endif
@@ -203,6 +222,9 @@ VEC void store(float16 *p, V x) {
     __builtin_memcpy(p, &h, sizeof h);
 #elif ISA_AVX2
     __m128i h = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __builtin_memcpy(p, &h, sizeof h);
+#elif ISA_NEON
+    const float16x4_t h = vcvt_f16_f32((float32x4_t)x);
     __builtin_memcpy(p, &h, sizeof h);
 #else
     store_bits(&p->bits, to_half_bits(x));

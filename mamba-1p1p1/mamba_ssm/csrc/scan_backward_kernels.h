@@ -109,43 +109,44 @@ template <int N> void add_rows(int64_t steps, const float *terms, float *rows, i
     }
 }
 
-// The blocks of a team, their tiles, and where each adds up the gradients of its parameters.
-struct BackwardTeam : Team {
+// A band, where each of its blocks adds up the gradients of its parameters, and the tiles of the team that is at work.
+struct BackwardBand : Band {
+    float *sums[BAND];  // of ParameterSums
     BackwardTiles tiles[TEAM];
-    float *sums[TEAM];  // of ParameterSums
     bool within[TEAM];
     Walk walk;
 
     static int64_t floats(const Scan &scan, int64_t steps) {
-        return Team::floats(scan, steps) + TEAM * BackwardTiles::floats(steps) + Walk::floats(steps);
+        return Band::floats(scan, steps) + TEAM * BackwardTiles::floats(steps) + Walk::floats(steps);
     }
-    BackwardTeam(const Scan &scan, Scratch &scratch, int64_t steps) : Team(scan, scratch, steps), walk(scratch, steps) {
+    BackwardBand(const Scan &scan, Scratch &scratch, int64_t steps) : Band(scan, scratch, steps), walk(scratch, steps) {
         for (BackwardTiles &each : tiles) each.take(scratch, steps);
     }
 };
 
-// A chunk of steps, its states N at a time: of one kind for all blocks of the team, so that what they add to dB and dC is
-// summed over their channels together.
+// A chunk of steps of a team, the blocks of a band from `first` on, its states N at a time: of one kind for all blocks of
+// the team, so that what they add to dB and dC is summed over their channels together.
 struct BackwardStates {
     const Scan &scan;
-    const BackwardTeam &team;
+    const BackwardBand &band;
     const ParameterSums &rows;
+    int first, count;
     States B, C;
     int64_t steps, chunk, chunks, row;
     float *dB, *dC;  // the rows of this chunk's first step
 
     template <int N> VEC void run(int64_t n) {
         const ScanArgs &s = scan.s;
-        const Walk &walk = team.walk;
+        const Walk &walk = band.walk;
         const int64_t terms = steps * N * LANES;
         if (s.B.varies) std::memset(walk.dB, 0, terms * sizeof(float));
         if (s.C.varies) std::memset(walk.dC, 0, terms * sizeof(float));
-        for (int index = 0; index < team.count; ++index) {
-            const Channels &own = team.channels[index];
-            const BackwardTiles &tiles = team.tiles[index];
-            const bool within = team.within[index];
+        for (int index = 0; index < count; ++index) {
+            const Channels &own = band.channels[first + index];
+            const BackwardTiles &tiles = band.tiles[index];
+            const bool within = band.within[index];
             const States B_here = own.B_at(scan, B, 0, n), C_here = own.C_at(scan, C, 0, n);
-            float *const sums = team.sums[index];
+            float *const sums = band.sums[first + index];
             for (int i = 0; i < N; ++i) {
                 const float *saved = chunk ? scan.saved(own.b, chunk - 1, chunks) + (n + i) * s.dim : nullptr;
                 store(walk.states + i * LANES, saved ? load_some(saved, own.b.channels) : set(0.f));
@@ -234,28 +235,32 @@ inline void end_chunk(const Scan &scan, const Channels &own, int64_t start, int6
     if (s.z.data) write_steps(dz_plane, channels, steps, tiles.y);
 }
 
-// dB, dC: (seqlen, pitch) rows of the team's (batch, group), in memory order.
-inline void backward_team(const Scan &scan, BackwardTeam &team, float *dB, float *dC) {
+// dB, dC: (seqlen, pitch) rows of the band's (batch, group), in memory order.
+inline void backward_band(const Scan &scan, BackwardBand &band, float *dB, float *dC) {
     const ScanArgs &s = scan.s;
     const ParameterSums rows(s);
     const int64_t chunks = (s.seqlen + s.interval - 1) / s.interval, row = s.reverse ? -scan.pitch : scan.pitch;
-    const Plane B = scan.plane(s.B, team.block()), C = scan.plane(s.C, team.block());
+    const Plane B = scan.plane(s.B, band.block()), C = scan.plane(s.C, band.block());
     for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {  // channels' states carry dL/dh
         const int64_t start = chunk * s.interval, steps = std::min(s.interval, s.seqlen - start);
         const int64_t first_row = (s.reverse ? s.seqlen - 1 - start : start) * scan.pitch;
-        const States B_rows = read_states(scan, s.B, B.at(0, start), steps, team.B);
-        const States C_rows = read_states(scan, s.C, C.at(0, start), steps, team.C);
-        for (int i = 0; i < team.count; ++i) {
-            const Channels &own = team.channels[i];
-            team.within[i] = own.within(begin_chunk(scan, own, start, steps, team.tiles[i]));
-            if (chunk)
+        const States B_rows = read_states(scan, s.B, B.at(0, start), steps, band.B);
+        const States C_rows = read_states(scan, s.C, C.at(0, start), steps, band.C);
+        for (int first = 0; first < band.count; first += TEAM) {
+            const int count = std::min(TEAM, band.count - first);
+            for (int i = 0; i < count; ++i) {
+                const Channels &own = band.channels[first + i];
+                band.within[i] = own.within(begin_chunk(scan, own, start, steps, band.tiles[i]));
+                for (const Signal *signal : {&s.du, &s.ddelta, &s.dz})  // written by end_chunk
+                    if (signal->data) prefetch(scan.plane(*signal, own.b).at(0, start), steps);
                 for (const Signal *signal : {&s.u, &s.delta, &s.dout, &s.z})
-                    if (signal->data) prefetch(scan.plane(*signal, own.b).at(0, start - s.interval), s.interval);
+                    if (chunk && signal->data) prefetch(scan.plane(*signal, own.b).at(0, start - s.interval), s.interval);
+            }
+            for_state_blocks<BACKWARD_STATES>(s.dstate, BackwardStates{scan, band, rows, first, count, B_rows, C_rows, steps,
+                                                                       chunk, chunks, row, dB + first_row, dC + first_row});
+            for (int i = 0; i < count; ++i)
+                end_chunk(scan, band.channels[first + i], start, steps, band.tiles[i], rows, band.sums[first + i]);
         }
-        for_state_blocks<BACKWARD_STATES>(s.dstate, BackwardStates{scan, team, rows, B_rows, C_rows, steps, chunk, chunks, row,
-                                                                   dB + first_row, dC + first_row});
-        for (int i = 0; i < team.count; ++i)
-            end_chunk(scan, team.channels[i], start, steps, team.tiles[i], rows, team.sums[i]);
     }
 }
 
@@ -283,21 +288,21 @@ inline int scan_backward(const ScanArgs &s) {
     float *const continued = whole + s.batch * s.groups * 2 * matrix, *const sums = parameters.take(shares * sums_of_share);
     std::atomic<int> failures{0};
     parallel::run(shares, [&](int share) {
-        Scratch scratch(BackwardTeam::floats(scan, s.interval));
+        Scratch scratch(BackwardBand::floats(scan, s.interval));
         if (!scratch.ok()) return void(++failures);
-        BackwardTeam team(scan, scratch, s.interval);
+        BackwardBand band(scan, scratch, s.interval);
         float *own = sums + share * sums_of_share, *pair = nullptr;
         std::memset(own, 0, sums_of_share * sizeof(float));
         const parallel::Range range = parallel::share_of(tasks, shares, share);
-        for (int64_t task = range.begin; task < range.end; task += team.count) {
-            team.begin(scan, task, range.end);
-            for (int i = 0; i < team.count; ++i) team.sums[i] = own + (task + i) % scan.blocks * rows.rows * LANES;
-            const Block &b = team.block();
+        for (int64_t task = range.begin; task < range.end; task += band.count) {
+            band.begin(scan, task, range.end);
+            for (int i = 0; i < band.count; ++i) band.sums[i] = own + (task + i) % scan.blocks * rows.rows * LANES;
+            const Block &b = band.block();
             if (task == range.begin || b.group_block == 0) {
                 pair = b.group_block ? continued + share * 2 * matrix : whole + (b.batch * s.groups + b.group) * 2 * matrix;
                 std::memset(pair, 0, 2 * matrix * sizeof(float));
             }
-            backward_team(scan, team, pair, pair + matrix);
+            backward_band(scan, band, pair, pair + matrix);
         }
     });
     if (failures) return failures;

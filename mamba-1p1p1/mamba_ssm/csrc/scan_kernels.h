@@ -7,9 +7,12 @@
 // States that one walk over the steps holds, forward and backward.
 constexpr int64_t FORWARD_STATES = ISA_AVX512 ? 16 : 8;
 constexpr int64_t BACKWARD_STATES = 4;
-constexpr int64_t FORWARD_STEPS = 64;
-// Neighbouring blocks of channels that take a tile of steps in turns, so that whole cache lines are used while they are
-// near, B and C are made ready once for all, and sums over channels leave the vectors once for all.
+// Steps of a tile, of all blocks of a band: so few that what they read and write stays in the second cache.
+constexpr int64_t FORWARD_STEPS = 32;
+// Neighbouring blocks of channels that take a tile of steps in turns, so that memory is read and written in its own order:
+// one tile of 384 channels is a few whole pages where rows are no longer than that.
+constexpr int BAND = 384 / LANES;
+// Those of a band whose sums over channels leave the vectors once for all.
 constexpr int TEAM = 4;
 
 VEC int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -192,32 +195,32 @@ struct Channels {
     }
     // Whether no step of at most `largest` leaves the range of decay_within.
     bool within(V largest) const { return all_at_most(largest * steepest, EXP2_WITHIN); }
-    // B and C of states [n, ...) from a tile's step on, given what the team has of them.
-    States B_at(const Scan &scan, const States &B_of_team, int64_t step, int64_t n) const {
-        return (scan.s.B.varies ? B_of_team : States{B, 0}).at(scan.s.B.varies, step, n);
+    // B and C of states [n, ...) from a tile's step on, given what the band has of them.
+    States B_at(const Scan &scan, const States &B_of_band, int64_t step, int64_t n) const {
+        return (scan.s.B.varies ? B_of_band : States{B, 0}).at(scan.s.B.varies, step, n);
     }
-    States C_at(const Scan &scan, const States &C_of_team, int64_t step, int64_t n) const {
-        return (scan.s.C.varies ? C_of_team : States{C, 0}).at(scan.s.C.varies, step, n);
+    States C_at(const Scan &scan, const States &C_of_band, int64_t step, int64_t n) const {
+        return (scan.s.C.varies ? C_of_band : States{C, 0}).at(scan.s.C.varies, step, n);
     }
 };
 
-// The blocks that work together, and the tiles of B and C for those that cannot be read where they lie.
-struct Team {
-    Channels channels[TEAM];
+// The blocks that take tiles in turns, and the tiles of B and C for those that cannot be read where they lie.
+struct Band {
+    Channels channels[BAND];
     float *B, *C;
     int count;
 
     static int64_t floats(const Scan &scan, int64_t steps) {
-        return TEAM * Channels::floats(scan) + 2 * (steps * scan.pitch + 16);
+        return BAND * Channels::floats(scan) + 2 * (steps * scan.pitch + 16);
     }
-    Team(const Scan &scan, Scratch &scratch, int64_t steps) : count(0) {
+    Band(const Scan &scan, Scratch &scratch, int64_t steps) : count(0) {
         for (Channels &each : channels) each.take(scan, scratch);
         B = scratch.take(steps * scan.pitch), C = scratch.take(steps * scan.pitch);
     }
     // The blocks of as many tasks from `task` on as fit and have one (batch, group).
     void begin(const Scan &scan, int64_t task, int64_t end) {
         const int64_t left = scan.blocks_per_group - scan.block(task).group_block;
-        count = int(std::min(std::min(end - task, left), int64_t(TEAM)));
+        count = int(std::min(std::min(end - task, left), int64_t(BAND)));
         for (int i = 0; i < count; ++i) channels[i].begin(scan, scan.block(task + i));
     }
     const Block &block() const { return channels[0].b; }
@@ -284,8 +287,8 @@ inline void forward_tile(const Scan &scan, const Channels &channels, const State
     const Steps u = read_steps(u_plane, b.channels, steps, tiles.u);
     const Steps delta = read_steps(delta_plane, b.channels, steps, tiles.dt);
     const int64_t ahead = std::min(steps, s.seqlen - start - steps);
-    if (s.z.data) prefetch(z_plane, steps);
-    prefetch(u_plane.at(0, steps), ahead), prefetch(delta_plane.at(0, steps), ahead);
+    prefetch(u_plane.at(0, steps), ahead), prefetch(delta_plane.at(0, steps), ahead), prefetch(out_plane.at(0, steps), ahead);
+    if (s.z.data) prefetch(z_plane.at(0, steps), ahead);
     const bool within = channels.within(s.softplus ? step_sizes<true>(channels, delta, u, steps, tiles)
                                                    : step_sizes<false>(channels, delta, u, steps, tiles));
     for (int64_t first = 0; first < steps; first += stride) {
@@ -317,23 +320,23 @@ inline int scan_forward(const ScanArgs &s) {
     const int shares = parallel::shares_for(s.threads, tasks, s.batch * s.dim * s.seqlen * s.dstate / LANES);
     std::atomic<int> failures{0};
     parallel::run(shares, [&](int share) {
-        Scratch scratch(Team::floats(scan, tile_steps) + ForwardTiles::floats(tile_steps));
+        Scratch scratch(Band::floats(scan, tile_steps) + ForwardTiles::floats(tile_steps));
         if (!scratch.ok()) return void(++failures);
-        Team team(scan, scratch, tile_steps);
+        Band band(scan, scratch, tile_steps);
         const ForwardTiles tiles(scratch, tile_steps);
         const parallel::Range range = parallel::share_of(tasks, shares, share);
-        for (int64_t task = range.begin; task < range.end; task += team.count) {
-            team.begin(scan, task, range.end);
-            const Plane B = scan.plane(s.B, team.block()), C = scan.plane(s.C, team.block());
+        for (int64_t task = range.begin; task < range.end; task += band.count) {
+            band.begin(scan, task, range.end);
+            const Plane B = scan.plane(s.B, band.block()), C = scan.plane(s.C, band.block());
             for (int64_t start = 0; start < s.seqlen; start += tile_steps) {
                 const int64_t steps = std::min(tile_steps, s.seqlen - start);
-                const States B_rows = read_states(scan, s.B, B.at(0, start), steps, team.B);
-                const States C_rows = read_states(scan, s.C, C.at(0, start), steps, team.C);
-                for (int i = 0; i < team.count; ++i)
-                    forward_tile(scan, team.channels[i], B_rows, C_rows, start, steps, tiles);
+                const States B_rows = read_states(scan, s.B, B.at(0, start), steps, band.B);
+                const States C_rows = read_states(scan, s.C, C.at(0, start), steps, band.C);
+                for (int i = 0; i < band.count; ++i)
+                    forward_tile(scan, band.channels[i], B_rows, C_rows, start, steps, tiles);
             }
-            for (int i = 0; s.last_state && i < team.count; ++i) {
-                const Channels &each = team.channels[i];
+            for (int i = 0; s.last_state && i < band.count; ++i) {
+                const Channels &each = band.channels[i];
                 const int64_t last = s.last_state + each.b.batch * s.dim * s.dstate * 4;
                 store_tile(scan.columns(last, s.dstate, each.b), each.b.channels, s.dstate, each.state);
             }

@@ -1,0 +1,285 @@
+// The kernels of both packages, through their C interfaces, against loops in double precision. Linked with the packages' own
+// sources by benchmarks/aarch64.py, for processors on which no torch is at hand. One line a check; the exit code is the
+// number of those that failed.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "conv1d_abi.h"
+#include "gemm_abi.h"
+#include "norm_abi.h"
+#include "scan_abi.h"
+
+extern "C" {
+int mamba_scan_forward(const ScanArgs *);
+int mamba_scan_backward(const ScanArgs *);
+int mamba_gemm(const GemmArgs *);
+int mamba_norm(const NormArgs *);
+int causal_conv1d(const ConvArgs *);
+}
+
+namespace {
+
+using Floats = std::vector<float>;
+using Doubles = std::vector<double>;
+int failures = 0;
+
+// Numbers in [low, high), always the same ones.
+Floats numbers(size_t count, float low, float high) {
+    static uint64_t state = 1;
+    Floats found(count);
+    for (float &x : found) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        x = low + (high - low) * float(state >> 40) / float(1 << 24);
+    }
+    return found;
+}
+int64_t address(const Floats &x) { return reinterpret_cast<int64_t>(x.data()); }
+
+// Differences are counted in units of the largest number that was wanted; NaN fails.
+void compare(const char *what, const Floats &found, const Doubles &wanted, double bound) {
+    double largest = 0, worst = 0;
+    bool all = true;
+    for (size_t i = 0; i < wanted.size(); ++i) {
+        largest = std::fmax(largest, std::fabs(wanted[i]));
+        const double difference = std::fabs(double(found[i]) - wanted[i]);
+        all = all && difference == difference;
+        worst = std::fmax(worst, difference);
+    }
+    const bool passes = all && worst <= bound * largest;
+    failures += !passes;
+    std::printf("%-4s %-44s %.1e of the largest, at most %.1e\n", passes ? "ok" : "FAIL", what, worst / largest, bound);
+}
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+// ---- scan ----
+
+constexpr int64_t BATCH = 2, DIM = 13, SEQLEN = 71, DSTATE = 16, INTERVAL = 32, CHUNKS = (SEQLEN + INTERVAL - 1) / INTERVAL;
+
+// Channel-last (batch, seqlen, dim) or contiguous (batch, dim, seqlen).
+Signal signal(const Floats &x, bool last) {
+    return {address(x), 0, DIM * SEQLEN, last ? 1 : SEQLEN, last ? DIM : 1};
+}
+Matrix matrix(const Floats &x) { return {1, address(x), 0, SEQLEN * DSTATE, SEQLEN * DSTATE, 1, DSTATE}; }
+
+struct ScanCase {
+    Floats u, delta, z, A, B, C, D, bias, dout;
+    Doubles out, du, ddelta, dz, dA, dB, dC, dD, dbias;
+    bool last, reverse;
+
+    ScanCase(bool last, bool reverse) : last(last), reverse(reverse) {
+        const int64_t count = BATCH * DIM * SEQLEN;
+        u = numbers(count, -1, 1), delta = numbers(count, -3, 3), z = numbers(count, -4, 4), dout = numbers(count, -1, 1);
+        A = numbers(DIM * DSTATE, -8, -.1f), B = numbers(BATCH * SEQLEN * DSTATE, -1, 1);
+        C = numbers(BATCH * SEQLEN * DSTATE, -1, 1), D = numbers(DIM, -1, 1), bias = numbers(DIM, -2, 0);
+        for (Doubles *x : {&out, &du, &ddelta, &dz}) x->assign(count, 0);
+        dA.assign(A.size(), 0), dB.assign(B.size(), 0), dC.assign(C.size(), 0), dD.assign(DIM, 0), dbias.assign(DIM, 0);
+        for (int64_t b = 0; b < BATCH; ++b)
+            for (int64_t c = 0; c < DIM; ++c) channel(b, c);
+    }
+    int64_t at(int64_t b, int64_t c, int64_t t) const {
+        const int64_t place = reverse ? SEQLEN - 1 - t : t;
+        return b * DIM * SEQLEN + (last ? place * DIM + c : c * SEQLEN + place);
+    }
+    int64_t row(int64_t b, int64_t t) const { return (b * SEQLEN + (reverse ? SEQLEN - 1 - t : t)) * DSTATE; }
+
+    void channel(int64_t b, int64_t c) {
+        Doubles h((SEQLEN + 1) * DSTATE), y(SEQLEN), carry(DSTATE);
+        const auto raw = [&](int64_t t) { return double(delta[at(b, c, t)]) + bias[c]; };
+        const auto dt = [&](int64_t t) { return std::log1p(std::exp(raw(t))); };
+        for (int64_t t = 0; t < SEQLEN; ++t) {
+            y[t] = D[c] * double(u[at(b, c, t)]);
+            for (int64_t n = 0; n < DSTATE; ++n) {
+                const double a = std::exp(dt(t) * A[c * DSTATE + n]);
+                double &next = h[(t + 1) * DSTATE + n];
+                next = a * h[t * DSTATE + n] + dt(t) * u[at(b, c, t)] * B[row(b, t) + n];
+                y[t] += next * C[row(b, t) + n];
+            }
+            out[at(b, c, t)] = y[t] * z[at(b, c, t)] * sigmoid(z[at(b, c, t)]);
+        }
+        for (int64_t t = SEQLEN - 1; t >= 0; --t) {
+            const int64_t i = at(b, c, t);
+            const double s = sigmoid(z[i]), dy = dout[i] * z[i] * s;
+            dz[i] = dout[i] * y[t] * s * (1 + z[i] * (1 - s));
+            du[i] = D[c] * dy, dD[c] += dy * u[i];
+            double d_dt = 0;
+            for (int64_t n = 0; n < DSTATE; ++n) {
+                const double rate = A[c * DSTATE + n], a = std::exp(dt(t) * rate), before = h[t * DSTATE + n];
+                const double dh = carry[n] + dy * C[row(b, t) + n];
+                dC[row(b, t) + n] += dy * h[(t + 1) * DSTATE + n];
+                dB[row(b, t) + n] += dh * dt(t) * u[i];
+                du[i] += dh * dt(t) * B[row(b, t) + n];
+                d_dt += dh * (u[i] * B[row(b, t) + n] + a * rate * before);
+                dA[c * DSTATE + n] += dh * a * before * dt(t);
+                carry[n] = dh * a;
+            }
+            ddelta[i] = d_dt * sigmoid(raw(t)), dbias[c] += ddelta[i];
+        }
+    }
+
+    void check() const {
+        const char *layout = last ? "channel-last" : "contiguous", *way = reverse ? ", reversed" : "";
+        char name[64];
+        const auto named = [&](const char *what) {
+            std::snprintf(name, sizeof name, "scan, %s%s: %s", layout, way, what);
+            return name;
+        };
+        Floats states(BATCH * (CHUNKS - 1) * DSTATE * DIM), result(u.size());
+        ScanArgs args{};
+        const double share = 1;
+        args.batch = BATCH, args.dim = DIM, args.seqlen = SEQLEN, args.dstate = DSTATE, args.groups = 1;
+        args.softplus = 1, args.reverse = reverse, args.threads = 1, args.interval = INTERVAL;
+        std::memcpy(&args.share, &share, sizeof share);
+        args.u = signal(u, last), args.delta = signal(delta, last), args.z = signal(z, last);
+        args.B = matrix(B), args.C = matrix(C), args.A = address(A), args.D = address(D), args.delta_bias = address(bias);
+        args.states = address(states), args.out = signal(result, last);
+        failures += mamba_scan_forward(&args);
+        compare(named("forward"), result, out, 2e-6);
+        Floats gu(u.size()), gdelta(u.size()), gz(u.size()), gA(A.size()), gB(B.size()), gC(C.size()), gD(DIM), gbias(DIM);
+        args.out = Signal{}, args.dout = signal(dout, last), args.du = signal(gu, last), args.ddelta = signal(gdelta, last);
+        args.dz = signal(gz, last), args.dB = matrix(gB), args.dC = matrix(gC);
+        args.dA = address(gA), args.dD = address(gD), args.ddelta_bias = address(gbias);
+        failures += mamba_scan_backward(&args);
+        compare(named("du"), gu, du, 3e-6), compare(named("ddelta"), gdelta, ddelta, 3e-6);
+        compare(named("dz"), gz, dz, 3e-6), compare(named("dA"), gA, dA, 3e-6), compare(named("dB"), gB, dB, 3e-6);
+        compare(named("dC"), gC, dC, 3e-6), compare(named("dD"), gD, dD, 3e-6), compare(named("dbias"), gbias, dbias, 3e-6);
+    }
+};
+
+// ---- convolution ----
+
+void check_convolution(bool last) {
+    const int64_t width = 4, count = BATCH * DIM * SEQLEN;
+    const Floats x = numbers(count, -2, 2), weight = numbers(DIM * width, -1, 1), bias = numbers(DIM, -1, 1);
+    const Floats dout = numbers(count, -1, 1);
+    const auto at = [&](int64_t b, int64_t c, int64_t t) {
+        return b * DIM * SEQLEN + (last ? t * DIM + c : c * SEQLEN + t);
+    };
+    Doubles out(count), dx(count), dweight(DIM * width), dbias(DIM);
+    for (int64_t b = 0; b < BATCH; ++b)
+        for (int64_t c = 0; c < DIM; ++c)
+            for (int64_t t = 0; t < SEQLEN; ++t) {
+                double sum = bias[c];
+                for (int64_t k = 0; k < width; ++k)
+                    if (t + k >= width - 1) sum += double(weight[c * width + k]) * x[at(b, c, t + k - (width - 1))];
+                const double s = sigmoid(sum), grad = dout[at(b, c, t)] * s * (1 + sum * (1 - s));
+                out[at(b, c, t)] = sum * s, dbias[c] += grad;
+                for (int64_t k = 0; k < width; ++k)
+                    if (t + k >= width - 1) {
+                        dx[at(b, c, t + k - (width - 1))] += grad * weight[c * width + k];
+                        dweight[c * width + k] += grad * x[at(b, c, t + k - (width - 1))];
+                    }
+            }
+    const auto described = [&](const Floats &of) {
+        return ConvSignal{address(of), 0, DIM * SEQLEN, last ? 1 : SEQLEN, last ? DIM : 1};
+    };
+    Floats result(count), gx(count), gweight(DIM * width), gbias(DIM);
+    ConvArgs args{};
+    args.batch = BATCH, args.dim = DIM, args.seqlen = SEQLEN, args.width = width, args.silu = 1, args.threads = 1;
+    args.channel_last = last, args.x = described(x), args.out = described(result);
+    args.weight = address(weight), args.bias = address(bias);
+    failures += causal_conv1d(&args);
+    compare(last ? "convolution, channel-last: forward" : "convolution, contiguous: forward", result, out, 1e-6);
+    args.out = ConvSignal{}, args.dout = described(dout), args.dx = described(gx);
+    args.dweight = address(gweight), args.dbias = address(gbias);
+    failures += causal_conv1d(&args);
+    compare(last ? "convolution, channel-last: dx" : "convolution, contiguous: dx", gx, dx, 2e-6);
+    compare("convolution: dweight", gweight, dweight, 2e-6), compare("convolution: dbias", gbias, dbias, 2e-6);
+}
+
+// ---- halves: through a convolution that leaves its input as it is ----
+
+double value_of(uint16_t half, bool brain) {
+    if (brain) {
+        const uint32_t bits = uint32_t(half) << 16;
+        float value;
+        std::memcpy(&value, &bits, sizeof value);
+        return value;
+    }
+    const int exponent = half >> 10 & 31, mantissa = half & 1023;
+    const double sign = half >> 15 ? -1 : 1;
+    if (exponent == 31) return mantissa ? std::nan("") : sign * HUGE_VAL;
+    return sign * (exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(double(mantissa), -24));
+}
+
+void check_halves(bool brain) {
+    const int64_t dim = 1 << 16;
+    std::vector<uint16_t> x(dim), out(dim);
+    for (int64_t i = 0; i < dim; ++i) x[i] = uint16_t(i);
+    Floats weight(2 * dim);
+    for (int64_t i = 0; i < dim; ++i) weight[2 * i + 1] = 1;  // width 2: nothing of the step before
+    ConvArgs args{};
+    args.batch = 1, args.dim = dim, args.seqlen = 1, args.width = 2, args.threads = 1, args.channel_last = 1;
+    args.x = {reinterpret_cast<int64_t>(x.data()), brain ? 1 : 2, dim, 1, dim};
+    args.out = {reinterpret_cast<int64_t>(out.data()), brain ? 1 : 2, dim, 1, dim};
+    args.weight = address(weight);
+    failures += causal_conv1d(&args);
+    int64_t wrong = 0;
+    for (int64_t i = 0; i < dim; ++i) {
+        const double from = value_of(x[i], brain), to = value_of(out[i], brain);
+        wrong += !(from == to || (std::isnan(from) && std::isnan(to)));
+    }
+    failures += wrong != 0;
+    std::printf("%-4s all 65,536 of %s, there and back: %ld wrong\n", wrong ? "FAIL" : "ok", brain ? "bfloat16" : "float16",
+                long(wrong));
+}
+
+// ---- product and norm ----
+
+void check_product(bool transposed) {
+    const int64_t rows = 29, depth = 37, columns = 43;
+    const Floats a = numbers(rows * depth, -1, 1), b = numbers(depth * columns, -1, 1), bias = numbers(columns, -1, 1);
+    Floats c(rows * columns);
+    Doubles wanted(rows * columns);
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) {
+            wanted[i * columns + j] = bias[j];
+            for (int64_t k = 0; k < depth; ++k)
+                wanted[i * columns + j] += double(a[i * depth + k]) * b[transposed ? j * depth + k : k * columns + j];
+        }
+    GemmArgs args{};
+    args.rows = rows, args.columns = columns, args.depth = depth, args.threads = 1;
+    args.a = {address(a), depth, 1}, args.b = {address(b), transposed ? 1 : columns, transposed ? depth : 1};
+    args.bias = address(bias), args.c = address(c), args.c_stride = columns;
+    failures += mamba_gemm(&args);
+    compare(transposed ? "product, second factor transposed" : "product", c, wanted, 1e-6);
+}
+
+void check_norm(bool rms) {
+    const int64_t rows = 7, size = 45;
+    const Floats x = numbers(rows * size, -2, 2), weight = numbers(size, -1, 1), bias = numbers(size, -1, 1);
+    Floats out(rows * size), mean(rows), scale(rows), total(rows * size);
+    Doubles wanted(rows * size);
+    const double eps = 1e-5;
+    for (int64_t r = 0; r < rows; ++r) {
+        double middle = 0, square = 0;
+        for (int64_t i = 0; i < size && !rms; ++i) middle += x[r * size + i] / double(size);
+        for (int64_t i = 0; i < size; ++i) square += std::pow(x[r * size + i] - middle, 2) / double(size);
+        for (int64_t i = 0; i < size; ++i)
+            wanted[r * size + i] = (x[r * size + i] - middle) / std::sqrt(square + eps) * weight[i] + bias[i];
+    }
+    NormArgs args{};
+    args.rows = rows, args.size = size, args.rms = rms, args.threads = 1;
+    std::memcpy(&args.eps, &eps, sizeof eps);
+    args.x = {address(x), 0, size}, args.out = {address(out), 0, size}, args.total = {address(total), 0, size};
+    args.weight = address(weight), args.bias = address(bias), args.mean = address(mean), args.scale = address(scale);
+    failures += mamba_norm(&args);
+    compare(rms ? "RMS norm" : "layer norm", out, wanted, 1e-6);
+}
+
+}  // namespace
+
+int main() {
+    for (bool last : {true, false}) {
+        for (bool reverse : {false, true}) ScanCase(last, reverse).check();
+        check_convolution(last);
+    }
+    check_halves(true), check_halves(false);
+    check_product(false), check_product(true);
+    check_norm(false), check_norm(true);
+    std::printf("%d failed\n", failures);
+    return failures;
+}
