@@ -167,10 +167,10 @@ def test_copies_keep_what_does_not_decay(name: str) -> None:
             assert torch.equal(copied(X), model(X))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "dyvm_nano_patch4_32"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_new_head_has_the_model_s_dtype(name: str, dtype: torch.dtype) -> None:
-    model = small(name).to(dtype)
+    model = small(name, **(dict(pruning_loc=(1, 2, 3)) if name.startswith("dyvm") else {})).to(dtype)
     model.reset_classifier(3)
     assert model.head.weight.dtype == dtype
     with torch.no_grad():

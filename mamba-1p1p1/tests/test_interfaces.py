@@ -157,12 +157,16 @@ def test_normalised_dt_B_and_C(fn):
     arguments = [tensor.requires_grad_() for tensor in inner_arguments(False)]
     rms = torch.rand(3) + 0.5, torch.rand(4) + 0.5, torch.rand(4) + 0.5
     keywords = dict(zip(("dt_rms_weight", "b_rms_weight", "c_rms_weight"), rms))
+    # FalconMamba gives the weight of dt as long as the mixer is wide
+    keywords["dt_rms_weight"] = torch.cat([rms[0], torch.full((3,), torch.nan)])
     out = fn(*arguments, checkpoint_lvl=0, b_c_dt_rms_eps=1e-5, **keywords)
     outs = out, by_hand(*arguments, rms)
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
     grads = [torch.autograd.grad(each.square().sum(), arguments) for each in outs]
     for got, want in zip(*grads):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match=r"b_rms_weight has shape \(3,\), wanted \(4,\)"):
+        fn(*arguments, **(keywords | {"b_rms_weight": torch.ones(3)}))
 
 
 # --- compiled modules' names ---

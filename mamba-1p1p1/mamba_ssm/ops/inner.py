@@ -107,24 +107,32 @@ class _Inner(NamedTuple):
         x, z = self.xz.chunk(2, dim=1)
         x = conv(x, self.conv1d_weight.squeeze(1), self.conv1d_bias, activation="silu")
         x_dbl = F.linear(x.transpose(1, 2), self.x_proj_weight)
-        dt = self._normalised(x_dbl[..., :dt_rank], self.dt_rms_weight)
+        dt = self._normalised(x_dbl[..., :dt_rank], "dt_rms_weight")
         delta = F.linear(dt, self.delta_proj_weight).transpose(1, 2)
         B, C = self.B, self.C
         if B is None:
             rows = x_dbl[..., dt_rank : dt_rank + self.columns]
-            B = _matrix(self._normalised(rows, self.b_rms_weight), self.B_proj_bias, pairs)
+            B = _matrix(self._normalised(rows, "b_rms_weight"), self.B_proj_bias, pairs)
         if C is None:
             rows = x_dbl[..., x_dbl.shape[-1] - self.columns :]
-            C = _matrix(self._normalised(rows, self.c_rms_weight), self.C_proj_bias, pairs)
+            C = _matrix(self._normalised(rows, "c_rms_weight"), self.C_proj_bias, pairs)
         D, bias = _parameter(self.D, x), _parameter(self.delta_bias, x)
         y = scan(x, delta, self.A, B, C, D, z, bias, self.delta_softplus)
         if self.A_b is not None:
             y = y + scan(x, delta, self.A_b, B, C, D, z, bias, self.delta_softplus, reverse=True)
         return y
 
-    def _normalised(self, rows: Tensor, weight: Tensor | None) -> Tensor:
-        """Rows (batch, seqlen, size), each over its root mean square if there is a weight."""
-        return rows if weight is None else rms_norm_fn(rows, weight, None, eps=self.b_c_dt_rms_eps)
+    def _normalised(self, rows: Tensor, name: str) -> Tensor:
+        """Rows (batch, seqlen, size), each over its root mean square if there is a weight of that name.
+
+        Of a longer weight the first count, as in the published kernels: FalconMamba gives dt's one for each channel.
+        """
+        weight, size = getattr(self, name), rows.shape[-1]
+        if weight is None:
+            return rows
+        if weight.dim() != 1 or len(weight) < size:
+            raise ValueError(f"{name} has shape {tuple(weight.shape)}, wanted ({size},), or longer: the first count")
+        return rms_norm_fn(rows, weight[:size], None, eps=self.b_c_dt_rms_eps)
 
     def computed(self) -> Tensor:
         """(batch, dim, seqlen), on the operators."""
