@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from mamba_ssm.ops.exporting import stable_argsort
 from torch import Tensor, nn
 
 from fusion.method import Meter, SiteMethod
@@ -90,7 +91,7 @@ def kept_first(policy: Tensor) -> tuple[Tensor, Tensor]:
     """policy (B, n) of 1 and 0 -> order (B, n) that puts kept tokens first, both kinds in sequence; and the number kept
     (B,)."""
     kept = policy > 0.5
-    return (~kept).long().argsort(dim=1, stable=True), kept.sum(1)
+    return stable_argsort((~kept).long(), dim=1), kept.sum(1)
 
 
 def evenly_spread(count: int, keep: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import models_mamba
 from fusion.token_state import split_cls
@@ -149,6 +150,14 @@ def test_fewer_layers_give_the_same_intermediates(name: str, prune_norm: bool) -
         assert out.shape == (2, 16 + model.num_prefix_tokens, 16)
         if prune_norm:
             torch.testing.assert_close(out[:, model.num_prefix_tokens :], tokens)
+
+
+def test_fx_is_refused_in_words_and_features_come_by_timm_s_own_way() -> None:
+    with pytest.raises(TypeError, match="torch.fx cannot follow this model.*wanted features by forward_intermediates"):
+        create_feature_extractor(small("vim_nano_patch4_32"), ["layers.3"])
+    model = timm.create_model("vim_nano_patch4_32", features_only=True, out_indices=(1, 3), **SMALL).eval()
+    with torch.no_grad():
+        assert [tuple(each.shape) for each in model(X)] == [(2, 16, 4, 4)] * 2
 
 
 def test_learned_pruning_keeps_its_layers() -> None:

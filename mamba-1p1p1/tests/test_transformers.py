@@ -95,7 +95,7 @@ def test_forward_and_gradients(name: str, training: bool) -> None:
     for (parameter, _), got, want in zip(model.named_parameters(), *grads):
         assert (got is None) == (want is None), parameter
         if got is not None:
-            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6, msg=lambda text: f"{parameter}: {text}")
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("left", [0, 3])

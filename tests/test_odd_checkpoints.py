@@ -1,0 +1,225 @@
+"""Whole checkpoints in which something is odd: each is gone on from, or refused in a sentence, before a step."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm.optim import create_optimizer_v2
+from torch import Tensor
+
+import checkpoints
+import main as program
+import run as runs
+from tasks import TASKS
+from tests.conftest import QUICK
+from tests.micro_models import timm
+from utils import UsageError
+from utils.states import check_optimizer_state
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+VIM = "vim_micro_patch8_32"
+ODD: dict[str, Any] = {
+    "none": None,
+    "negative": -1,
+    "large": 10**12,
+    "text": "x",
+    "bytes": b"x",
+    "list": [1, "x"],
+    "dictionary": {"x": 1},
+    "tensor": torch.ones(2, 3),
+    "number in a tensor": torch.tensor(3.0),
+    "complex": torch.ones(2, dtype=torch.complex64),
+}
+
+
+@pytest.fixture(scope="module")
+def made(cifar: Path) -> tuple[argparse.Namespace, Any, dict[str, Any]]:
+    """Flags, a task with its batches, and what a run of it captures after a step."""
+    flags = [*QUICK, "--data-set", "CIFAR", "--data-path", str(cifar), "--sched", "plateau", "--if_amp"]
+    args = program.parse([*flags, "--amp-dtype", "float16"])
+    args.world_size = args.rank = args.local_rank = 1
+    args.world_size, args.rank, args.distributed = 1, 0, False
+    classify = TASKS[args.task]
+    data = classify.build_data(args, train=True)
+    args.nb_classes = data.num_classes
+    batches = classify.train_batches(data, args)
+
+    def build() -> runs.Run:
+        torch.manual_seed(0)
+        task = classify(args, classify.build_model(args, data), data, torch.device("cpu"), None)
+        return program.build_run(args, task, batches)
+
+    run = build()
+    step(run)
+    run.meters.update(2, loss=1.0)
+    return args, build, run.capture(args, {"epoch": 0, "train_loss": 1.0})
+
+
+def step(run: runs.Run) -> None:
+    for parameter in run.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    run.optimizer.step()
+
+
+def places(state: Any, at: tuple = ()) -> list[tuple]:
+    """Where something may be odd: every entry, of lists the first two and the last."""
+    found = [at] if at else []
+    if isinstance(state, dict):
+        keys = list(state)
+    elif isinstance(state, (list, tuple)):
+        keys = sorted({*range(min(2, len(state))), *range(max(0, len(state) - 1), len(state))})
+    else:
+        return found
+    # the weights of one layer, and the state of one parameter, stand for all
+    keys = [key for key in keys if not (isinstance(key, str) and key.startswith("layers.") and key[7] != "0")]
+    keys = keys[:2] if keys and isinstance(keys[0], int) else keys
+    return found + [place for key in keys for place in places(state[key], (*at, key))]
+
+
+def changed(state: Any, place: tuple, value: Any) -> Any:
+    """A copy of `state`, of which only the way to `place` is copied."""
+    if not place:
+        return value
+    new = copy.copy(state)
+    new = list(new) if isinstance(new, tuple) else new
+    new[place[0]] = changed(state[place[0]], place[1:], value)
+    return new
+
+
+def without(state: Any, place: tuple) -> Any:
+    new = copy.copy(state)
+    if len(place) == 1:
+        del new[place[0]]
+    else:
+        new[place[0]] = without(state[place[0]], place[1:])
+    return new
+
+
+@pytest.mark.parametrize("odd", [*ODD, "missing"])
+def test_an_odd_entry_is_gone_on_from_or_refused(odd: str, made: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    """In every place of what a run saves."""
+    args, build, whole = made
+    run, verdicts, told = build(), {True: 0, False: 0}, []
+    for place in places(whole):
+        if odd == "missing" and not isinstance(place[-1], str):
+            continue
+        if odd == "missing" and place[0] in ("args", "lr_scheduler"):
+            continue  # flags come and go with releases
+        checkpoint = without(whole, place) if odd == "missing" else changed(whole, place, ODD[odd])
+        monkeypatch.setattr(runs, "find", lambda args, checkpoint=checkpoint: ("odd.pth", checkpoint))
+        try:
+            last = runs.resume(run, args)
+            step(run)
+            runs.repair_log(tmp_path / "log.txt", run.epoch, last)
+            run.capture(args)
+            verdicts[True] += 1
+        except UsageError as error:
+            verdicts[False] += 1
+            told.append(str(error))
+        except Exception as error:
+            raise AssertionError(f"{odd} at {place}: {type(error).__name__}: {error}") from error
+    assert min(verdicts.values()) > 0, verdicts
+    assert not [sentence for sentence in told if "\n" in sentence]
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "lamb", "adafactor", "muon", "lookahead_adam", "madgrad"])
+def test_what_optimisers_write_is_taken(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(VIM, num_classes=3)
+    optimizer = create_optimizer_v2(model, opt=name, lr=0.01, momentum=0.9)
+    check_optimizer_state(copy.deepcopy(optimizer.state_dict()), optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    check_optimizer_state(state, create_optimizer_v2(model, opt=name, lr=0.01, momentum=0.9))
+    state["param_groups"].pop()
+    with pytest.raises(ValueError, match="entries, wanted"):
+        check_optimizer_state(state, optimizer)
+
+
+def test_another_optimiser_s_entries_are_refused() -> None:
+    model = torch.nn.Linear(3, 2)
+    state = {"state": {0: {"momentum_buffer": torch.zeros(2, 3)}}, "param_groups": [{"params": [0, 1]}]}
+    with pytest.raises(ValueError, match="optimizer.state.0 lacks step"):
+        check_optimizer_state(state, torch.optim.AdamW(model.parameters()))
+    state["state"][0] = {"step": 3, "exp_avg": torch.zeros(3, 2), "exp_avg_sq": torch.zeros(2, 3)}
+    with pytest.raises(ValueError, match=r"optimizer.state.0.exp_avg is a tensor of \(3, 2\), wanted one of \(2, 3\)"):
+        check_optimizer_state(state, torch.optim.AdamW(model.parameters()))
+
+
+WEIGHTS = {
+    "sparse": (torch.eye(3).to_sparse(), "a sparse tensor"),
+    "meta": (torch.ones(2, device="meta"), "a meta tensor"),
+    "quantised": (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "a quantised tensor"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("within", ["weights", "beside"])
+def test_tensors_that_are_no_numbers_in_a_row(kind: str, within: str, tmp_path: Path) -> None:
+    tensor, told = WEIGHTS[kind]
+    content = {"model": {"a": tensor}} if within == "weights" else {"model": {}, "optimizer": {"state": {0: [tensor]}}}
+    torch.save(content, tmp_path / "a.pth")
+    for read in (checkpoints.read, lambda path: checkpoints.main([path, str(tmp_path / "b.pth")])):
+        with pytest.raises(UsageError, match=told):
+            read(str(tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize("name", ["vim", "fastvim", "fambav", "mambareg"])
+@pytest.mark.parametrize("odd", ["number", "row", "empty", "whole numbers", "complex", "deep"])
+def test_odd_weights_are_refused_or_left_out(name: str, odd: str) -> None:
+    """0-d heads and their like: each tensor of a file in turn, as --finetune and --resume take it."""
+    make = {
+        "number": lambda value: value.flatten()[0],
+        "row": lambda value: value.flatten(),
+        "empty": lambda value: value[:0],
+        "whole numbers": lambda value: value.long(),
+        "complex": lambda value: value.to(torch.complex64),
+        "deep": lambda value: value[None, None],
+    }[odd]
+    model = timm.create_model(f"{name}_micro_patch8_32", depth=2, num_classes=3)
+    whole: dict[str, Tensor] = dict(model.state_dict())
+    refused, told = [], []
+    for key in [key for key in whole if not key.startswith("layers.1")]:
+        weights = whole | {key: make(whole[key])}
+        if weights[key].shape == whole[key].shape and weights[key].dtype == whole[key].dtype:
+            continue
+        try:
+            fitted, may_miss = checkpoints.adapt(weights, model, "a.pth")
+            checkpoints.load_strictly(model, fitted, "a.pth", name, may_miss=may_miss)
+        except UsageError as error:
+            refused.append(key)
+            told.append(str(error))
+        with pytest.raises(UsageError, match=key):
+            checkpoints.load_strictly(model, weights, "a.pth", name)
+    assert refused
+    assert all(key in sentence for key, sentence in zip(refused, told))
+
+
+def test_odd_flags_of_a_file_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(*args: Any) -> None:
+        raise TypeError("unsupported operand")
+
+    monkeypatch.setattr(checkpoints, "accept_by_methods", odd)
+    with pytest.raises(UsageError, match="a.pth holds flags that no run writes: unsupported operand"):
+        checkpoints.accept(argparse.Namespace(), torch.nn.Identity(), {"a": torch.ones(1)}, "a.pth")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1]", "3", "null", '{"epoch": "x"}', '{"epoch": null}', '{"epoch": 1e400}', "[" * 3000, "\0", '{"epoch": true}'],
+)
+def test_odd_lines_of_a_log_are_left_out(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "log.txt"
+    file.write_bytes(b'{"epoch": 0}\n' + text.encode() + b"\n\xff\xfe\n")
+    runs.repair_log(file, 2, {"epoch": 1})
+    assert [json.loads(line)["epoch"] for line in file.read_text().splitlines()] == [0, 1]
