@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -62,9 +63,11 @@ def check_optimizer_state(found: Any, optimizer: Optimizer, name: str = "optimiz
             raise ValueError(f"{name}.state has an entry {key!r}, wanted numbers of {len(parameters)} parameters")
         if twin is not None and entry:
             check_like(entry, twin[0][key], f"{name}.state.{key}")
+            _check_count(entry.get("step", 0), f"{name}.state.{key}.step")
     if twin is not None:
         for number, (group, made) in enumerate(zip(found["param_groups"], twin[1])):
             check_like({key: group.get(key, made[key]) for key in made}, made, f"{name}.param_groups.{number}")
+            _check_count(group.get("step", 0), f"{name}.param_groups.{number}.step")
 
 
 def _stepped_twin(optimizer: Optimizer) -> tuple[list[dict[str, Any]], list[dict[str, Any]]] | None:
@@ -84,6 +87,12 @@ def _stepped_twin(optimizer: Optimizer) -> tuple[list[dict[str, Any]], list[dict
     entries = [dict(twin.state[parameter]) for group in twin.param_groups for parameter in group["params"]]
     pairs = zip(twin.param_groups, optimizer.param_groups)
     return entries, [{key: value for key, value in group.items() if key not in own} for group, own in pairs]
+
+
+def _check_count(value: Any, name: str) -> None:
+    """Steps that were taken, which optimisers divide by powers of; a tensor has as many elements as was checked."""
+    numbers = value.flatten().tolist() if isinstance(value, Tensor) else [value]
+    _expect(all(0 <= number < math.inf for number in numbers), value, "a count", name)
 
 
 def _is_number(value: Any) -> bool:
