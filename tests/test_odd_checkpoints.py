@@ -24,7 +24,6 @@ from utils.states import check_optimizer_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-VIM = "vim_micro_patch8_32"
 ODD: dict[str, Any] = {
     "none": None,
     "negative": -1,
@@ -53,7 +52,9 @@ def made(cifar: Path) -> tuple[argparse.Namespace, Any, dict[str, Any]]:
 
     def build() -> runs.Run:
         torch.manual_seed(0)
-        task = classify(args, classify.build_model(args, data), data, torch.device("cpu"), None)
+        model = classify.build_model(args, data)
+        model.layers = model.layers[:1]  # one stands for all
+        task = classify(args, model, data, torch.device("cpu"), None)
         return program.build_run(args, task, batches)
 
     run = build()
@@ -109,13 +110,13 @@ def without(state: Any, place: tuple) -> Any:
 
 
 def test_an_odd_entry_is_gone_on_from_or_refused(made: Any, monkeypatch: Any, tmp_path: Path) -> None:
-    """In every place of what a run saves; each place has two kinds of oddity, in turn, and is missing."""
+    """In every place of what a run saves; each has one kind of oddity, in turn, and the larger are missing."""
     args, build, whole = made
     run, taken, told = build(), [], []
     for number, place in enumerate(places(whole)):
-        kinds = [[*ODD][(number + shift) % len(ODD)] for shift in (0, len(ODD) // 2)]
-        versions = {kind: changed(whole, place, ODD[kind]) for kind in kinds}
-        if isinstance(place[-1], str):
+        kind = [*ODD][number % len(ODD)]
+        versions = {kind: changed(whole, place, ODD[kind])}
+        if len(place) == 1:
             versions["missing"] = without(whole, place)
         for kind, checkpoint in versions.items():
             monkeypatch.setattr(runs, "find", lambda args, checkpoint=checkpoint: ("odd.pth", checkpoint))
@@ -128,15 +129,15 @@ def test_an_odd_entry_is_gone_on_from_or_refused(made: Any, monkeypatch: Any, tm
                 told.append(str(error))
             except Exception as error:
                 raise AssertionError(f"{kind} at {place}: {type(error).__name__}: {error}") from error
-    assert len(taken) > 20
-    assert len(told) > 100
+    assert len(taken) > 10
+    assert len(told) > 40
     assert not [sentence for sentence in told if "\n" in sentence]
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "lamb", "adafactor", "muon", "lookahead_adam", "madgrad"])
 def test_what_optimisers_write_is_taken(name: str) -> None:
     torch.manual_seed(0)
-    model = timm.create_model(VIM, num_classes=3)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
     optimizer = create_optimizer_v2(model, opt=name, lr=0.01, momentum=0.9)
     check_optimizer_state(copy.deepcopy(optimizer.state_dict()), optimizer)
     for parameter in model.parameters():
@@ -178,7 +179,7 @@ def test_tensors_that_are_no_numbers_in_a_row(kind: str, within: str, tmp_path: 
             read(str(tmp_path / "a.pth"))
 
 
-@pytest.mark.parametrize("name", ["vim", "fastvim", "fambav", "mambareg"])
+@pytest.mark.parametrize("name", ["vim", "mambareg"])
 @pytest.mark.parametrize("odd", ["number", "row", "empty", "whole numbers", "complex", "deep"])
 def test_odd_weights_are_refused_or_left_out(name: str, odd: str) -> None:
     """0-d heads and their like: each tensor of a file in turn, as --finetune and --resume take it."""
@@ -190,10 +191,10 @@ def test_odd_weights_are_refused_or_left_out(name: str, odd: str) -> None:
         "complex": lambda value: value.to(torch.complex64),
         "deep": lambda value: value[None, None],
     }[odd]
-    model = timm.create_model(f"{name}_micro_patch8_32", depth=2, num_classes=3)
+    model = timm.create_model(f"{name}_micro_patch8_32", depth=1, num_classes=3)
     whole: dict[str, Tensor] = dict(model.state_dict())
     refused, told = [], []
-    for key in [key for key in whole if not key.startswith("layers.1")]:
+    for key in [key for key in whole if not key.startswith("layers.") or "conv1d" in key]:
         weights = whole | {key: make(whole[key])}
         if weights[key].shape == whole[key].shape and weights[key].dtype == whole[key].dtype:
             continue
