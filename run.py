@@ -230,7 +230,9 @@ def _go_to(scheduler: Scheduler | None, run: Run, state: dict[str, Any]) -> None
     so take flags that have changed since."""
     if isinstance(scheduler, PlateauLRScheduler):
         if "plateau" in state:
-            check_like(state, _scheduler_state(scheduler), "lr_scheduler")
+            check_like(state["plateau"], scheduler.lr_scheduler.state_dict(), "lr_scheduler")
+            if state["restore_lr"] is not None:
+                check_like(state["restore_lr"], [0.0] * len(run.optimizer.param_groups), "lr_scheduler")
             scheduler.lr_scheduler.load_state_dict(state["plateau"])
             scheduler.restore_lr = state["restore_lr"]
             for group, rate in zip(run.optimizer.param_groups, scheduler.lr_scheduler._last_lr):
