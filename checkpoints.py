@@ -103,13 +103,20 @@ def _is_compressed(file: Path) -> bool:
 
 
 def _check_tensors(value: Any, path: str) -> None:
-    """Refuse tensors that claim more elements than their storage has: a small file would fill the memory."""
+    """Refuse tensors that are more or less than numbers in a row, and those that claim more elements than their storage
+    has: a small file would fill the memory."""
     if isinstance(value, dict):
         value = list(value.values())
+    if isinstance(value, argparse.Namespace):
+        value = list(vars(value).values())
     if isinstance(value, (list, tuple)):
         for part in value:
             _check_tensors(part, path)
-    elif isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu":
+    elif isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.device.type != "cpu":
+            told = ("nested", "quantised", "sparse", "meta")
+            which = (value.is_nested, value.is_quantized, value.layout is not torch.strided, True)
+            raise UsageError(f"{path} has a {told[which.index(True)]} tensor; wanted weights as they are in a model.")
         size = value.numel() * value.element_size()
         if size > max(value.untyped_storage().nbytes(), 1 << 20):
             raise UsageError(f"{path} has a tensor of {tuple(value.shape)} that repeats its elements; wanted weights.")
@@ -198,7 +205,7 @@ def load_strictly(
     """
     weights = model.renamed(weights) if hasattr(model, "renamed") else weights
     own = model.state_dict()
-    shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    shapes = [key for key in own if key in weights and not _fits(weights[key], own[key])]
     fitting = {key: divided(value, own.get(key, value)) for key, value in weights.items() if key not in shapes}
     found = model.load_state_dict(fitting, strict=False)
     missing = [key for key in found.missing_keys if key not in shapes and not (may_miss and may_miss(key))]
@@ -210,13 +217,26 @@ def load_strictly(
     told = (
         [f"{key} is missing" for key in missing[:2]]
         + [f"{key} is unknown" for key in unexpected[:2]]
-        + [f"{key} is {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}" for key in shapes[:2]]
+        + [
+            f"{key} is {_build(weights[key], own[key])} instead of {_build(own[key], weights[key])}"
+            for key in shapes[:2]
+        ]
     )
     if told:
         more = len(missing) + len(unexpected) + len(shapes) - len(told)
         raise UsageError(
             f"{path} is no checkpoint of {name}: {', '.join(told)}{f', and {more} more differences' if more else ''}."
         )
+
+
+def _fits(value: Tensor, own: Tensor) -> bool:
+    """Whether `value` may stand for `own`: a number with a fraction for one such, of any width."""
+    kinds = [(each.is_floating_point(), each.is_complex()) for each in (value, own)]
+    return value.shape == own.shape and kinds[0] == kinds[1]
+
+
+def _build(value: Tensor, other: Tensor) -> str:
+    return str(tuple(value.shape)) if value.shape != other.shape else str(value.dtype).removeprefix("torch.")
 
 
 def class_positions(model: nn.Module, num_patches: int) -> tuple[int, ...]:
@@ -261,16 +281,23 @@ def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict
         weights = {key: value for key, value in weights.items() if key not in others}
         dropped = [*dropped, *others]
     name = "pos_embed"
-    if name in own and name in weights and own[name].shape[1] != weights[name].shape[1]:
+    is_table = name in own and name in weights and _is_table(weights[name], own[name])
+    if is_table and own[name].shape[1] != weights[name].shape[1]:
         new_grid = tuple(getattr(model, "pos_embed_grid", None) or model.patch_embed.grid_size)
         count = len(class_positions(model, new_grid[0] * new_grid[1]))
         patches = weights[name].shape[1] - count
         side = round(patches**0.5)
         # another number of class tokens leaves no square; load_strictly then tells what differs
-        if side * side == patches:
+        if side * side == patches and patches > 0:
             weights[name] = resize_pos_embed(weights[name], (side, side), new_grid, partial(class_positions, model))
             _logger.info("%s: position embedding resized from %dx%d to %dx%d.", path, side, side, *new_grid)
     return weights, lambda key: key in dropped
+
+
+def _is_table(value: Tensor, own: Tensor) -> bool:
+    """Whether `value` (1, rows, width) holds positions as wide as those of `own`."""
+    widths = [(each.shape[0], each.shape[2]) if each.ndim == 3 else None for each in (value, own)]
+    return widths[0] is not None and widths[0] == widths[1] and value.is_floating_point()
 
 
 def _place_masked_rows(weights: dict[str, Tensor], own: dict[str, Tensor], was_masked: bool, model: nn.Module) -> None:
@@ -282,7 +309,7 @@ def _place_masked_rows(weights: dict[str, Tensor], own: dict[str, Tensor], was_m
     for name in ("pos_embed", "decoder_pos_embed") if "decoder_pos_embed" in own else ():
         if name in weights:
             weights[name] = own[name]
-    if was_masked and "cls_token" in weights and "pos_embed" in weights:
+    if was_masked and "cls_token" in weights and "pos_embed" in weights and weights["pos_embed"].ndim == 3:
         classes, patches = weights["pos_embed"].tensor_split([1], 1)
         weights["pos_embed"] = join_cls(classes, patches, class_positions(model, patches.shape[1]))
 
@@ -315,7 +342,7 @@ def saved_flags(checkpoint: Any) -> dict[str, Any]:
     """The flags of the run that wrote `checkpoint`; none where it does not say."""
     flags = checkpoint.get("args") if isinstance(checkpoint, dict) else None
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
-    return flags if isinstance(flags, dict) else {}
+    return {name: value for name, value in flags.items() if isinstance(name, str)} if isinstance(flags, dict) else {}
 
 
 def accept(args: argparse.Namespace, model: nn.Module, checkpoint: Any, path: str) -> None:
@@ -326,6 +353,8 @@ def accept(args: argparse.Namespace, model: nn.Module, checkpoint: Any, path: st
         accept_by_methods(model, args, find_weights(checkpoint, path)[0], saved_flags(checkpoint), path)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    except (TypeError, LookupError, AttributeError) as error:
+        raise UsageError(f"{path} holds flags that no run writes: {first_line(error)}; wanted its weights.") from error
 
 
 def tell_class_place(name: str, model: nn.Module, checkpoint: Any, path: str) -> None:

@@ -217,21 +217,26 @@ class INatDataset(Dataset):
         train = _read_json(root / f"train{year}.json")
         data = train if is_train else _read_json(root / f"val{year}.json")
         catalogue = root / "categories.json"
-        entries = _read_json(catalogue) if catalogue.exists() else train.get("categories", [])
-        categories = {entry.get("id", place): entry for place, entry in enumerate(entries)}
+        listed = _read_json(catalogue) if catalogue.exists() else None
         try:
+            entries = train.get("categories", []) if listed is None else listed
+            categories = {entry.get("id", place): entry for place, entry in enumerate(entries)}
             self.class_to_idx: dict[str, int] = {}
             for annotation in train["annotations"]:
                 value = categories[int(annotation["category_id"])][category]
                 self.class_to_idx.setdefault(value, len(self.class_to_idx))
             category_of = {entry["image_id"]: int(entry["category_id"]) for entry in data["annotations"]}
             self.samples = [
-                (entry["file_name"], self.class_to_idx[categories[category_of[entry["id"]]][category]])
+                (str(Path(entry["file_name"])), self.class_to_idx[categories[category_of[entry["id"]]][category]])
                 for entry in data["images"]
             ]
         except KeyError as error:
             raise UsageError(
                 f"{root} is no iNaturalist {year} for --inat-category {category}: {error} is missing."
+            ) from None
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise UsageError(
+                f"{root} is no iNaturalist {year}: its files hold something else ({first_line(error)})."
             ) from None
         self.root = root
         self.targets = [target for _, target in self.samples]
@@ -251,8 +256,8 @@ class INatDataset(Dataset):
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read: {first_line(error)}.") from None
 
 
 class _PickledDtype:

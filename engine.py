@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -31,7 +32,7 @@ from utils import PeerError, RunError, UsageError, first_line, nearest
 from utils.flags import add_switch, number
 from utils.memory import reset_peak_memory
 from utils.processes import any_process, rank, sum_over_processes, world_size
-from utils.signals import StopRequest
+from utils.signals import StopRequest, StopWaiting
 from utils.telling import Board, Progress
 
 _logger = logging.getLogger(__name__)
@@ -303,19 +304,25 @@ def set_weight_decay(optimizer: Optimizer, start: float, end: float, share: floa
 # The loop
 
 
-def _fetch(batches: Iterator[Any], stop: bool) -> tuple[Any, bool]:
-    """The next batch (None at the end) and whether any process wants to `stop`; one that fails to load ends all of
-    them."""
+def _fetch(batches: Iterator[Any], stop: StopRequest | None, may_stop: bool = True) -> tuple[Any, bool]:
+    """The next batch (None at the end) and whether any process wants to stop, if it `may_stop` here; one that fails to
+    load ends all of them. A process that is alone waits no longer once it is to stop."""
     batch, failure = None, None
+    is_alone = stop is not None and may_stop and world_size() == 1
     try:
-        batch = next(batches, None)
+        with stop.ends_waiting() if is_alone else contextlib.nullcontext():
+            batch = next(batches, None)
+    except StopWaiting:
+        return None, True
     except UsageError as error:
         failure = error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError) as error:
+        reason = re.search(r"DataLoader worker \(pid.*|[^\n]*(No space left on device|/torch_)[^\n]*", str(error))
+        if reason is None:
             raise
-        failure = RunError(f"A loader worker died ({first_line(error)}); wanted more memory, or fewer --num_workers.")
-    stops, fails = any_process(stop, failure is not None)
+        told = reason[0].strip().rstrip(".")
+        failure = RunError(f"A loader worker died ({told}); wanted more memory (/dev/shm too), or fewer --num_workers.")
+    stops, fails = any_process(bool(stop) and may_stop, failure is not None)
     if failure is not None:
         failure.is_own = True
         raise failure
@@ -342,7 +349,7 @@ def train_one_epoch(
     skipped, is_whole, meters = 0, True, task.meters()
     while batches.steps is None or run.step < batches.steps:
         place = run.step % args.accum_iter  # in the group of batches that make one step
-        batch, stops = _fetch(source, bool(stop) and place == 0)
+        batch, stops = _fetch(source, stop, place == 0)
         if stops:
             stop.name = stop.name or "a signal to another process"
             progress.close()
@@ -472,8 +479,7 @@ def evaluate(
     with _active(meters):
         # a stream does not know its steps, and its processes may not have equally many: no talk among them then
         while batches.steps is None or step < batches.steps:
-            wanted = bool(stop) if stop is not None else False
-            batch, stops = _fetch(source, wanted) if batches.steps is not None else (next(source, None), False)
+            batch, stops = _fetch(source, stop) if batches.steps is not None else (next(source, None), False)
             step += 1
             if stops:
                 if stop is not None:

@@ -86,3 +86,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         )
     resized = resize_pos_embed(pos_embed, (side, side), model.pos_embed_grid, model.class_row_positions)
     return state_dict | {"pos_embed": resized}
+
+
+def refuse_symbolic(x: Tensor) -> None:
+    """Raise TypeError, in words that lead on, for the stand-in by which `torch.fx` follows a model."""
+    if isinstance(x, torch.fx.Proxy):
+        raise TypeError(
+            "torch.fx cannot follow this model, which looks at sizes and values; wanted features by "
+            "forward_intermediates or timm's features_only, and graphs by torch.export."
+        )

@@ -25,16 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from embeddings import ChannelPatchEmbed, PatchEmbed, RotaryEmbedding2d, resize_pos_embed
 from fusion import Methods, build_site_methods, method_keywords
 from fusion.dynamic_pruning import PruningOutput, pruning_output
-from fusion.token_state import (
-    ClassIndex,
-    TokenState,
-    join_cls,
-    mean_over_kept,
-    patch_policy,
-    reorder,
-    split_cls,
-)
-from models_layers import Block, add_norm, checkpoint_filter_fn, init_linears
+from fusion.token_state import ClassIndex, TokenState, join_cls, mean_over_kept, patch_policy, reorder, split_cls
+from models_layers import Block, add_norm, checkpoint_filter_fn, init_linears, refuse_symbolic
 from models_registry import (
     ALIASES,
     FASTVIM,
@@ -279,6 +271,7 @@ class VisionMamba(nn.Module):
         `keep` (B, V), long, rising in every row: the raster indices of the patch tokens that are left, as masked
         autoencoding needs; positions are those of the full grid, and class tokens stand among the V by their rule.
         """
+        refuse_symbolic(x)
         if channels is not None and not self.knows_channels:
             raise ValueError("This model takes its channels together: wanted one with channel_tokens for `channels`.")
         patches, grid = self.patch_embed(x, channels) if self.knows_channels else self.patch_embed(x)

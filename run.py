@@ -29,6 +29,7 @@ from utils import RunError, UsageError, first_line
 from utils.files import copy_whole, is_url, remove_temporaries, write_atomically
 from utils.processes import any_process, gather_objects, is_main_process, rank, world_size
 from utils.randomness import random_state, set_random_state
+from utils.states import check_like, check_optimizer_state
 from utils.telling import Meters
 
 try:
@@ -163,10 +164,12 @@ class Run:
             return
         settings = [dict(group, params=None) for group in self.optimizer.param_groups]
         try:
+            check_optimizer_state(checkpoint["optimizer"], self.optimizer)
             self.optimizer.load_state_dict(_divided_optimizer(checkpoint["optimizer"], self.optimizer))
             for group, own in zip(self.optimizer.param_groups, settings):
                 group.update((name, value) for name, value in own.items() if name != "params")
             if checkpoint.get("scaler"):
+                check_like(checkpoint["scaler"], self.scaler.state_dict(), "scaler")
                 self.scaler.load_state_dict(checkpoint["scaler"])
         except (ValueError, KeyError, RuntimeError) as error:
             raise UsageError(f"{path} was trained with another optimiser: {first_line(error)}.") from error
@@ -179,6 +182,8 @@ class Run:
         processes = checkpoint.get("processes", [])
         if len(processes) == world_size():
             own = processes[rank()]
+            check_like(own, {"random": random_state(self.device), "meters": {}}, "processes")
+            check_like(own["meters"], dict.fromkeys(own["meters"], [0.0, 0]), "meters")
             set_random_state(own["random"], self.device)
             self.meters.load_state_dict(own["meters"])
         else:
@@ -225,6 +230,9 @@ def _go_to(scheduler: Scheduler | None, run: Run, state: dict[str, Any]) -> None
     so take flags that have changed since."""
     if isinstance(scheduler, PlateauLRScheduler):
         if "plateau" in state:
+            check_like(state["plateau"], scheduler.lr_scheduler.state_dict(), "lr_scheduler")
+            if state["restore_lr"] is not None:
+                check_like(state["restore_lr"], [0.0] * len(run.optimizer.param_groups), "lr_scheduler")
             scheduler.lr_scheduler.load_state_dict(state["plateau"])
             scheduler.restore_lr = state["restore_lr"]
             for group, rate in zip(run.optimizer.param_groups, scheduler.lr_scheduler._last_lr):
@@ -323,6 +331,10 @@ def _check_run(checkpoint: dict[str, Any]) -> None:
         value = checkpoint.get(name, 0)
         if not isinstance(value, kinds) or (low is not None and not value >= low):
             raise ValueError(f"{name} is {value!r}")
+    for name in ("batch_size", "world_size"):
+        check_like(saved_flags(checkpoint).get(name, 1), 1, f"args.{name}")
+    # its line goes into log.txt
+    json.dumps(checkpoint.get("log"))
     for name, kinds in (("log", dict), ("args", (dict, argparse.Namespace)), ("task_state", dict)):
         value = checkpoint.get(name)
         if value is not None and not isinstance(value, kinds):

@@ -122,7 +122,7 @@ class Case:
 class OnnxCase:
     """Inference of a model as ONNX Runtime runs its export, on as many threads as torch; float32, on a CPU.
 
-    The program's own operators are exported in operators that ONNX has (`examples.export_onnx`). Raises UsageError
+    The program's own operators are exported in operators that ONNX has (`mamba_ssm.ops.exporting`). Raises UsageError
     without the packages, or for a model that cannot be exported.
     """
 
@@ -130,8 +130,6 @@ class OnnxCase:
         try:
             import onnxruntime
             import onnxscript  # noqa: F401 - torch's exporter wants it
-
-            from examples.export_onnx import plain_program
         except ImportError as error:
             raise UsageError(f"--onnx wants the packages onnx, onnxscript and onnxruntime: {error}.") from error
         options = onnxruntime.SessionOptions()
@@ -140,8 +138,7 @@ class OnnxCase:
             warnings.simplefilter("ignore")  # of the exporter's own future
             file = str(Path(folder, "model.onnx"))
             try:
-                program = plain_program(model, images)
-                torch.onnx.export(program, (images,), file, external_data=False, verbose=False)
+                torch.onnx.export(model.eval(), (images,), file, external_data=False, verbose=False)
                 self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # exporters fail in many ways
                 raise UsageError(f"a {type(model).__name__} has no ONNX export: {first_line(error)}") from error

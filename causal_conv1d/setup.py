@@ -40,6 +40,20 @@ setup(
     name="causal_conv1d",
     version="1.1.1+portable",
     description="Causal depthwise 1-D convolution for state-space models, on CPU and CUDA",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The authors of this project",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: Microsoft :: Windows",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C++",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     install_requires=["torch>=2.6"],
     # NVRTC itself comes with torch's CUDA wheels; the bindings must be of torch's major version of CUDA.
@@ -48,7 +62,7 @@ setup(
     py_modules=["causal_conv1d_cuda"],
     # The explicit root makes an editable install a plain path entry, which a same-named folder cannot shadow.
     package_dir={"": "."},
-    package_data={"causal_conv1d": ["csrc/*"]},
+    package_data={"causal_conv1d": ["csrc/*", "py.typed"]},
     ext_modules=extensions if SOURCES and sys.platform != "win32" else [],
     zip_safe=False,
 )

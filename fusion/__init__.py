@@ -3,14 +3,7 @@
 Methods know no model, task or program: those ask the registry and the methods themselves.
 """
 
-from importlib.util import find_spec
-
-if find_spec("mamba_ssm") is None or find_spec("mamba_ssm.kernels") is None:
-    raise ImportError(
-        "mamba_ssm is missing or another project's; wanted the one of this checkout: bash scripts/setup.sh, or "
-        "pip install --no-build-isolation -e ./causal_conv1d -e ./mamba-1p1p1."
-    )
-
+import utils.packages  # noqa: F401 - says so where another project's kernel packages are installed
 from fusion.dynamic_pruning import DynamicPruning
 from fusion.method import Meter, Settings, SiteMethod, added_parameters, methods_of, option
 from fusion.registry import (

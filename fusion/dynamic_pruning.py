@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from mamba_ssm.ops.exporting import stable_argsort
 from torch import Tensor, nn
 
 from fusion.method import Meter, SiteMethod
@@ -66,7 +67,8 @@ class ScorePredictor(nn.Module):
 
     def forward(self, x: Tensor, policy: Tensor) -> Tensor:
         """x (B, n, in_features); policy (B, n), 1 for tokens still kept."""
-        local, shared = self.in_conv(x).chunk(2, dim=-1)
+        # the residual stays in float32 where a model of half numbers adds it
+        local, shared = self.in_conv(x.to(self.in_conv[1].weight.dtype)).chunk(2, dim=-1)
         policy = policy.unsqueeze(-1)
         shared = (shared * policy).sum(1, keepdim=True) / (policy.sum(1, keepdim=True) + 1)
         return self.out_conv(torch.cat([local, shared.to(local.dtype).expand_as(local)], -1))
@@ -89,7 +91,7 @@ def kept_first(policy: Tensor) -> tuple[Tensor, Tensor]:
     """policy (B, n) of 1 and 0 -> order (B, n) that puts kept tokens first, both kinds in sequence; and the number kept
     (B,)."""
     kept = policy > 0.5
-    return (~kept).long().argsort(dim=1, stable=True), kept.sum(1)
+    return stable_argsort((~kept).long(), dim=1), kept.sum(1)
 
 
 def evenly_spread(count: int, keep: int) -> Tensor:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from mamba_ssm.ops import merging
+from mamba_ssm.ops.exporting import stable_argsort
 from torch import Tensor, nn
 
 from fusion.method import Settings, SiteMethod, option
@@ -244,7 +245,7 @@ def _match_patches(metric: Tensor, r: int, first: int, order: str, sort: bool) -
     with torch.no_grad(), _without_autocast(metric.device.type):
         metric = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
         similarity, partner = (metric[:, in_a] @ metric[:, in_b].transpose(1, 2)).max(-1)
-    ranking = similarity.argsort(dim=-1, descending=True, stable=True)
+    ranking = stable_argsort(similarity, descending=True)
     # fused[i]: whether a-token i is among the first r of the ranking
     index = place[:, : ranking.shape[1]]
     fused = (ranking[:, :r, None] == index[:, None]).any(1)

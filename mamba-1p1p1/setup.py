@@ -1,11 +1,13 @@
 """Build of the `mamba_ssm` package; the C++ part is optional and free of torch's headers and ABI."""
 
 import hashlib
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
 
 SOURCES = sorted(str(path) for path in Path("mamba_ssm/csrc").glob("*.cpp"))
 # The structs that Python hands over: it asks the library for this, and takes none that was built from others.
@@ -32,8 +34,20 @@ def shared_headers() -> str | None:
 
 
 headers = shared_headers()
-if SOURCES and headers is None:
-    print("mamba_ssm: causal_conv1d is not installed, so the C++ kernels are not built", file=sys.stderr)
+
+
+class Build(build_py):
+    """Refuse to make a package that lacks its kernels by oversight; a missing compiler is another matter."""
+
+    def run(self) -> None:
+        if SOURCES and headers is None and sys.platform != "win32" and not os.environ.get("MAMBA_SSM_WITHOUT_KERNELS"):
+            raise SystemExit(
+                "mamba_ssm: its C++ kernels share headers with causal_conv1d, which is neither installed nor beside"
+                " this folder; wanted `pip install --no-build-isolation` after causal_conv1d, both in one checkout, or"
+                " MAMBA_SSM_WITHOUT_KERNELS=1 for a package that runs on torch alone"
+            )
+        super().run()
+
 
 extensions = [
     Extension(
@@ -53,15 +67,30 @@ setup(
     name="mamba_ssm",
     version="1.1.1+portable",
     description="Selective state-space operators and the Mamba mixer, on CPU and CUDA",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The authors of this project",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: Microsoft :: Windows",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C++",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     # The local version keeps pip from taking another project's package of the same name.
     install_requires=["torch>=2.6", "causal_conv1d==1.1.1+portable"],
     extras_require={"cuda": ["causal_conv1d[cuda]==1.1.1+portable"]},
     packages=find_packages(include=["mamba_ssm", "mamba_ssm.*"]),
-    py_modules=["selective_scan_cuda"],
+    py_modules=["faster_mamba_ssm", "selective_scan_cuda"],
     # The explicit root makes an editable install a plain path entry.
     package_dir={"": "."},
-    package_data={"mamba_ssm": ["csrc/*"]},
+    package_data={"mamba_ssm": ["csrc/*", "py.typed"]},
+    cmdclass={"build_py": Build},
     ext_modules=extensions if SOURCES and headers and sys.platform != "win32" else [],
     zip_safe=False,
 )

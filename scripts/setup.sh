@@ -34,7 +34,11 @@ if [ ! -e "$stamp" ]; then
     # on a terminal pip shows how far it is
     quiet=--quiet
     [ ! -t 1 ] || quiet=
-    "$PYTHON" -m pip install $quiet --disable-pip-version-check -r vim_requirements.txt
+    # beside torch's wheels for CPUs (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu) nothing of CUDA is wanted
+    skip='^$'
+    [[ ${PIP_EXTRA_INDEX_URL:-} != */cpu ]] || skip=^cuda-bindings
+    grep -v "$skip" vim_requirements.txt >.venv/requirements.txt
+    "$PYTHON" -m pip install $quiet --disable-pip-version-check -r .venv/requirements.txt
     "$PYTHON" -m pip install $quiet --disable-pip-version-check --no-build-isolation --no-deps \
         -e ./causal_conv1d
     "$PYTHON" -m pip install $quiet --disable-pip-version-check --no-build-isolation --no-deps \

@@ -55,8 +55,11 @@ ROOMS = {
     "kernels": Room(("mamba-1p1p1/mamba_ssm/kernels/**",), ("causal_conv1d",)),
     "ops": Room(("mamba-1p1p1/mamba_ssm/ops/**",), ("causal_conv1d", "kernels")),
     "modules": Room(("mamba-1p1p1/mamba_ssm/**",), ("causal_conv1d", "kernels", "ops")),
-    # the names of the releases' compiled modules
-    "compiled names": Room(("*/causal_conv1d_cuda.py", "*/selective_scan_cuda.py"), ("causal_conv1d", "ops")),
+    # the names of the releases' compiled modules and packages
+    "compiled names": Room(
+        ("*/causal_conv1d_cuda.py", "*/selective_scan_cuda.py", "*/faster_mamba_ssm.py"),
+        ("causal_conv1d", "ops", "modules"),
+    ),
     "utils": Room(("utils/**", "utils.py")),
     "fusion": Room(("fusion/**",), (*_PACKAGES, "utils")),
     "models": Room(("models_*.py", "embeddings.py"), (*_PACKAGES, "utils", "fusion")),

@@ -136,6 +136,19 @@ def test_inat(families_on_disk: bool, flags: Callable[..., argparse.Namespace], 
     assert len(by_name) == len(test)
 
 
+@pytest.mark.parametrize("file", ["train2019.json", "categories.json"])
+@pytest.mark.parametrize(
+    "content", ["[]", "3", "null", "{}", '{"annotations": 3}', '[{"id": []}]', "[" * 100_000, '"x"', "[[1]]", "\x00"]
+)
+def test_odd_inat_files_are_refused(
+    file: str, content: str, flags: Callable[..., argparse.Namespace], tmp_path: Path
+) -> None:
+    program_data.write_inat(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UsageError, match="is no iNaturalist 2019|cannot be read"):
+        build(True, flags("--data-set", "INAT19", "--data-path", tmp_path, "--inat-category", "genus"))
+
+
 def test_timm_folder(flags: Callable[..., argparse.Namespace], tmp_path: Path) -> None:
     program_data.write_image_folder(tmp_path)
     for name in ("timm/folder/any", "timm/torch/folder"):

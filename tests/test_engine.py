@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,8 @@ import main
 from loading import SeededSampler, TrainBatches
 from tests import micro_models  # noqa: F401 - its names
 from tests.conftest import QUICK, Result, lines
-from utils import UsageError
+from utils import RunError, UsageError
+from utils.signals import StopRequest
 
 PLAIN = (
     *("--mixup", 0, "--cutmix", 0, "--smoothing", 0, "--drop-path", 0, "--aa", "none", "--reprob", 0),
@@ -52,9 +57,11 @@ def test_a_stop_waits_for_the_step_that_gathers(
     assert program(*common, "--output_dir", tmp_path / "whole").code == 0
     fetch, fetched = engine._fetch, []
 
-    def stopping(batches, stop):
+    def stopping(batches, stop, may_stop=True):
         fetched.append(stop)
-        return fetch(batches, stop or (len(fetched) > 4 and (len(fetched) - 1) % 3 == 0))
+        if len(fetched) > 4 and (len(fetched) - 1) % 3 == 0:
+            stop.name = "a test"
+        return fetch(batches, stop, may_stop)
 
     monkeypatch.setattr(engine, "_fetch", stopping)
     stopped = program(*common, "--output_dir", tmp_path / "parts")
@@ -136,7 +143,39 @@ def test_a_worker_that_dies_ends_the_run_in_a_sentence() -> None:
     args = argparse.Namespace(seed=0, batch_size=2, num_workers=1, pin_mem=False)
     batches = TrainBatches(Deadly(torch.zeros(4, 1)), args)
     with pytest.raises(Exception, match="A loader worker died"):
-        engine._fetch(batches.epoch(0), False)
+        engine._fetch(batches.epoch(0), None)
+
+
+def test_a_worker_that_gives_nothing_does_not_keep_a_signal_waiting() -> None:
+    def stalled() -> Iterator[int]:
+        time.sleep(60)
+        yield 1
+
+    began = time.monotonic()
+    with StopRequest() as stop:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        assert engine._fetch(stalled(), stop) == (None, True)
+        # nor does one after it; in the middle of an optimiser's step the rest of it is still wanted
+        assert engine._fetch(stalled(), stop) == (None, True)
+        assert engine._fetch(iter([1]), stop, may_stop=False) == (1, False)
+    assert stop.name == "SIGTERM"
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("unable to open file </torch_1_2> in read mode")]
+)
+def test_shared_memory_that_is_full_is_said(error: Exception) -> None:
+    def full() -> Iterator[int]:
+        raise error
+        yield 1
+
+    with pytest.raises(RunError, match="A loader worker died .*wanted more memory"):
+        engine._fetch(full(), None)
+    bug = RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback")
+    error = bug
+    with pytest.raises(RuntimeError, match="Caught"):  # a bug keeps its traceback
+        engine._fetch(full(), None)
 
 
 def test_flags_cut_short_are_completed_and_said(caplog: pytest.LogCaptureFixture) -> None:

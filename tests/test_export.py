@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mamba_ssm.ops.exporting import scan_by_doubling
+from mamba_ssm.ops.scan import selective_scan_fn
 from torch import Tensor, nn
 
-from examples import export_onnx
 from tests import micro_models
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -53,42 +55,39 @@ def test_compiled_model_is_one_graph_and_equals_eager(kind: str) -> None:
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(images), model(images), rtol=1e-4, atol=1e-5)
 
 
-@torch.no_grad()
-def test_program_in_plain_operators_equals_eager() -> None:
-    model, images = build("vim merging upper")
-    program = export_onnx.plain_program(model, images)
-    torch.testing.assert_close(program.module()(images), model(images), rtol=1e-4, atol=1e-5)
-    own = [str(node.target) for node in program.graph.nodes if str(node.target).startswith(("mamba_ssm", "causal"))]
-    assert not own
-
-
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_plain_operators_equal_the_kernels(reverse: bool, groups: int) -> None:
+@pytest.mark.parametrize("groups", [None, 1, 2])
+def test_scan_by_doubling_is_the_scan(reverse: bool, groups: int | None) -> None:
     torch.manual_seed(0)
     u, delta, z = torch.randn(3, 2, 6, 9).unbind(0)
-    B, C = torch.randn(2, 2, groups, 4, 9).unbind(0)
+    B, C = (torch.randn(2, 6, 4) if groups is None else torch.randn(2, 2, groups, 4, 9)).unbind(0)
     A, D, bias = -torch.rand(6, 4) - 0.1, torch.randn(6), torch.randn(6)
-    arguments = (u, delta, A, B, C, D, z, bias, True, reverse, False)
-    for plain, kernel in zip(export_onnx.plain_scan(*arguments)[:2], torch.ops.mamba_ssm.selective_scan(*arguments)):
-        torch.testing.assert_close(plain, kernel, rtol=1e-4, atol=1e-5)
-    weight = torch.randn(6, 4)
-    for silu in (False, True):
-        arguments = (u, weight, bias, silu, reverse)
-        torch.testing.assert_close(
-            export_onnx.plain_convolution(*arguments), torch.ops.causal_conv1d.forward(*arguments), rtol=1e-4, atol=1e-5
-        )
+    wanted = selective_scan_fn(u, delta, A, B, C, D, z, bias, True, True, reverse=reverse)
+    for got, want in zip(scan_by_doubling(u, delta, A, B, C, D, z, bias, True, reverse), wanted):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", PUBLISHED)
-def test_onnx_file_equals_eager(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [*PUBLISHED, "vim merging upper"])
+def test_plain_onnx_export_equals_eager(kind: str, tmp_path: Path) -> None:
+    """With gradients on, as a user calls it."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model, images = build(kind)
-    torch.onnx.export(
-        export_onnx.plain_program(model, images), (images,), str(tmp_path / "model.onnx"), external_data=False
-    )
+    torch.onnx.export(model, (images,), str(tmp_path / "model.onnx"), external_data=False)
     session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
     logits = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_traced_model_passes_the_tracer_s_own_check(kind: str) -> None:
+    """The check runs without gradients, the trace with them."""
+    model, images = build(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and tells of every shape that becomes a constant
+        traced = torch.jit.trace(model, (images,))
+    torch.testing.assert_close(traced(images), model(images))
+    parameter = next(model.parameters())
+    grads = [torch.autograd.grad(each(images).square().sum(), parameter)[0] for each in (traced, model)]
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)

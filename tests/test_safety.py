@@ -187,11 +187,15 @@ def test_a_run_that_cannot_save_fails(
     assert "could not be written" in result.err
 
 
-def test_a_foreign_mamba_ssm_is_named(tmp_path: Path) -> None:
-    (tmp_path / "mamba_ssm").mkdir()
-    (tmp_path / "mamba_ssm" / "__init__.py").write_text("")
+@pytest.mark.parametrize(("name", "told"), [("mamba_ssm", "mamba_ssm is another project's"), ("causal_conv1d", "")])
+def test_a_foreign_package_is_named_and_not_loaded(name: str, told: str, tmp_path: Path) -> None:
+    """Whatever it does when it is imported."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("raise OSError('undefined symbol')")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "main.py", "--help"]
+    command = [sys.executable, "-c", "import sys; sys.argv[0] = 'main.py'; import fusion"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode != 0
-    assert "wanted the one of this checkout: bash scripts/setup.sh" in done.stderr.splitlines()[-1]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"main.py: error: {told or name}")
+    assert "wanted the one of this checkout: bash scripts/setup.sh" in line

@@ -36,7 +36,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts").rglob("*.sh"))
 # not experiments: what each is, and which test runs it
 SOURCED = {"scripts/launch.sh", "scripts/fambav/experiment.sh"}
-INSTALLS = {"scripts/setup.sh", "scripts/test.sh"}  # the suite runs inside them
+# the suite runs inside the first two; the others make an environment, or a build, of their own for a part of it
+INSTALLS = {"scripts/setup.sh", "scripts/test.sh", "scripts/test_transformers.sh", "scripts/asan.sh"}
 WHOLE = {
     "scripts/quickstart.sh",
     "scripts/compare.sh",

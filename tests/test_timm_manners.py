@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import models_mamba
 from fusion.token_state import split_cls
@@ -151,6 +152,14 @@ def test_fewer_layers_give_the_same_intermediates(name: str, prune_norm: bool) -
             torch.testing.assert_close(out[:, model.num_prefix_tokens :], tokens)
 
 
+def test_fx_is_refused_in_words_and_features_come_by_timm_s_own_way() -> None:
+    with pytest.raises(TypeError, match="torch.fx cannot follow this model.*wanted features by forward_intermediates"):
+        create_feature_extractor(small("vim_nano_patch4_32"), ["layers.3"])
+    model = timm.create_model("vim_nano_patch4_32", features_only=True, out_indices=(1, 3), **SMALL).eval()
+    with torch.no_grad():
+        assert [tuple(each.shape) for each in model(X)] == [(2, 16, 4, 4)] * 2
+
+
 def test_learned_pruning_keeps_its_layers() -> None:
     with pytest.raises(ValueError, match="wanted a model without it"):
         small("dyvm_nano_patch4_32", pruning_loc=(1, 2, 3)).prune_intermediate_layers([0])
@@ -167,10 +176,10 @@ def test_copies_keep_what_does_not_decay(name: str) -> None:
             assert torch.equal(copied(X), model(X))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "dyvm_nano_patch4_32"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_new_head_has_the_model_s_dtype(name: str, dtype: torch.dtype) -> None:
-    model = small(name).to(dtype)
+    model = small(name, **(dict(pruning_loc=(1, 2, 3)) if name.startswith("dyvm") else {})).to(dtype)
     model.reset_classifier(3)
     assert model.head.weight.dtype == dtype
     with torch.no_grad():

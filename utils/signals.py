@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
 import multiprocessing.util
 import os
 import signal
+from collections.abc import Iterator
 from typing import Any
+
+
+class StopWaiting(Exception):
+    """A run that waits is to stop."""
 
 
 class StopRequest:
@@ -19,12 +25,26 @@ class StopRequest:
     def __init__(self) -> None:
         self.name: str | None = None
         self._before: dict[int, Any] = {}
+        self._waits = False
 
     def __bool__(self) -> bool:
         return self.name is not None
 
     def _note(self, number: int, frame: object) -> None:
         self.name = signal.Signals(number).name
+        if self._waits:
+            raise StopWaiting
+
+    @contextlib.contextmanager
+    def ends_waiting(self) -> Iterator[None]:
+        """Have a signal, also one that came before, end the block by StopWaiting: what is waited for may never come."""
+        self._waits = True
+        try:
+            if self:
+                raise StopWaiting
+            yield
+        finally:
+            self._waits = False
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._note) for number in self.signals}

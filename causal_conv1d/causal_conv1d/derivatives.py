@@ -1,4 +1,5 @@
-"""Derivatives that no kernel computes: by way of an operator's reference, which is plain torch."""
+"""What no kernel computes: derivatives beyond the first, and exports, by way of an operator's reference, which is plain
+torch."""
 
 from __future__ import annotations
 
@@ -10,11 +11,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
+def is_exporting_onnx() -> bool:
+    """Whether `torch.onnx.export` looks on, whose files know torch's operators alone."""
+    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+
+
 def wants_reference(*arguments: Any) -> bool:
-    """Whether these arguments of an operator are seen by a transform of `torch.func`, or carry the tangents of forward
-    mode: operators know neither, so that their references are called instead."""
+    """Whether these arguments of an operator are seen by a transform of `torch.func`, carry the tangents of forward
+    mode, or are written as ONNX: operators know none of these, so that their references are called instead."""
     if torch.compiler.is_compiling():
-        return False
+        return torch.onnx.is_in_onnx_export()
     if torch._C._are_functorch_transforms_active():
         return True
     if forward_ad._current_level < 0:

@@ -2,12 +2,15 @@
 
 import importlib
 import inspect
+import warnings
 
 import pytest
 import torch
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_ref
 from mamba_ssm import Mamba
+from mamba_ssm.modules.mamba_simple import DynamicMamba
 from mamba_ssm.ops.selective_scan_interface import (
+    FastVim_mamba_inner_fn_no_out_proj_withoutZ,
     bimamba_inner_fn,
     mamba_inner_fn,
     mamba_inner_fn_no_out_proj,
@@ -23,7 +26,9 @@ IMPORTED = {
     "causal_conv1d_cuda": ["causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update"],
     "selective_scan_cuda": ["fwd", "bwd"],
     "mamba_ssm": ["Mamba", "MambaLMHeadModel", "mamba_inner_fn", "selective_scan_fn"],
-    "mamba_ssm.modules.mamba_simple": ["Block", "Mamba"],
+    "mamba_ssm.modules.mamba_simple": ["Block", "DynamicMamba", "Mamba"],
+    "mamba_ssm.modules.mamba_simple_faster": ["Block", "DynamicMamba", "Mamba"],
+    "faster_mamba_ssm": ["Mamba", "selective_scan_fn"],
     "mamba_ssm.modules.block": ["Block"],
     "mamba_ssm.models.config_mamba": ["MambaConfig"],
     "mamba_ssm.models.mixer_seq_simple": ["MambaLMHeadModel", "MixerModel", "create_block", "_init_weights"],
@@ -31,7 +36,7 @@ IMPORTED = {
     "mamba_ssm.utils.hf": ["load_config_hf", "load_state_dict_hf"],
     "mamba_ssm.ops.selective_scan_interface": [
         *("selective_scan_fn", "selective_scan_ref", "mamba_inner_fn", "mamba_inner_ref", "bimamba_inner_fn"),
-        *("bimamba_inner_ref", "mamba_inner_fn_no_out_proj"),
+        *("bimamba_inner_ref", "mamba_inner_fn_no_out_proj", "FastVim_mamba_inner_fn_no_out_proj_withoutZ"),
     ],
     "mamba_ssm.ops.triton.layer_norm": [
         *("RMSNorm", "layer_norm_fn", "layer_norm_ref", "rms_norm_fn", "rms_norm_ref"),
@@ -77,8 +82,40 @@ def test_vim_style_calls():
         Mamba(16, bimamba=True, bimamba_type="v1")
     with pytest.raises(ValueError, match="bimamba_type is 'v3'; wanted 'none', 'v1' or 'v2', which are all there are"):
         Mamba(16, bimamba_type="v3")
-    with pytest.warns(UserWarning, match="scans one way, since bimamba_type is not given"):
-        Mamba(16, if_devide_out=True)
+    # one that names what only Vision Mambas have, whatever it says
+    for keywords in ({"if_devide_out": False}, {"if_divide_out": True}, {"init_layer_scale": 0.1}):
+        with pytest.warns(UserWarning, match="scans one way, since bimamba_type is not given"):
+            Mamba(16, **keywords)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Mamba(16, layer_idx=0)
+        both = [DynamicMamba(16, if_devide_out=True), Mamba(16, bimamba_type="v2", if_devide_out=True)]
+        assert DynamicMamba(16, bimamba_type="none").bimamba_type == "none"
+    both[0].load_state_dict(both[1].state_dict())
+    x = torch.randn(2, 5, 16)
+    assert torch.equal(both[0](x), both[1](x))
+
+
+def test_one_direction_of_a_fastvim_mixer():
+    """By hand, group by group; its two directions and gate make the mixer."""
+    torch.manual_seed(0)
+    mixer = Mamba(6, d_state=4, bimamba_type="none")
+    x, weights = torch.randn(2, 12, 12), (mixer.conv1d.weight, mixer.conv1d.bias, mixer.x_proj.weight)
+    A, bias = -mixer.A_log.exp(), mixer.dt_proj.bias
+    given = x, *weights, mixer.dt_proj.weight, A
+    out = FastVim_mamba_inner_fn_no_out_proj_withoutZ(*given, None, None, mixer.D, bias, line=4, scale=0.5)
+    u = causal_conv1d_ref(x, weights[0].squeeze(1), weights[1], "silu")
+    groups = u.reshape(2, 12, 3, 4).mean(3) * 0.5
+    dt, B, C = (groups.mT @ weights[2].T).split([mixer.dt_rank, 4, 4], 2)
+    y = selective_scan_ref(groups, mixer.dt_proj.weight @ dt.mT, A, B.mT, C.mT, None, None, bias, True)
+    torch.testing.assert_close(out, y.repeat_interleave(4, 2) + mixer.D[:, None] * u)
+    with pytest.raises(ValueError, match="line is 5, wanted one that divides the 12 tokens"):
+        FastVim_mamba_inner_fn_no_out_proj_withoutZ(*given, line=5)
+
+
+def test_a_mixer_names_the_tensor_it_was_given():
+    with pytest.raises(ValueError, match=r"hidden_states has shape \(20, 16\), wanted \(batch, length, d_model\)"):
+        Mamba(16)(torch.randn(20, 16))
 
 
 def test_wide_convolutions_of_a_mixer():
@@ -157,12 +194,16 @@ def test_normalised_dt_B_and_C(fn):
     arguments = [tensor.requires_grad_() for tensor in inner_arguments(False)]
     rms = torch.rand(3) + 0.5, torch.rand(4) + 0.5, torch.rand(4) + 0.5
     keywords = dict(zip(("dt_rms_weight", "b_rms_weight", "c_rms_weight"), rms))
+    # FalconMamba gives the weight of dt as long as the mixer is wide
+    keywords["dt_rms_weight"] = torch.cat([rms[0], torch.full((3,), torch.nan)])
     out = fn(*arguments, checkpoint_lvl=0, b_c_dt_rms_eps=1e-5, **keywords)
     outs = out, by_hand(*arguments, rms)
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
     grads = [torch.autograd.grad(each.square().sum(), arguments) for each in outs]
     for got, want in zip(*grads):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match=r"b_rms_weight has shape \(3,\), wanted \(4,\)"):
+        fn(*arguments, **(keywords | {"b_rms_weight": torch.ones(3)}))
 
 
 # --- compiled modules' names ---

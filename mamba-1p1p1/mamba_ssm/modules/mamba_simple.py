@@ -125,10 +125,10 @@ class Mamba(nn.Module):
         device=None,
         dtype=None,
         bimamba_type: str | None = None,
-        if_divide_out: bool = False,
+        if_divide_out: bool | None = None,
         init_layer_scale: float | None = None,
         if_devide_out: bool | None = None,
-        use_norm_after_ssm: bool = False,
+        use_norm_after_ssm: bool | None = None,
         bimamba: bool | None = None,
     ) -> None:
         super().__init__()
@@ -138,7 +138,8 @@ class Mamba(nn.Module):
             bimamba_type = "v2" if bimamba else "none"
         if bimamba_type is None:
             bimamba_type = "none"
-            if if_divide_out or if_devide_out or use_norm_after_ssm:
+            # only Vision Mambas name these, and some of them have a mixer that scans both ways by itself
+            if any(each is not None for each in (if_divide_out, if_devide_out, init_layer_scale, use_norm_after_ssm)):
                 message = "this mixer scans one way, since bimamba_type is not given; Vision Mambas want 'v2'"
                 warnings.warn(message, UserWarning, stacklevel=2)
         if bimamba_type not in ("none", "v1", "v2"):
@@ -148,7 +149,7 @@ class Mamba(nn.Module):
         self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
         self.use_fast_path, self.layer_idx, self.bimamba_type = use_fast_path, layer_idx, bimamba_type
-        self.if_divide_out = if_divide_out if if_devide_out is None else if_devide_out
+        self.if_divide_out = bool(if_divide_out if if_devide_out is None else if_devide_out)
 
         self.in_proj = Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
         self._add_direction("", conv_bias, factory)
@@ -239,6 +240,8 @@ class Mamba(nn.Module):
         DyVM), which outside training must be 0 or 1; `observe` is shown the step sizes and B that each direction's scan
         runs with, in turn. With `inference_params` (one-directional mixers only) the states for `step` are kept.
         """
+        if hidden_states.dim() != 3:
+            raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}, wanted (batch, length, d_model)")
         if inference_params is not None:
             return self._decode(hidden_states, inference_params)
         if pooling is not None:
@@ -369,3 +372,13 @@ class Mamba(nn.Module):
         if self.layer_idx not in cache:
             cache[self.layer_idx] = self.allocate_inference_cache(batch_size, 0)
         return cache[self.layer_idx]
+
+
+class DynamicMamba(Mamba):
+    """The mixer as DyVM's and FastVim's models make it: both ways, each with its own parameters, unless told otherwise.
+
+    What those models do inside of it is here an argument of `forward`: `token_mask` and `direction_gate`, `pooling`.
+    """
+
+    def __init__(self, *args, bimamba_type: str = "v2", **keywords) -> None:
+        super().__init__(*args, bimamba_type=bimamba_type, **keywords)

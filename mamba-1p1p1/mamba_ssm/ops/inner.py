@@ -19,7 +19,7 @@ from causal_conv1d.checks import check_device, check_ndim, check_tensor
 from causal_conv1d.ops.convolution import WIDTHS
 from mamba_ssm.ops.directions import Direction, directions_fn
 from mamba_ssm.ops.norm import rms_norm_fn
-from mamba_ssm.ops.scan import selective_scan_fn, selective_scan_ref
+from mamba_ssm.ops.scan import pooled_selective_scan_fn, selective_scan_fn, selective_scan_ref
 from torch import Tensor
 
 
@@ -107,24 +107,32 @@ class _Inner(NamedTuple):
         x, z = self.xz.chunk(2, dim=1)
         x = conv(x, self.conv1d_weight.squeeze(1), self.conv1d_bias, activation="silu")
         x_dbl = F.linear(x.transpose(1, 2), self.x_proj_weight)
-        dt = self._normalised(x_dbl[..., :dt_rank], self.dt_rms_weight)
+        dt = self._normalised(x_dbl[..., :dt_rank], "dt_rms_weight")
         delta = F.linear(dt, self.delta_proj_weight).transpose(1, 2)
         B, C = self.B, self.C
         if B is None:
             rows = x_dbl[..., dt_rank : dt_rank + self.columns]
-            B = _matrix(self._normalised(rows, self.b_rms_weight), self.B_proj_bias, pairs)
+            B = _matrix(self._normalised(rows, "b_rms_weight"), self.B_proj_bias, pairs)
         if C is None:
             rows = x_dbl[..., x_dbl.shape[-1] - self.columns :]
-            C = _matrix(self._normalised(rows, self.c_rms_weight), self.C_proj_bias, pairs)
+            C = _matrix(self._normalised(rows, "c_rms_weight"), self.C_proj_bias, pairs)
         D, bias = _parameter(self.D, x), _parameter(self.delta_bias, x)
         y = scan(x, delta, self.A, B, C, D, z, bias, self.delta_softplus)
         if self.A_b is not None:
             y = y + scan(x, delta, self.A_b, B, C, D, z, bias, self.delta_softplus, reverse=True)
         return y
 
-    def _normalised(self, rows: Tensor, weight: Tensor | None) -> Tensor:
-        """Rows (batch, seqlen, size), each over its root mean square if there is a weight."""
-        return rows if weight is None else rms_norm_fn(rows, weight, None, eps=self.b_c_dt_rms_eps)
+    def _normalised(self, rows: Tensor, name: str) -> Tensor:
+        """Rows (batch, seqlen, size), each over its root mean square if there is a weight of that name.
+
+        Of a longer weight the first count, as in the published kernels: FalconMamba gives dt's one for each channel.
+        """
+        weight, size = getattr(self, name), rows.shape[-1]
+        if weight is None:
+            return rows
+        if weight.dim() != 1 or len(weight) < size:
+            raise ValueError(f"{name} has shape {tuple(weight.shape)}, wanted ({size},), or longer: the first count")
+        return rms_norm_fn(rows, weight[:size], None, eps=self.b_c_dt_rms_eps)
 
     def computed(self) -> Tensor:
         """(batch, dim, seqlen), on the operators."""
@@ -269,6 +277,58 @@ def mamba_inner_fn_no_out_proj(
         *(b_rms_weight, c_rms_weight, dt_rms_weight, b_c_dt_rms_eps),
     )
     return _evaluate(inner)
+
+
+def FastVim_mamba_inner_fn_no_out_proj_withoutZ(
+    x: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    *,
+    line: int,
+    scale: float = 1.0,
+) -> Tensor:
+    """One direction of a FastVim mixer without gate and output projection (Kapse et al. 2025): conv, the mean over each
+    `line` tokens in a row times `scale`, x_proj, dt_proj, the scan of those means, each repeated over its line, plus D
+    times the unpooled tokens.
+
+    x (batch, dim, seqlen), of which `line` divides seqlen; B and C, where given, (batch, dstate, seqlen/line); the
+    others as for `mamba_inner_fn`. Returns (batch, dim, seqlen). How the release tells the line's length could not be
+    learnt from its name, so that it is a keyword here, and wanted.
+    """
+    check_tensor("x", x)
+    check_ndim("x", x, "(batch, dim, seqlen)")
+    if line < 1 or x.shape[2] % line:
+        raise ValueError(f"line is {line}, wanted one that divides the {x.shape[2]} tokens of x")
+    for name, tensor, layout in (
+        ("conv1d_weight", conv1d_weight, "(dim, 1, width)"),
+        ("x_proj_weight", x_proj_weight, "(dt_rank + 2*dstate, dim)"),
+        ("delta_proj_weight", delta_proj_weight, "(dim, dt_rank)"),
+        ("A", A, "(dim, dstate)"),
+    ):
+        check_tensor(name, tensor)
+        check_ndim(name, tensor, layout)
+        check_device(name, tensor, x, "x")
+    dt_rank, dstate = delta_proj_weight.shape[1], A.shape[1]
+    u = causal_conv1d_fn(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
+    groups = u.unflatten(2, (-1, line)).mean(3) * scale
+    rows = F.linear(groups.transpose(1, 2), x_proj_weight)
+    if rows.shape[2] < dt_rank + 2 * dstate:
+        given = tuple(x_proj_weight.shape)
+        raise ValueError(f"x_proj_weight has shape {given}, wanted (dt_rank + 2*dstate, dim)")
+    dt, own_B, own_C = rows.split([dt_rank, dstate, rows.shape[2] - dt_rank - dstate], dim=2)
+    delta = F.linear(dt, delta_proj_weight).transpose(1, 2)
+    B = own_B.transpose(1, 2) if B is None else B
+    C = own_C[..., -dstate:].transpose(1, 2) if C is None else C
+    D, bias = _parameter(D, x), _parameter(delta_bias, x)
+    return pooled_selective_scan_fn(u, groups, delta, A, B, C, D, None, bias, delta_softplus)
 
 
 def _reference_of(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from causal_conv1d.backend import KERNEL_DTYPES
 from causal_conv1d.checks import check_device, check_dtype, check_ndim, check_shape, check_tensor
-from causal_conv1d.derivatives import gradients_by_reference, wants_reference
+from causal_conv1d.derivatives import gradients_by_reference, is_exporting_onnx, wants_reference
 from mamba_ssm.kernels.registry import backends
+from mamba_ssm.ops.exporting import scan_by_doubling
 from mamba_ssm.ops.operators import OPERATORS
 from torch import Tensor
 
@@ -81,10 +82,14 @@ def _grouped(matrix: Tensor, groups: int) -> Tensor:
 
 def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> tuple[Tensor, Tensor]:
     """The scan of checked arguments with real A."""
+    if is_exporting_onnx():
+        return scan_by_doubling(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     groups = math.lcm(*(matrix.shape[1] for matrix in (B, C) if matrix.dim() == 4))
     B, C = _grouped(B, groups), _grouped(C, groups)
     tensors = (u, delta, A, B, C, D, z, delta_bias)
     save_states = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    # torch.jit.trace compares its graph with one made without gradients
+    save_states = save_states or torch.jit.is_tracing()
     out, last_state, _ = torch.ops.mamba_ssm.selective_scan(*tensors, delta_softplus, reverse, save_states)
     return out, last_state.detach()
 
@@ -128,7 +133,7 @@ def selective_scan_fn(
         ValueError: a shape or device that does not fit. TypeError: not a tensor, or a dtype that does not fit.
     """
     check_scan(u, delta, A, B, C, D, z, delta_bias)
-    if A.is_complex() or wants_reference(u, delta, A, B, C, D, z, delta_bias):
+    if A.is_complex() or (not is_exporting_onnx() and wants_reference(u, delta, A, B, C, D, z, delta_bias)):
         return selective_scan_ref(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, reverse=reverse
         )
@@ -180,7 +185,8 @@ def pooled_selective_scan_fn(
             f"u_compressed has shape {tuple(u_compressed.shape)}, wanted (batch, dim, seqlen/k) with"
             f" (batch, dim, seqlen) = {(batch, dim, seqlen)} and a whole k"
         )
-    if A.is_complex() or wants_reference(u, u_compressed, delta, A, B, C, D, z, delta_bias):
+    tensors = u, u_compressed, delta, A, B, C, D, z, delta_bias
+    if A.is_complex() or (not is_exporting_onnx() and wants_reference(*tensors)):
         return pooled_selective_scan_ref(
             u, u_compressed, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, reverse=reverse
         )

@@ -1,6 +1,7 @@
 """The published import path of the selective scan and of the functions around it."""
 
 from mamba_ssm.ops.inner import (
+    FastVim_mamba_inner_fn_no_out_proj_withoutZ,
     bimamba_inner_fn,
     bimamba_inner_ref,
     mamba_inner_fn,
@@ -16,6 +17,7 @@ from mamba_ssm.ops.scan import (
 )
 
 __all__ = [
+    "FastVim_mamba_inner_fn_no_out_proj_withoutZ",
     "bimamba_inner_fn",
     "bimamba_inner_ref",
     "mamba_inner_fn",
