@@ -419,6 +419,7 @@ def test_emulated_reduction(rows, device):
 
 
 def test_without_a_compiler_the_torch_path_runs_and_one_warning_says_why(monkeypatch):
+    monkeypatch.setattr(backend, "_told", set())
     monkeypatch.setattr(_nvrtc, "_nvrtc", lambda: (_ for _ in ()).throw(ImportError("cuda")))
     monkeypatch.setattr(_nvrtc, "compiler_version", _nvrtc.compiler_version.__wrapped__)
     backends = backend.Backends("causal_conv1d", torch_kernels)

@@ -82,11 +82,13 @@ def forward(convs: Sequence[Conv]) -> list[Tensor]:
     return outs
 
 
+@_nvrtc.or_else(torch_kernels.conv_forward)
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
     conv = Conv(x, weight, bias, silu, reverse)
     return forward([conv])[0] if _covers(conv) else torch_kernels.conv_forward(*conv)
 
 
+@_nvrtc.or_else(torch_kernels.conv_backward)
 def conv_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

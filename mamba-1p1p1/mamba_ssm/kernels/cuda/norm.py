@@ -37,6 +37,7 @@ def _layout(size: int, *tensors: Tensor | None) -> str:
     return f"{vector},{-(-size // (32 * vector))}"
 
 
+@_nvrtc.or_else(torch_norm.norm_forward)
 def norm_forward(
     x: Tensor,
     residual: Tensor | None,
@@ -70,6 +71,7 @@ def norm_forward(
     return out, total, mean, scale
 
 
+@_nvrtc.or_else(torch_norm.norm_backward)
 def norm_backward(
     dout: Tensor,
     dtotal: Tensor | None,

@@ -262,10 +262,21 @@ def _torch_backward(scan: Scan, dout: Tensor, states: Tensor) -> tuple[Tensor, .
     return torch_kernels.scan_backward(dout, *scan[:8], states, *scan[8:])
 
 
+def _all_by_torch(scans: Sequence[Scan], save_states: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+    return [_torch_forward(scan, save_states) for scan in scans]
+
+
+def _all_back_by_torch(
+    scans: Sequence[Scan], douts: Sequence[Tensor], saved: Sequence[Tensor]
+) -> list[tuple[Tensor, ...]]:
+    return [_torch_backward(*each) for each in zip(scans, douts, saved)]
+
+
+@_nvrtc.or_else(_all_by_torch)
 def forward(scans: Sequence[Scan], save_states: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(out, last_state, states) of one or two directions, in one launch (three, if the sequence is split)."""
     if not all(map(_covers, scans)):
-        return [_torch_forward(scan, save_states) for scan in scans]
+        return _all_by_torch(scans, save_states)
     scans = [_prepared(scan) for scan in scans]
     plan = _plan_for(scans)
     u = scans[0].u
@@ -341,10 +352,11 @@ class _Workspace(NamedTuple):
         return sums
 
 
+@_nvrtc.or_else(_all_back_by_torch)
 def backward(scans: Sequence[Scan], douts: Sequence[Tensor], saved: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     """Gradients (u, delta, A, B, C, D, z, delta_bias) of each direction; `saved` is what `forward` kept of each."""
     if not all(map(_covers, scans)):
-        return [_torch_backward(*each) for each in zip(scans, douts, saved)]
+        return _all_back_by_torch(scans, douts, saved)
     given, scans = scans, [_prepared(scan) for scan in scans]
     douts = [dout.to(scan.u.dtype) for dout, scan in zip(douts, scans)]
     plan, u = _plan_for(scans), scans[0].u
