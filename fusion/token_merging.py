@@ -220,6 +220,8 @@ def merge(x: Tensor, matching: Matching) -> Tensor:
     """
     if merging.has_kernels(x):
         return merging.merge_tokens_fn(x, matching.slot, matching.count)
+    if x.is_cuda:
+        return _merge_in_order(x, matching)
     batch, length, channels = x.shape
     num_left = matching.count.shape[1]
     # rows of a matrix instead of a batch of sequences: torch adds whole rows much faster
@@ -230,6 +232,17 @@ def merge(x: Tensor, matching: Matching) -> Tensor:
     total = total.scatter_add_(0, rows, x.reshape(-1, channels).to(dtype))
     mean = total.div_(matching.count.view(-1, 1))
     return mean.view(batch, num_left, channels).to(x.dtype)
+
+
+def _merge_in_order(x: Tensor, matching: Matching) -> Tensor:
+    """The same, in an order of additions that is always one: `scatter_add_` on CUDA adds as threads come along."""
+    batch, _, channels = x.shape
+    order = matching.slot.argsort(dim=1, stable=True).unsqueeze(-1).expand_as(x)
+    rows = x.to(torch.promote_types(x.dtype, torch.float32)).gather(1, order).view(-1, channels)
+    # unsafe: lengths are not read back by the host to be checked
+    total = torch.segment_reduce(rows, "sum", lengths=matching.count.reshape(-1), axis=0, unsafe=True)
+    mean = total / matching.count.reshape(-1, 1)
+    return mean.view(batch, -1, channels).to(x.dtype)
 
 
 def unmerge(y: Tensor, matching: Matching) -> Tensor:
