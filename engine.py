@@ -353,7 +353,8 @@ def train_one_epoch(
         with run.autocast():
             result = task(inputs, targets)
         loss = result["loss"]
-        value = loss.item()
+        values = _read({name: part for name, part in result.items() if name != "output"})
+        value = values.pop("loss")
         run.step += 1
         group = args.accum_iter
         if batches.steps is not None:
@@ -369,12 +370,7 @@ def train_one_epoch(
             skipped = 0
             with contextlib.nullcontext() if is_last else task.no_sync():
                 run.scaler.scale(loss / group if group > 1 else loss).backward()
-            parts = {
-                name: part.item() if isinstance(part, Tensor) else part
-                for name, part in result.items()
-                if name not in ("loss", "output")
-            }
-            run.meters.update(count, loss=value, **parts)
+            run.meters.update(count, loss=value, **values)
             run.meters.update(lr=_rate(run.optimizer))
         if is_last and is_whole:
             _update(run, args, batches.steps)
@@ -384,6 +380,13 @@ def train_one_epoch(
             board.add({"train/step_loss": value, "train/step_lr": _rate(run.optimizer)}, run.updates)
     progress.close()
     return run.meters.averages()
+
+
+def _read(parts: dict[str, Tensor | float]) -> dict[str, float]:
+    """The parts of a loss as numbers, read from the device in one go, before a backward pass stands in its way."""
+    tensors = {name: part.detach().double() for name, part in parts.items() if isinstance(part, Tensor)}
+    numbers = torch.stack([part.reshape(()) for part in tensors.values()]).tolist()
+    return parts | dict(zip(tensors, numbers))
 
 
 def _rate(optimizer: Optimizer) -> float:
