@@ -350,10 +350,12 @@ def test_operators_against_peers_and_ports(tmp_path: Path, capsys: pytest.Captur
 MISTAKES = {
     "channel_sampling": [["--epochs", "0"], ["--nonsense"]],
     "channels": [["--models", "nothing"], ["--patch", "x"]],
+    "cuda_kernels": [["--targets", "sm_1"], ["--dtypes", "int8"]],
     "detection": [["--models", "nothing"], ["--size", "3"], ["--heads", "x"]],
     "few_labels": [[], ["{here}"]],
     "flops": [["nothing"], ["vim_nano_patch4_32:depht=2"], ["--img-size", "0"]],
     "gpu_check": [["--device", "cuda:99"], ["--sizes", "1,2"], ["--models", "nothing"]],
+    "gpu_parity": [["--device", "cuda:99"], ["--parts", "nothing"]],
     "mae": [["--model", "nothing"], ["--model", "vim_micro_patch8_32"], ["--mask-ratio", "1"]],
     "merging": [["--model", "nothing"], ["--model", "test_vit"], ["--rounds", "0"], ["--device", "meta"]],
     "ops": [["--sizes", "8,384"], ["--threads", "0"], ["--dtype", "int8"], ["--nonsense"]],

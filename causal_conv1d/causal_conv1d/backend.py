@@ -1,7 +1,8 @@
 """The one place that chooses which implementation of an operator runs.
 
 A *kernel set* is a module (or any object) whose attributes are an operator package's kernels, all with the same
-signatures. Each package keeps one `Backends` table and asks it for a kernel set at every call:
+signatures; those that it lacks, and would be faster with, are in its `MISSED`, with what they do in words. Each package
+keeps one `Backends` table and asks it for a kernel set at every call:
 
 | name | device | what |
 |---|---|---|
@@ -44,6 +45,13 @@ def tell(kind: str, reason: Exception) -> None:
     if str(reason) not in _told:
         _told.add(str(reason))
         warnings.warn(f"no {kind} kernels ({reason}); using the slower torch path", RuntimeWarning, stacklevel=3)
+
+
+def tell_of(what: str) -> None:
+    """Warn, once, that `what` has no kernel on a device that has others, so that torch's operations do it."""
+    if what not in _told and not torch.compiler.is_compiling():
+        _told.add(what)
+        warnings.warn(f"no CUDA kernel for {what}; using the slower torch path", RuntimeWarning, stacklevel=3)
 
 
 _forced = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto") or "auto")
@@ -106,7 +114,13 @@ class Backends:
             _load_before_compiling(self, tensor.device.type, tensor.device.index)
         elif torch._C._are_functorch_transforms_active():
             return False
-        return hasattr(self.pick(tensor), function)
+        kernels = self.pick(tensor)
+        if hasattr(kernels, function):
+            return True
+        missed = getattr(kernels, "MISSED", {}).get(function)
+        if missed is not None:
+            tell_of(missed)
+        return False
 
     def _load(self, device_type: str, index: int | None) -> Any:
         device = device_type, index
@@ -121,7 +135,12 @@ class Backends:
 
     def _load_forced(self, device_type: str, index: int | None) -> Any:
         name, load = self._loaders.get(device_type, ("torch", None))
-        return load(index) if name == _forced else self.fallback
+        if name != _forced:
+            return self.fallback
+        device = device_type, index
+        if self._loaded.get(device, self.fallback) is self.fallback:
+            self._loaded[device] = load(index)
+        return self._loaded[device]
 
 
 @torch.compiler.assume_constant_result

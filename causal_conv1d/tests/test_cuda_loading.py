@@ -164,7 +164,7 @@ def test_a_kernel_that_does_not_compile(which, machine, monkeypatch, tmp_path):
     if which == "the first kernel":
         monkeypatch.setattr(_nvrtc, "_PROBE", broken)
     else:
-        monkeypatch.setattr(conv_cuda.convolution, "_FORWARD_SOURCE", broken)
+        monkeypatch.setattr(conv_cuda.convolution, "FORWARD_SOURCE", broken)
     assert_torch_with_one_warning("broken.cu <")
 
 
