@@ -143,6 +143,7 @@ class Recorder(TorchDispatchMode):
         given = {value.untyped_storage().data_ptr() for value in tree_leaves((args, kwargs)) if torch.is_tensor(value)}
         new = [value for value in returned if value.untyped_storage().data_ptr() not in given]
         self.allocated += sum(value.untyped_storage().nbytes() > 0 for value in new)
-        if "empty" not in func.name() and func.name() not in ("aten::detach", "aten::_unsafe_view"):
+        works = (returned or func._schema.is_mutable) and "empty" not in func.name()
+        if works and func.name() not in ("aten::detach", "aten::_unsafe_view"):
             self.launched.append(func.name().removeprefix("aten::"))
         return result

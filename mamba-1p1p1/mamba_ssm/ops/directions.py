@@ -234,6 +234,7 @@ def _flops(xz: Sequence[int], *arguments) -> int:
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # what is kept for backward has no gradient, and zeros would have to be written
     *tensors, ctx.reverse, ctx.share, _, ctx.log_decay = inputs
     ctx.save_for_backward(*output[1:], *tensors)
 

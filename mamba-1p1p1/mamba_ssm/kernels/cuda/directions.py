@@ -175,7 +175,8 @@ def stacked_backward(
     weights, u = _Weights.of(directions, xz.dtype, memory if memory.numel() else None), _convolved(x, directions)
     flat = x_dbl.view(count, -1, x_dbl.shape[3])
     delta = torch.bmm(flat[..., :rank], weights.dt_proj.transpose(1, 2)).view_as(u)
-    du, ddelta, dx_dbl = torch.empty_like(u), torch.empty_like(delta), torch.empty_like(x_dbl)
+    # a step size is read for the last time by the thread that then writes its gradient
+    du, ddelta, dx_dbl = torch.empty_like(u), delta, torch.empty_like(x_dbl)
     device, sums, work, small = _nvrtc.device(xz.device.index), [], [], []
     for number, each in enumerate(_scans(u, delta, x_dbl, directions, [z] * count)):
         dA, dD, dbias = (None if t is None else torch.empty_like(t) for t in (each.A, each.D, each.delta_bias))
@@ -190,8 +191,11 @@ def stacked_backward(
     del work
     dx_flat, du_flat, ddelta_flat = dx_dbl.view_as(flat), du.view(count, -1, dim), ddelta.view(count, -1, dim)
     torch.bmm(ddelta_flat, weights.dt_proj, out=dx_flat[..., :rank])
-    dt_weights = torch.bmm(ddelta_flat.transpose(1, 2), flat[..., :rank])
-    x_weights = torch.bmm(dx_flat.transpose(1, 2), u.view_as(du_flat))
+    sizes = [stack.numel() for stack in weights[:2]]
+    parts = xz.new_empty(sum(sizes)).split(sizes)
+    x_weights, dt_weights = (part.view(stack.shape) for part, stack in zip(parts, weights))
+    torch.bmm(ddelta_flat.transpose(1, 2), flat[..., :rank], out=dt_weights)
+    torch.bmm(dx_flat.transpose(1, 2), u.view_as(du_flat), out=x_weights)
     du_flat.baddbmm_(dx_flat, weights.x_proj)
     convs = convolution.backward_into(du.transpose(2, 3).unbind(), _convs(x, directions), dx)
     own = [torch.empty_like(w) for each in directions for w in (each.x_proj_weight, each.dt_proj_weight)]
