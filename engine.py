@@ -362,7 +362,8 @@ def train_one_epoch(
         with run.autocast(), _active(meters):
             result = task(inputs, targets)
         loss = result["loss"]
-        value = loss.item()
+        values = _read({name: part for name, part in result.items() if name != "output"})
+        value = values.pop("loss")
         run.step += 1
         group = args.accum_iter
         if batches.steps is not None:
@@ -378,14 +379,9 @@ def train_one_epoch(
             skipped = 0
             with contextlib.nullcontext() if is_last else task.no_sync():
                 run.scaler.scale(loss / group if group > 1 else loss).backward()
-            parts = {
-                name: part.item() if isinstance(part, Tensor) else part
-                for name, part in result.items()
-                if name not in ("loss", "output")
-            }
             for meter in meters:
-                parts |= meter.shares()
-            run.meters.update(count, loss=value, **parts)
+                values |= meter.shares()
+            run.meters.update(count, loss=value, **values)
             run.meters.update(lr=_rate(run.optimizer))
         if is_last and is_whole:
             _update(run, args, batches.steps)
@@ -404,6 +400,13 @@ def _active(meters: Sequence[Meter]) -> Iterator[None]:
         for meter in meters:
             entered.enter_context(meter)
         yield
+
+
+def _read(parts: dict[str, Tensor | float]) -> dict[str, float]:
+    """The parts of a loss as numbers, read from the device in one go, before a backward pass stands in its way."""
+    tensors = {name: part.detach().double() for name, part in parts.items() if isinstance(part, Tensor)}
+    numbers = torch.stack([part.reshape(()) for part in tensors.values()]).tolist()
+    return parts | dict(zip(tensors, numbers))
 
 
 def _rate(optimizer: Optimizer) -> float:

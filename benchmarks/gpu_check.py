@@ -2,9 +2,9 @@
 
     benchmarks/gpu_check.sh                                  # the GPU tests first, then this
     python -m benchmarks.gpu_check --output output/gpu.json
-    python -m benchmarks.gpu_check --resources               # registers and spills of every kernel; needs no GPU
 
-Times are medians of CUDA events after a warm-up, over several sets of inputs where one would fit the cache. *Copy* is
+Times are medians of CUDA events around calls replayed from CUDA graphs, so that the time Python takes to launch is left
+out, over several sets of inputs where one would fit the cache. *Copy* is
 the share of the device's measured copy bandwidth that an operator reaches when each argument is counted as read once
 and each result as written once. *Error* is the largest difference from the torch path in float32, relative to the
 largest value. With `--published NAME` the published build's extension of that name, if it can be imported, is timed on
@@ -18,27 +18,29 @@ import importlib
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-import timm
 import torch
 from causal_conv1d import _nvrtc, backend
-from mamba_ssm.kernels.cuda import scan as scan_cuda
 from torch import Tensor
 
-from benchmarks.cases import model_spec
+from benchmarks.cases import build, model_spec, own_size
 from benchmarks.command import command, device_name, parser, size, write_json
+from benchmarks.cuda_kernels import resources
 from measure.machine import machine
 from measure.memory import bytes_in_use, peak_in_use, size_of
 from measure.timing import Call, device_seconds, synchronize
-from utils import UsageError
+from utils import UsageError, first_line
 from utils.flags import number
 
-SIZES = ((128, 384, 197), (8, 384, 197), (8, 768, 197), (8, 384, 14), (1, 384, 4096), (64, 128, 64))
+SIZES = (
+    *((128, 384, seqlen) for seqlen in (14, 45, 197, 785)),
+    *((8, 384, 197), (8, 768, 197), (8, 384, 14), (1, 384, 4096), (64, 128, 64)),
+)
 DSTATE, WIDTH = 16, 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CACHE_BYTES = 256 << 20
@@ -71,11 +73,8 @@ class Case(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the check. Raises UsageError where there is nothing to run it on."""
     options = _parser().parse_args(argv)
-    if options.resources:
-        _print_table(resources(options.targets))
-        return
     if options.device is None and not torch.cuda.is_available():
-        raise UsageError("No CUDA device is at hand; wanted one, or --resources, or --device cpu.")
+        raise UsageError("No CUDA device is at hand; wanted one, or --device cpu.")
     device = torch.device(options.device or "cuda")
     published = _published(options.published)
     copy = copy_bandwidth(device, options.seconds)
@@ -92,8 +91,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "operators": [row._asdict() for row in rows],
         "host_us_per_call": host_time(device),
         "extra_memory": {",".join(map(str, each)): extra_memory(each, device) for each in options.sizes},
-        "training_step": [] if options.batch == 0 else training_steps(options, device),
-        "kernels": resources([_nvrtc.device(device.index or 0).target]) if device.type == "cuda" else [],
+        "models": model_steps(options, device) if options.batch else [],
+        "kernels": resources([_nvrtc.device(device.index or 0).target], options.dtypes)
+        if device.type == "cuda"
+        else [],
     }
     _print_report(report)
     write_json(options.output, report)
@@ -108,13 +109,14 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--seconds", type=number(float, 0), default=0.3, help="about how long each figure is measured")
     found.add_argument("--published", default="selective_scan_cuda", help="module name of the published extension")
     found.add_argument(
-        "--models", nargs="+", type=model_spec, default=["vim_tiny_patch16_224", "deit_tiny_patch16_224"]
+        "--models",
+        nargs="+",
+        type=model_spec,
+        default=["vim_tiny_patch16_224", "vim_small_patch16_224", "fastvim_tiny_patch16_224", "deit_tiny_patch16_224"],
     )
     found.add_argument(
-        "--batch", type=number(int, 0), default=64, help="images in a training step; 0 leaves the steps out"
+        "--batch", type=number(int, 1), nargs="*", default=[1, 32, 128], help="images in a step; none leaves models out"
     )
-    found.add_argument("--resources", action="store_true", help="compile every kernel and print what it takes")
-    found.add_argument("--targets", nargs="+", default=["sm_80", "sm_90", "sm_100"], help="for --resources")
     return found
 
 
@@ -134,6 +136,27 @@ def _published(name: str) -> ModuleType | None:
 def median_ms(calls: Sequence[Call], device: torch.device, seconds: float) -> float:
     """Median time of one call, in ms, taking the calls in turn."""
     return 1e3 * device_seconds(calls, device, seconds)
+
+
+def graphed(call: Call, device: torch.device) -> Call:
+    """`call` captured in a CUDA graph, whose replay it becomes; itself where there are none, or where it cannot be."""
+    if device.type != "cuda":
+        return call
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError as error:
+        torch.cuda.synchronize(device)
+        print(f"not captured in a graph: {first_line(error)}", file=sys.stderr)
+        return call
+    return graph.replay
 
 
 def copy_bandwidth(device: torch.device, seconds: float) -> float:
@@ -305,7 +328,7 @@ def _measure(make: Callable, label: str, dtype: torch.dtype, device: torch.devic
     rows = []
     for same in zip(*sets):
         got = same[0].call()
-        ms = median_ms([case.call for case in same], device, seconds)
+        ms = median_ms([graphed(case.call, device) for case in same], device, seconds)
         with backend.use("torch"):
             error = relative_error(got, same[0].wide())
             torch_ms = median_ms([case.call for case in same], device, seconds)
@@ -341,66 +364,77 @@ def extra_memory(size: tuple[int, int, int], device: torch.device) -> float | No
 # --- a training step -------------------------------------------------------------------------------------------------
 
 
-def training_steps(options: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
-    """Images per second and peak memory of one step (bfloat16 autocast, AdamW), with the kernels and without."""
+def model_steps(options: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
+    """Images per second and peak memory of evaluation and of a training step (AdamW), by model, batch and dtype: as
+    Python calls it, from a CUDA graph, compiled, and with torch's operations in the place of kernels."""
     rows = []
+    ways = ("eager", "graph", "compiled", "torch") if device.type == "cuda" else ("eager", "torch")
     for name in options.models:
-        for chosen in ("auto", "torch") if name.startswith(("vim", "fastvim")) else ("auto",):
-            with backend.use(chosen):
-                rows.append({"model": name, "kernels": chosen, "batch": options.batch, **_step(name, options, device)})
+        for batch in options.batch:
+            for way in ways:
+                if way == "torch" and (batch != max(options.batch) or not name.startswith(("vim", "fastvim"))):
+                    continue
+                if way == "compiled" and batch != max(options.batch):
+                    continue
+                for dtype in options.dtypes[: 1 if way in ("torch", "compiled") else None]:
+                    about = {"model": name, "batch": batch, "way": way, "dtype": dtype}
+                    try:
+                        rows.append(about | _step(name, batch, way, DTYPES[dtype], options, device))
+                    except (RuntimeError, torch.OutOfMemoryError) as error:
+                        rows.append(about | {"failed": first_line(error)})
     return rows
 
 
-def _step(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, float | None]:
+def _step(
+    name: str, batch: int, way: str, dtype: torch.dtype, options: argparse.Namespace, device: torch.device
+) -> dict[str, float | None]:
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=1000).to(device).train()
-    size = model.pretrained_cfg["input_size"]
-    images = torch.randn(options.batch, *size, device=device)
-    targets = torch.randint(1000, (options.batch,), device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    model = build(name, None, num_classes=1000).to(device)
+    side = own_size(model)
+    images = torch.randn(batch, 3, side, side, device=device)
+    targets = torch.randint(1000, (batch,), device=device)
+    capturable = {"capturable": True} if device.type == "cuda" else {}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, **capturable)
+    called = torch.compile(model) if way == "compiled" else model
+    # weights that autocast has kept from a step that a graph captured would be stale in the next
+    half = partial(torch.autocast, device.type, dtype, enabled=dtype is not torch.float32, cache_enabled=way != "graph")
+
+    def evaluate():
+        with torch.inference_mode(), half():
+            called(images)
 
     def step():
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = torch.nn.functional.cross_entropy(model(images), targets)
+        with half():
+            loss = torch.nn.functional.cross_entropy(called(images), targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
-    step()
-    ms = median_ms([step], device, 5 * options.seconds)
-    peak = peak_in_use(step, device) / 2**30 if device.type == "cuda" else None
-    return {"images_per_s": round(1e3 * options.batch / ms, 1), "peak_GiB": None if peak is None else round(peak, 2)}
+    found = {}
+    with backend.use("torch" if way == "torch" else "auto"):
+        for what, call in (("eval", evaluate), ("train", step)):
+            model.train(what == "train")
+            timed = graphed(call, device) if way == "graph" else call
+            timed()
+            ms = median_ms([timed], device, 3 * options.seconds)
+            peak = peak_in_use(timed, device) / 2**30 if device.type == "cuda" else None
+            found[f"{what}_images_per_s"] = round(1e3 * batch / ms, 1)
+            found[f"{what}_peak_GiB"] = None if peak is None else round(peak, 2)
+            found[f"{what}_host_ms"] = round(1e3 * _host_seconds(timed, device), 2)
+    return found
 
 
-# --- kernels and tables ----------------------------------------------------------------------------------------------
+def _host_seconds(call: Call, device: torch.device) -> float:
+    """How long the host is busy with one call, however long the device is behind."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    taken = time.perf_counter() - start
+    synchronize(device)
+    return taken
 
 
-def kernel_list() -> list[tuple[Path, str]]:
-    """Every kernel a Vim can need at d_state 16, one dtype per tensor."""
-    scan, conv, kernels = scan_cuda.SOURCES, _nvrtc.SHARED_SOURCES, []
-    for name in _nvrtc.CPP_TYPES.values():
-        types = ",".join([name] * 4)
-        kernels += [(scan / "scan_forward.cu", f"{types},4,{channels},4") for channels in (1, 2, 4)]
-        kernels += [(scan / "scan_backward.cu", f"{types},4,{channels},4") for channels in (1, 2)]
-        kernels += [(scan / "scan_states.cu", f"{types},4,{backwards},4") for backwards in ("false", "true")]
-        kernels += [(scan / f"norm_{way}.cu", f"{name},float,float,float,4,2") for way in ("forward", "backward")]
-        kernels += [(conv / f"conv_{way}.cu", f"{name},float,4,{WIDTH}") for way in ("forward", "backward")]
-    kernels += [(scan / "scan_carry.cu", backwards) for backwards in ("false", "true")]
-    return [*kernels, (conv / "reduce.cu", "5")]
-
-
-def resources(targets: Sequence[str]) -> list[dict[str, object]]:
-    """What every kernel takes on each target, and how long it takes to compile."""
-
-    def one(job):
-        (path, arguments), target = job
-        start = time.perf_counter()
-        usage = _nvrtc.resource_usage(_nvrtc.compile_kernel(path, arguments, target).report)
-        seconds = round(time.perf_counter() - start, 2)
-        return {"kernel": path.stem, "arguments": arguments, "target": target, **usage._asdict(), "compile_s": seconds}
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(one, [(kernel, target) for kernel in kernel_list() for target in targets]))
+# --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def _print_table(rows: Sequence[dict[str, object]]) -> None:
@@ -413,7 +447,7 @@ def _print_table(rows: Sequence[dict[str, object]]) -> None:
 
 
 def _print_report(report: dict[str, object]) -> None:
-    tables = ("operators", "training_step")
+    tables = ("operators", "models")
     for key, value in report.items():
         if key not in (*tables, "kernels"):
             print(f"{key}: {value}")

@@ -284,7 +284,7 @@ def merge(x: Tensor, matching: Matching, sizes: Tensor | None = None) -> Tensor:
         return merging.merge_tokens_fn(x, matching.slot, matching.count)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if sizes is None:
-        mean = _sums(wide, matching).div_(matching.count.unsqueeze(-1))
+        mean = _sums(wide, matching) / matching.count.unsqueeze(-1)
     else:
         sizes = sizes.to(wide.dtype)
         shares = sizes / merge_sizes(sizes, matching).gather(1, matching.slot)
@@ -299,6 +299,8 @@ def merge_sizes(sizes: Tensor, matching: Matching) -> Tensor:
 
 def _sums(x: Tensor, matching: Matching) -> Tensor:
     """The sum of each group: x (B, L, C) -> (B, L', C)."""
+    if x.is_cuda:
+        return _sums_in_order(x, matching)
     batch, length, channels = x.shape
     num_left = matching.count.shape[1]
     # rows of a matrix instead of a batch of sequences: torch adds whole rows much faster
@@ -306,6 +308,16 @@ def _sums(x: Tensor, matching: Matching) -> Tensor:
     rows = rows.reshape(-1, 1).expand(-1, channels)
     total = x.new_zeros(batch * num_left, channels).scatter_add_(0, rows, x.reshape(-1, channels))
     return total.view(batch, num_left, channels)
+
+
+def _sums_in_order(x: Tensor, matching: Matching) -> Tensor:
+    """The same, in an order of additions that is always one: `scatter_add_` on CUDA adds as threads come along."""
+    batch, _, channels = x.shape
+    order = matching.slot.argsort(dim=1, stable=True).unsqueeze(-1).expand_as(x)
+    rows = x.gather(1, order).view(-1, channels)
+    # unsafe: lengths are not read back by the host to be checked
+    total = torch.segment_reduce(rows, "sum", lengths=matching.count.reshape(-1), axis=0, unsafe=True)
+    return total.view(batch, -1, channels)
 
 
 def unmerge(y: Tensor, matching: Matching) -> Tensor:

@@ -12,10 +12,16 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from functools import cache, lru_cache
 from pathlib import Path
 
+import torch
 from causal_conv1d import _nvrtc
+from causal_conv1d.ops.convolution import OPERATORS as conv_operators
+from mamba_ssm.ops.operators import OPERATORS as mamba_operators
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 EMULATOR = Path(__file__).parent / "cuda_emulator.h"
 FLAGS = (
@@ -72,6 +78,13 @@ def _library(path: Path, arguments: str) -> ctypes.CDLL:
     return library
 
 
+KERNELS = {
+    f"{namespace}::{name}": kernel
+    for namespace, operators in (("causal_conv1d", conv_operators), ("mamba_ssm", mamba_operators))
+    for name, kernel in operators.kernels.items()
+}
+
+
 class EmulatedDevice:
     """Stands in for `_nvrtc.Device`.
 
@@ -86,6 +99,7 @@ class EmulatedDevice:
         self.multiprocessors = multiprocessors
         self.order = order
         self.launched: list[tuple[str, str]] = []
+        self.prepared: list[tuple[Path, str]] = []
 
     def kernel(self, path: Path, arguments: str, threads: int):
         library = _library(path, arguments)
@@ -98,3 +112,38 @@ class EmulatedDevice:
                 raise RuntimeError(f"{path.stem} <{arguments}>: {error.decode()}")
 
         return launch
+
+    def prepare(self, wanted: Iterable[tuple[Path, str]]) -> None:
+        self.prepared += wanted
+
+
+class Recorder(TorchDispatchMode):
+    """Counts what torch would launch on a device, and what it would allocate there, while it is entered.
+
+    Views cost neither. The operators of the kernel packages are looked into, and what they launch is counted by the
+    device that they are given.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.launched: list[str] = []
+        self.allocated = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace in ("mamba_ssm", "causal_conv1d"):
+            with self, torch.no_grad():
+                return KERNELS[func._schema.name](*args, **kwargs)
+        result = func(*args, **kwargs)
+        returned = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+        if any(
+            argument.alias_info is not None and not argument.alias_info.is_write for argument in func._schema.arguments
+        ):
+            return result  # a view
+        given = {value.untyped_storage().data_ptr() for value in tree_leaves((args, kwargs)) if torch.is_tensor(value)}
+        new = [value for value in returned if value.untyped_storage().data_ptr() not in given]
+        self.allocated += sum(value.untyped_storage().nbytes() > 0 for value in new)
+        works = (returned or func._schema.is_mutable) and "empty" not in func.name()
+        if works and func.name() not in ("aten::detach", "aten::_unsafe_view"):
+            self.launched.append(func.name().removeprefix("aten::"))
+        return result

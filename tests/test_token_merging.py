@@ -23,6 +23,8 @@ from fusion.token_merging import (
     Matching,
     MergingSettings,
     TokenMerging,
+    _sums,
+    _sums_in_order,
     bipartite_soft_matching,
     every_kth,
     merge,
@@ -107,6 +109,20 @@ def test_matching_is_the_definition(length: int, r: int, class_token: bool, orde
         torch.testing.assert_close(merged[image], torch.stack([x[image, group].mean(0) for group in wanted]))
         assert matching.count[image].tolist() == [len(group) for group in wanted]
         assert int(matching.kept[image].sum()) == len(wanted)
+
+
+def test_sums_in_order_are_the_sums() -> None:
+    """The form that CUDA takes, whose sums have one order: in value and gradient, groups of many among them."""
+    metric, x = images((3, 40, 8), 1), images((3, 40, 4), 2)
+    metric[:, ::2] = metric[:, :1]  # all choose the same
+    matching = bipartite_soft_matching(metric, 18, False, "published", sort=True)
+    assert matching.count.max() > 3
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    outs = [form(leaf, matching) for form, leaf in zip((_sums, _sums_in_order), leaves)]
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-6, atol=1e-7)
+    for out in outs:
+        out.square().sum().backward()
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.usefixtures("kernels")

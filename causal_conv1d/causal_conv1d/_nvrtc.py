@@ -17,19 +17,29 @@ import hashlib
 import os
 import re
 import stat
+import struct
 import tempfile
 import threading
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, lru_cache, wraps
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from causal_conv1d.backend import tell
+from torch.utils._python_dispatch import _disable_current_modes
 
 SHARED_SOURCES = Path(__file__).parent / "csrc"
+_PROBE = SHARED_SOURCES / "probe.cu"
 OPTIONS = ("--std=c++17", "--prec-div=false", "--ftz=true", "--ptxas-options=-v")
 CACHE_VARIABLE = "KERNEL_CACHE_DIR"
 # What a block gets of shared memory without asking.
 DEFAULT_DYNAMIC_BYTES = 48 << 10
+
+# The oldest drivers that run what CUDA of a major version compiles, on Linux (CUDA's release notes, table 3).
+DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
+COMPILERS = 8  # threads that compile at once, at most
 
 CPP_TYPES = {torch.float32: "float", torch.float16: "Float16", torch.bfloat16: "BFloat16"}
 
@@ -51,8 +61,30 @@ class Usage(NamedTuple):
     shared: int
 
 
-class CompileError(RuntimeError):
+class KernelError(RuntimeError):
+    """A kernel cannot be had on this device, or cannot be launched: torch's operations are to do its work."""
+
+
+class CompileError(KernelError):
     """NVRTC refused a source; the message holds its log."""
+
+
+def or_else(other: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a kernel set's function: where one of its kernels is not to be had, `other` is called with the same
+    arguments, and one warning says why."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any) -> Any:
+            try:
+                return function(*args)
+            except KernelError as error:
+                tell("CUDA", error)
+                return other(*args)
+
+        return call
+
+    return decorate
 
 
 def resource_usage(report: str) -> Usage:
@@ -70,10 +102,10 @@ def resource_usage(report: str) -> Usage:
 
 
 def _checked(answer: tuple, what: str):
-    """The value of a cuda-bindings call, which answers (status, value...)."""
+    """The value of a cuda-bindings call, which answers (status, value...). Raises KernelError."""
     status, *values = answer
     if int(status) != 0:
-        raise RuntimeError(f"{what} failed: {status.name}")
+        raise KernelError(f"{what} failed: {status.name}")
     return values[0] if values else None
 
 
@@ -81,6 +113,16 @@ def _nvrtc():
     from cuda.bindings import nvrtc
 
     return nvrtc
+
+
+def _driver():
+    from cuda.bindings import driver
+
+    return driver
+
+
+def _torch_device(index: int) -> torch.device:
+    return torch.device("cuda", index)
 
 
 @lru_cache(maxsize=1)
@@ -214,9 +256,20 @@ def cached_kernel(path: Path, arguments: str, target: str, *, renew: bool = Fals
 
 
 class Kernel:
-    """A kernel loaded on one device. Calling it launches it on torch's current stream of that device."""
+    """A kernel loaded on one device. Calling it launches it on torch's current stream of that device.
 
-    def __init__(self, driver, function, device_index: int, threads: int):
+    `refuse` is handed what goes wrong, before it is raised.
+    """
+
+    def __init__(
+        self,
+        driver,
+        function,
+        device_index: int,
+        threads: int,
+        refuse: Callable[[KernelError], KernelError] = lambda error: error,
+    ):
+        self._refuse = refuse
         self._launch = driver.cuLaunchKernel
         self._driver = driver
         self._function = function
@@ -232,12 +285,19 @@ class Kernel:
         self._address = ctypes.addressof(self._pointers)
 
     def __call__(self, grid: tuple[int, int, int], params: bytes, dynamic_bytes: int = 0) -> None:
-        """Launch with the bytes of the kernel's argument struct, which are copied before this returns."""
-        if torch._C._cuda_getDevice() == self._device_index:
-            self._launch_here(grid, params, dynamic_bytes)
-        else:
-            with torch.cuda.device(self._device_index):
+        """Launch with the bytes of the kernel's argument struct, which are copied before this returns.
+
+        Raises:
+            KernelError: the driver refused it.
+        """
+        try:
+            if torch._C._cuda_getDevice() == self._device_index:
                 self._launch_here(grid, params, dynamic_bytes)
+            else:
+                with torch.cuda.device(self._device_index):
+                    self._launch_here(grid, params, dynamic_bytes)
+        except KernelError as error:
+            raise self._refuse(error) from None
 
     def _launch_here(self, grid: tuple[int, int, int], params: bytes, dynamic_bytes: int) -> None:
         if dynamic_bytes > self._dynamic_bytes:
@@ -259,41 +319,92 @@ class Kernel:
                 _checked(self._driver.cuCtxSetCurrent(context), "entering torch's context")
                 (status,) = self._launch(*arguments)
         if int(status) != 0:
-            raise RuntimeError(f"launching a CUDA kernel failed: {status.name}")
+            raise KernelError(f"launching a CUDA kernel failed: {status.name}")
 
 
 class Device:
-    """One CUDA device: its kernels, loaded as they are asked for."""
+    """One CUDA device: its kernels, loaded as they are asked for.
+
+    Once a kernel cannot be had, none can: what forward left to torch's operations, backward must not take up.
+    """
 
     def __init__(self, index: int):
-        from cuda.bindings import driver
-
-        self._driver = driver
+        self._driver = _driver()
         self.index = index
         self.multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
         self.target = _target(torch.cuda.get_device_capability(index))
         self._kernels: dict[tuple[Path, str], Kernel] = {}
+        self._compiling: dict[tuple[Path, str], Future] = {}
         self._lock = threading.Lock()
+        self._refused: KernelError | None = None
 
-    def kernel(self, path: Path, arguments: str, threads: int) -> Kernel:
-        """The kernel of `path` (named as the file) with these template arguments, in blocks of `threads`."""
+    def kernel(self, path: Path, arguments: str, threads: int) -> Callable[..., None]:
+        """The kernel of `path` (named as the file) with these template arguments, in blocks of `threads`.
+
+        Raises:
+            KernelError: it does not compile or load here; so do all calls after that one.
+        """
         kernel = self._kernels.get((path, arguments))
-        if kernel is None:
+        if kernel is None or self._refused is not None:
             with self._lock:
-                kernel = self._kernels.get((path, arguments)) or self._load(path, arguments, threads)
-                self._kernels[path, arguments] = kernel
+                if self._refused is not None:
+                    raise self._refused
+                kernel = self._kernels.get((path, arguments))
+                if kernel is None:
+                    try:
+                        kernel = self._load(path, arguments, threads)
+                    except Exception as error:
+                        raise self._refuse(error) from error
+                    self._kernels[path, arguments] = kernel
         return kernel
 
+    def prepare(self, wanted: Iterable[tuple[Path, str]]) -> None:
+        """Start to compile these kernels, several at once; `kernel` waits for the one that it is asked for."""
+        with self._lock:
+            new = [job for job in dict.fromkeys(wanted) if job not in self._kernels and job not in self._compiling]
+            for path, arguments in new:
+                job = _compilers().submit(cached_kernel, path, arguments, self.target)
+                self._compiling[path, arguments] = job
+
+    def prove(self) -> None:
+        """Compile, load and launch one small kernel, and look at what it did.
+
+        Raises:
+            KernelError: the reason why kernels do not run here.
+        """
+        # where a graph of fake tensors is being made, this is still done with true ones
+        with _disable_current_modes():
+            to = torch.zeros(1, dtype=torch.int32, device=_torch_device(self.index))
+            wanted = 0x5EED
+            self.kernel(_PROBE, "", 32)((1, 1, 1), struct.pack("qi4x", to.data_ptr(), wanted))
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                return  # nothing may be read back
+            if to.item() != wanted:
+                raise self._refuse(KernelError("a small kernel was launched and did nothing"))
+
+    def _refuse(self, error: Exception) -> KernelError:
+        if not isinstance(error, KernelError):
+            error = KernelError(f"a kernel cannot be loaded: {error}")
+        self._refused = error
+        return error
+
     def _load(self, path: Path, arguments: str, threads: int) -> Kernel:
-        driver = self._driver
+        driver, compiling = self._driver, self._compiling.pop((path, arguments), None)
+        code = cached_kernel(path, arguments, self.target) if compiling is None else compiling.result()
         with torch.cuda.device(self.index):
             torch.cuda.current_stream().synchronize()  # makes torch's context this thread's
-            status, module = driver.cuModuleLoadData(cached_kernel(path, arguments, self.target))
+            status, module = driver.cuModuleLoadData(code)
             if int(status) != 0:  # a damaged file in the cache
                 code = cached_kernel(path, arguments, self.target, renew=True)
                 module = _checked(driver.cuModuleLoadData(code), f"loading {path.stem}")
             function = _checked(driver.cuModuleGetFunction(module, path.stem.encode()), f"finding {path.stem}")
-        return Kernel(driver, function, self.index, threads)
+        return Kernel(driver, function, self.index, threads, self._refuse)
+
+
+@cache
+def _compilers() -> ThreadPoolExecutor:
+    """The threads that compile ahead; NVRTC runs without Python's lock."""
+    return ThreadPoolExecutor(max(1, min(COMPILERS, os.cpu_count() or 1)), thread_name_prefix="nvrtc")
 
 
 @cache
@@ -317,3 +428,30 @@ def check() -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise RuntimeError(f"NVRTC cannot be loaded ({reason}): pip install {package}") from error
+
+
+def check_driver() -> None:
+    """Raise the reason, in one sentence, why NVIDIA's driver cannot run the kernels; return if it can."""
+    wanted = torch.version.cuda or ""
+    major = int(wanted.partition(".")[0] or 0)
+    oldest = f"driver {DRIVERS[major]} or later" if major in DRIVERS else "a newer driver"
+    try:
+        version = _checked(_driver().cuDriverGetVersion(), "asking for the driver's version")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise RuntimeError(f"there is no NVIDIA driver, and torch's CUDA {wanted} wants {oldest}") from error
+    if version // 1000 < major:
+        found = f"{version // 1000}.{version % 1000 // 10}"
+        raise RuntimeError(f"the NVIDIA driver is for CUDA {found}, and torch's CUDA {wanted} wants {oldest}")
+
+
+def prove(index: int | None) -> None:
+    """Return if kernels compile, load and run on the device with torch's index `index` (None: the current one).
+
+    Raises:
+        RuntimeError: the reason, in one sentence, why they do not.
+    """
+    if torch.version.hip:
+        raise RuntimeError(f"torch is built for ROCm {torch.version.hip}, and the kernels are for CUDA")
+    check()
+    check_driver()
+    device(torch.cuda.current_device() if index is None else index).prove()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 _THREADS, _MANY_ROWS, _SHARERS = 256, 16, 8  # of reduce.cu
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_SOURCE = _nvrtc.SHARED_SOURCES / "reduce.cu"
+SOURCE = _nvrtc.SHARED_SOURCES / "reduce.cu"
 _SUM = struct.Struct("2q2q3q3q3ii")
 
 Triple = tuple[int, int, int]
@@ -49,5 +49,5 @@ def add_up(device: _nvrtc.Device, sums: Sequence[Sum]) -> None:
         )
         columns = _THREADS // (_SHARERS if rows > _MANY_ROWS else 1)
         blocks = max(blocks, -(-prod(sizes) // columns))
-    kernel = device.kernel(_SOURCE, str(len(sums)), _THREADS)
+    kernel = device.kernel(SOURCE, str(len(sums)), _THREADS)
     kernel((blocks, len(sums), 1), b"".join(packed))

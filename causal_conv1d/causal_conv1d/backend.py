@@ -1,7 +1,8 @@
 """The one place that chooses which implementation of an operator runs.
 
 A *kernel set* is a module (or any object) whose attributes are an operator package's kernels, all with the same
-signatures. Each package keeps one `Backends` table and asks it for a kernel set at every call:
+signatures; those that it lacks, and would be faster with, are in its `MISSED`, with what they do in words. Each package
+keeps one `Backends` table and asks it for a kernel set at every call:
 
 | name | device | what |
 |---|---|---|
@@ -9,7 +10,8 @@ signatures. Each package keeps one `Backends` table and asks it for a kernel set
 | `cpp` | cpu | the C++ library built at install time |
 | `torch` | any | vectorised torch operations; always there |
 
-The first that loads is taken; if a faster one fails to load, one warning says why and the next is used.
+The first that loads is taken, for each device by itself; if a faster one fails to load, one warning says why and the
+next is used.
 `use("torch")`, or `KERNEL_BACKEND=torch` in the environment, forces one by name.
 """
 
@@ -32,6 +34,24 @@ def _checked(name: str) -> str:
     if name not in NAMES:
         raise ValueError(f"kernel backend is {name!r}, wanted one of {', '.join(NAMES)}")
     return name
+
+
+# Why there are no kernels, as far as a warning has said so.
+_told: set[str] = set()
+
+
+def tell(kind: str, reason: Exception) -> None:
+    """Warn that there are no kernels of a kind, and why: once, however many packages and operators meet the reason."""
+    if str(reason) not in _told:
+        _told.add(str(reason))
+        warnings.warn(f"no {kind} kernels ({reason}); using the slower torch path", RuntimeWarning, stacklevel=3)
+
+
+def tell_of(what: str) -> None:
+    """Warn, once, that `what` has no kernel on a device that has others, so that torch's operations do it."""
+    if what not in _told and not torch.compiler.is_compiling():
+        _told.add(what)
+        warnings.warn(f"no CUDA kernel for {what}; using the slower torch path", RuntimeWarning, stacklevel=3)
 
 
 _forced = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto") or "auto")
@@ -62,26 +82,27 @@ class Backends:
     def __init__(self, package: str, fallback: Any):
         self.package = package
         self.fallback = fallback
-        self._loaders: dict[str, tuple[str, Callable[[], Any]]] = {}
-        self._loaded: dict[str, Any] = {}
+        self._loaders: dict[str, tuple[str, Callable[[int | None], Any]]] = {}
+        self._loaded: dict[tuple[str, int | None], Any] = {}
 
-    def add(self, name: str, device_type: str, load: Callable[[], Any]) -> None:
-        """Register backend `name` for `device_type`; `load()` returns its kernel set or raises the reason it cannot."""
+    def add(self, name: str, device_type: str, load: Callable[[int | None], Any]) -> None:
+        """Register backend `name` for `device_type`; `load(index)`, with the index of a device or None for torch's
+        current one, returns its kernel set or raises the reason it cannot."""
         self._loaders[device_type] = (_checked(name), load)
 
-    def available(self, device_type: str) -> str:
-        """Name of the backend that runs on `device_type` when none is forced."""
+    def available(self, device_type: str, index: int | None = None) -> str:
+        """Name of the backend that runs on a device when none is forced."""
         name, _ = self._loaders.get(device_type, ("torch", None))
-        return "torch" if self._load(device_type) is self.fallback else name
+        return "torch" if self._load(device_type, index) is self.fallback else name
 
     def pick(self, tensor: torch.Tensor) -> Any:
         """Kernel set for operators whose first argument is `tensor`."""
         if _forced == "torch" or tensor.dtype not in KERNEL_DTYPES:
             return self.fallback
-        device_type = tensor.device.type
+        device = tensor.device.type, tensor.device.index
         if _forced != "auto":
-            return self._load_forced(device_type)
-        return self._loaded.get(device_type) or self._load(device_type)
+            return self._load_forced(*device)
+        return self._loaded.get(device) or self._load(*device)
 
     def has(self, tensor: torch.Tensor, function: str) -> bool:
         """Whether the kernel set for `tensor` has `function`, which not all have. Not while a graph is exported, whose
@@ -90,28 +111,39 @@ class Backends:
         if torch.jit.is_tracing() or exporting():
             return False
         if torch.compiler.is_compiling():
-            _load_before_compiling(self, tensor.device.type)
+            _load_before_compiling(self, tensor.device.type, tensor.device.index)
         elif torch._C._are_functorch_transforms_active():
             return False
-        return hasattr(self.pick(tensor), function)
+        kernels = self.pick(tensor)
+        if hasattr(kernels, function):
+            return True
+        missed = getattr(kernels, "MISSED", {}).get(function)
+        if missed is not None:
+            tell_of(missed)
+        return False
 
-    def _load(self, device_type: str) -> Any:
-        if device_type not in self._loaded:
-            name, load = self._loaders.get(device_type, ("torch", lambda: self.fallback))
+    def _load(self, device_type: str, index: int | None) -> Any:
+        device = device_type, index
+        if device not in self._loaded:
+            name, load = self._loaders.get(device_type, ("torch", lambda index: self.fallback))
             try:
-                self._loaded[device_type] = load()
+                self._loaded[device] = load(index)
             except Exception as error:
-                message = f"{self.package}: no {name} kernels ({error}); using the slower torch path"
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
-                self._loaded[device_type] = self.fallback
-        return self._loaded[device_type]
+                tell("CUDA" if name == "cuda" else name, error)
+                self._loaded[device] = self.fallback
+        return self._loaded[device]
 
-    def _load_forced(self, device_type: str) -> Any:
+    def _load_forced(self, device_type: str, index: int | None) -> Any:
         name, load = self._loaders.get(device_type, ("torch", None))
-        return load() if name == _forced else self.fallback
+        if name != _forced:
+            return self.fallback
+        device = device_type, index
+        if self._loaded.get(device, self.fallback) is self.fallback:
+            self._loaded[device] = load(index)
+        return self._loaded[device]
 
 
 @torch.compiler.assume_constant_result
-def _load_before_compiling(backends: Backends, device_type: str) -> str:
-    """Load the kernel set for a kind of device, which a compiler cannot follow."""
-    return backends.available(device_type)
+def _load_before_compiling(backends: Backends, device_type: str, index: int | None) -> str:
+    """Load the kernel set for a device, which a compiler cannot follow."""
+    return backends.available(device_type, index)

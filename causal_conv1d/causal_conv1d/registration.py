@@ -15,6 +15,7 @@ class Operators:
     def __init__(self, namespace: str):
         self._namespace = namespace
         self._library = torch.library.Library(namespace, "DEF")
+        self.kernels: dict[str, Callable] = {}  # by an operator's name
 
     def register(
         self,
@@ -38,6 +39,7 @@ class Operators:
         """
         name = schema.partition("(")[0]
         self._library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        self.kernels[name] = kernel
         self._library.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{self._namespace}::{name}", fake, lib=self._library)
         if differentiate is not None:

@@ -152,12 +152,12 @@ def test_opcheck(name):
         xz, directions = arguments(batch=1, seqlen=35, dim=4, dstate=2)
         parameters = [tensor for direction in directions for tensor in direction[:-1]]
         inputs = [xz.requires_grad_(), *(tensor.requires_grad_() for tensor in parameters)]
-        args = (*inputs, [False, True], 0.5, True)
+        args = (*inputs, [False, True], 0.5, True, False)
         torch.library.opcheck(torch.ops.mamba_ssm.directions.default, args)
         with torch.no_grad():
             out, *saved = torch.ops.mamba_ssm.directions(*args)
         xz, *parameters = (tensor.detach() for tensor in inputs)
-        args = (out, xz, *saved, *parameters, [False, True], 0.5)
+        args = (out, xz, *saved, *parameters, [False, True], 0.5, False)
         torch.library.opcheck(torch.ops.mamba_ssm.directions_backward.default, args)
 
 

@@ -13,24 +13,31 @@ struct BackwardDirection {
     float *sums;  // (blocks in z and y, dim, width + 1): weight, then bias
 };
 
+// Two directions are of one x and one dx, to which the second adds; it runs against the first, or along with it.
 struct BackwardParams {
-    BackwardDirection direction;
+    BackwardDirection direction[2];
     Sizes sizes;
     int strip;  // steps per strip
+    int directions, opposed;
 };
 
-template <class T, class TW, int VEC, int WIDTH> DEVICE void differentiate(const BackwardParams &p) {
-    // A block is COLUMNS threads wide; the others hold further strips of the same channels.
-    constexpr int COLUMNS = 32, STRIPS = THREADS / COLUMNS, VALUES = (WIDTH + 1) * VEC;
-    SHARED_ARRAY(float, s_sums, THREADS * VALUES);
+// A block is COLUMNS threads wide; the others hold further strips of the same channels.
+constexpr int COLUMNS = 32, STRIPS = THREADS / COLUMNS;
+
+// In both directions a thread holds the same places of memory, so that it adds to what it wrote itself.
+template <class T, class TW, int VEC, int WIDTH>
+DEVICE void differentiate(const BackwardParams &p, const int which, float *s_sums) {
+    constexpr int VALUES = (WIDTH + 1) * VEC;
     const Sizes &sizes = p.sizes;
-    const BackwardDirection &d = p.direction;
+    const BackwardDirection &d = p.direction[which];
     const int columns = sizes.dim / VEC;
     const int across = sizes.time_fastest ? threadIdx.x / STRIPS : threadIdx.x % COLUMNS;
     const int along = sizes.time_fastest ? threadIdx.x % STRIPS : threadIdx.x / COLUMNS;
     const int column = blockIdx.x * COLUMNS + across, strip = blockIdx.z * STRIPS + along;
     const bool works = column < columns && strip < sizes.strips;
-    const int begin = strip * p.strip, end = min(begin + p.strip, sizes.seqlen);
+    const int low = min(strip * p.strip, sizes.seqlen), high = min(low + p.strip, sizes.seqlen);
+    const bool turned = which == 1 && p.opposed;
+    const int begin = turned ? sizes.seqlen - high : low, end = turned ? sizes.seqlen - low : high;
     float sums[WIDTH + 1][VEC] = {};
 
     if (works) {
@@ -71,7 +78,14 @@ template <class T, class TW, int VEC, int WIDTH> DEVICE void differentiate(const
                         result[i] = fmaf(taps.weight[WIDTH - 1 - w][i], grads[w][i], result[i]);
                     }
                 }
-                if (t - (WIDTH - 1) >= begin) dx.write(t - (WIDTH - 1), result);
+                const int to = t - (WIDTH - 1);
+                if (to < begin) continue;
+                if (which == 1) {
+                    const Pack<T, VEC> before = dx.read(to);
+#pragma unroll
+                    for (int i = 0; i < VEC; i++) result[i] += to_float(before.v[i]);
+                }
+                dx.write(to, result);
             }
         }
     }
@@ -92,4 +106,13 @@ template <class T, class TW, int VEC, int WIDTH> DEVICE void differentiate(const
     }
 }
 
-KERNEL(conv_backward, BackwardParams, THREADS, 4) { differentiate<KERNEL_ARGUMENTS>(p); }
+template <class T, class TW, int VEC, int WIDTH> DEVICE void differentiate_all(const BackwardParams &p) {
+    SHARED_ARRAY(float, s_sums, THREADS * (WIDTH + 1) * VEC);
+#pragma unroll 1
+    for (int which = 0; which < p.directions; which++) {
+        __syncthreads();
+        differentiate<T, TW, VEC, WIDTH>(p, which, s_sums);
+    }
+}
+
+KERNEL(conv_backward, BackwardParams, THREADS, 3) { differentiate_all<KERNEL_ARGUMENTS>(p); }

@@ -12,5 +12,5 @@ from causal_conv1d.backend import Backends
 from causal_conv1d.kernels import torch as torch_kernels
 
 backends = Backends("causal_conv1d", torch_kernels)
-backends.add("cpp", "cpu", lambda: import_module("causal_conv1d.kernels.cpp"))
-backends.add("cuda", "cuda", lambda: import_module("causal_conv1d.kernels.cuda").load())
+backends.add("cpp", "cpu", lambda _: import_module("causal_conv1d.kernels.cpp"))
+backends.add("cuda", "cuda", lambda index: import_module("causal_conv1d.kernels.cuda").load(index))

@@ -30,11 +30,12 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT, int PA
     using Own = Team<LANES, CPT>;
     using Sums = shared_math::BackwardSums<Thread>;
     static constexpr int CHANNELS = Own::CHANNELS, DSTATE = Own::DSTATE;
-    static constexpr int TILE = 32, SUB = 4, SUBS = TILE / SUB;  // TILE is the interval of the checkpoints
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-    static constexpr int BLOCKS = 2;  // per multiprocessor: for more there is no shared memory
+    static constexpr int TILE = 16, SUB = 4, SUBS = TILE / SUB;  // TILE is the interval of the checkpoints
+    // Resident blocks that a multiprocessor must have registers for; a Turing has no shared memory for more than two.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    static constexpr int BLOCKS = 2;
 #else
-    static constexpr int BLOCKS = 3;
+    static constexpr int BLOCKS = LANES == 32 ? 2 : 3;
 #endif
     static constexpr int PARTS = THREADS / CHANNELS;  // threads that add up one channel's column of a tile
     // One step's dB and dC of STATES states, added over the warp's teams: what each lane then holds of them.
@@ -107,6 +108,7 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT, int PA
 #pragma unroll
                 for (int k = 0; k < VEC; k++) {
                     steps[k] = inside ? step_size(steps[k], shift[k], sizes.softplus) : 0.f;
+                    grads[k] *= sizes.share;
                     if (gated) grads[k] *= shared_math::silu<Thread>(gate[k]);
                 }
                 const int index = rows.index_of(first + i);
@@ -208,7 +210,9 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT, int PA
             const int64 count = (sizes.seqlen - 1) / TILE, index = at.batch * count + at.step / TILE - 1;
             own.read_states(h, d.checkpoints + index * sizes.dim * sizes.dstate, sizes);
         }
-        for (int sub = 0; sub < SUBS - 1; sub++) {
+        // The last tile of a sequence may be short: nothing is walked that is not there.
+        const int subs = min(SUBS, (at.times + SUB - 1) / SUB);
+        for (int sub = 0; sub < subs - 1; sub++) {
 #pragma unroll
             for (int c = 0; c < CPT; c++) store_floats(start_of(sub, c), h[c]);
 #pragma unroll
@@ -217,11 +221,11 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT, int PA
                 step(own, sub * SUB + j, carried.A, h, h, decays);
             }
         }
-        for (int sub = SUBS - 1; sub >= 0; sub--) {
+        for (int sub = subs - 1; sub >= 0; sub--) {
             float states[SUB + 1][CPT][STATES], decays[SUB][CPT][STATES];
 #pragma unroll
             for (int c = 0; c < CPT; c++) {
-                if (sub < SUBS - 1) load_floats(start_of(sub, c), h[c]);
+                if (sub < subs - 1) load_floats(start_of(sub, c), h[c]);
 #pragma unroll
                 for (int n = 0; n < STATES; n++) states[0][c][n] = h[c][n];
             }
@@ -280,7 +284,14 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT, int PA
                 unpack(zs.unit(i * zs.step(d.z, rows)), gate);
                 load_floats(dy + index, y);
 #pragma unroll
-                for (int k = 0; k < VEC; k++) grads[k] *= y[k] * shared_math::silu_grad<Thread>(gate[k]);
+                for (int k = 0; k < VEC; k++) {
+                    grads[k] *= sizes.share * y[k] * shared_math::silu_grad<Thread>(gate[k]);
+                }
+                if (sizes.accumulate) {
+                    unpack(dzs.unit(i * dzs.step(d.dz, rows)), y);
+#pragma unroll
+                    for (int k = 0; k < VEC; k++) grads[k] += y[k];
+                }
                 dzs.unit(i * dzs.step(d.dz, rows)) = pack_as<TZ>(grads);
             }
         }
@@ -341,7 +352,14 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT, int PA
 
     DEVICE void write_sums(const BackwardDirection &d, const Sizes &sizes, const Own &own, const Place &at, int64 row,
                            const Carried &carried) {
-        own.write_states(carried.dA, d.A_sums + row * sizes.dim * sizes.dstate, sizes);
+        float dA[CPT][STATES];
+#pragma unroll
+        for (int c = 0; c < CPT; c++)
+#pragma unroll
+            for (int n = 0; n < STATES; n++) {
+                dA[c][n] = carried.dA[c][n] * (sizes.log_decay ? carried.A[c][n] * shared_math::LN_2 : 1.f);
+            }
+        own.write_states(dA, d.A_sums + row * sizes.dim * sizes.dstate, sizes);
         if (d.D_sums != nullptr && own.writes) {
 #pragma unroll
             for (int i = 0; i < Own::SUMS; i++) {

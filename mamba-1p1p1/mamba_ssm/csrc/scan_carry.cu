@@ -22,7 +22,7 @@ template <bool BACKWARDS> DEVICE void carry_states(const CarryParams &p) {
     const int index = blockIdx.x * THREADS + threadIdx.x;
     if (index >= states) return;
     const int channel = index / sizes.dstate;
-    const float A = d.A[index] * shared_math::LOG2_E;
+    const float A = decay_rate(d.A[index], sizes) * shared_math::LOG2_E;
     for (int b = blockIdx.y; b < sizes.batch; b += gridDim.y) {
         float carried = 0.f;
         for (int i = 0; i < sizes.splits; i++) {

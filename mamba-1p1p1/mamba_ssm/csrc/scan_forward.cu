@@ -8,7 +8,7 @@ struct ForwardDirection {
     Matrix B, C;
     const float *A, *D, *delta_bias;
     const float *carry;   // (batch, splits, dim, dstate), the state each split starts from; null: zero
-    float *last_state;    // (batch, dim, dstate)
+    float *last_state;    // (batch, dim, dstate); or null
     float *checkpoints;   // (batch, count, dim, dstate), the states before steps interval, 2 * interval, ..; or null
 };
 
@@ -25,7 +25,7 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT, int PA
     using Entries = MatrixMap<TILE, DSTATE>;
     static constexpr int VEC = Rows::VEC;
     // Resident blocks that a multiprocessor must have registers for; chosen so that none spill.
-    static constexpr int BLOCKS = CPT == 4 || Rows::COUNT >= 8 ? 3 : CPT == 1 && LANES == 4 ? 5 : 4;
+    static constexpr int BLOCKS = LANES == 32 ? 2 : CPT == 4 || Rows::COUNT >= 8 ? 3 : CPT == 1 && LANES == 4 ? 5 : 4;
 
     static DEVICE void run(const ForwardParams &p) {
         SHARED_ARRAY(float, s_rows, 4 * Rows::SIZE);
@@ -135,17 +135,25 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT, int PA
                     if (!rows.holds(i, times, limit)) continue;
                     float y[VEC];
                     load_floats(s_y + rows.index_of(i), y);
+                    if (sizes.accumulate) {
+                        float before[VEC];
+                        unpack(out.unit(i * stride), before);
+#pragma unroll
+                        for (int k = 0; k < VEC; k++) y[k] += before[k];
+                    }
                     if (gated) {
                         float gate[VEC];
                         load_floats(s_gate + rows.index_of(i), gate);
 #pragma unroll
                         for (int k = 0; k < VEC; k++) y[k] *= gate[k];
                     }
+#pragma unroll
+                    for (int k = 0; k < VEC; k++) y[k] *= sizes.share;
                     out.unit(i * stride) = pack_as<TU>(y);
                 }
                 out.at += TILE * d.out.time;
             }
-            if (split == sizes.splits - 1) {
+            if (split == sizes.splits - 1 && first.last_state != nullptr) {
                 own.write_states(h, p.direction[unhoisted(direction)].last_state + b * states_size(sizes), sizes);
             }
         }

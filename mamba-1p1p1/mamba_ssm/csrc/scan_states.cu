@@ -90,7 +90,7 @@ struct SplitStates {
                     for (int k = 0; k < VEC; k++) {
                         dt[k] = inside ? step_size(dt[k], shift[k], sizes.softplus) : 0.f;
                         if (d.z.data != nullptr) values[k] *= shared_math::silu<Thread>(gate[k]);
-                        if (!BACKWARDS) values[k] *= dt[k];
+                        values[k] *= BACKWARDS ? sizes.share : dt[k];
                     }
                     store_floats(s_dt + rows.index_of(i), dt);
                     store_floats(s_input + rows.index_of(i), values);

@@ -31,7 +31,14 @@ struct Sizes {
     int splits, split_length;         // the sequence is cut into splits of split_length steps
     int directions, interval;         // interval: steps between checkpoints
     int softplus, state_fastest;
+    int accumulate, log_decay;        // whether out and dz are added to; whether A holds log(-A), as does its gradient
+    float share;                      // what out is multiplied with, after all else
 };
+
+// A, out of what stands for it.
+DEVICE float decay_rate(float A, const Sizes &sizes) {
+    return sizes.log_decay ? -fast_exp2(A * shared_math::LOG2_E) : A;
+}
 
 // How the threads of a block share a tile of TILE steps by WIDTH channels for loads and stores, in the order of memory.
 // PACK 0: neighbouring threads hold neighbouring steps. Else each holds PACK neighbouring channels, which must be dense
@@ -147,11 +154,21 @@ template <int LANES, int CPT> struct Team {
             for (int n = 0; n < STATES; n++) {
                 int state = lane * STATES + n;
                 bool there = c < channels && state < sizes.dstate;
-                A[c][n] = there ? data[int64(channel + c) * sizes.dstate + state] * shared_math::LOG2_E : 0.f;
+                A[c][n] = there ? decay_rate(data[int64(channel + c) * sizes.dstate + state], sizes) * shared_math::LOG2_E : 0.f;
             }
     }
-    // States of its channels in a (dim, dstate) float tensor.
+    // States of its channels in a (dim, dstate) float tensor, whose start is aligned to 16 bytes.
     DEVICE void read_states(float (&h)[CPT][STATES], const float *data, const Sizes &sizes) const {
+        if (sizes.dstate % STATES == 0) {
+#pragma unroll
+            for (int c = 0; c < CPT; c++) {
+                const bool there = c < channels && lane * STATES < sizes.dstate;
+                if (there) load_floats(data + int64(channel + c) * sizes.dstate + lane * STATES, h[c]);
+#pragma unroll
+                for (int n = 0; n < STATES; n++) h[c][n] = there ? h[c][n] : 0.f;
+            }
+            return;
+        }
 #pragma unroll
         for (int c = 0; c < CPT; c++)
 #pragma unroll
@@ -162,6 +179,14 @@ template <int LANES, int CPT> struct Team {
             }
     }
     DEVICE void write_states(const float (&h)[CPT][STATES], float *data, const Sizes &sizes) const {
+        if (sizes.dstate % STATES == 0) {
+#pragma unroll
+            for (int c = 0; c < CPT; c++) {
+                if (c >= channels || lane * STATES >= sizes.dstate) continue;
+                store_floats(data + int64(channel + c) * sizes.dstate + lane * STATES, h[c]);
+            }
+            return;
+        }
 #pragma unroll
         for (int c = 0; c < CPT; c++)
 #pragma unroll

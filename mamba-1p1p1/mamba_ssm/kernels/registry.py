@@ -28,5 +28,5 @@ from causal_conv1d.backend import Backends
 from mamba_ssm.kernels import torch as torch_kernels
 
 backends = Backends("mamba_ssm", torch_kernels)
-backends.add("cpp", "cpu", lambda: import_module("mamba_ssm.kernels.cpp"))
-backends.add("cuda", "cuda", lambda: import_module("mamba_ssm.kernels.cuda").load())
+backends.add("cpp", "cpu", lambda _: import_module("mamba_ssm.kernels.cpp"))
+backends.add("cuda", "cuda", lambda index: import_module("mamba_ssm.kernels.cuda").load(index))

@@ -75,9 +75,10 @@ class _Branch(NamedTuple):
         return linear(dt, self.dt_proj.weight), B, C, _wide(self.dt_proj.bias)
 
     def direction(self) -> Direction:
-        """The parameters as `directions_fn` takes them; not for v1, which shares a convolution between both."""
+        """The parameters as `directions_fn` takes them, with log(-A); not for v1, which shares a convolution between
+        both."""
         weights = self.conv.weight.squeeze(1), self.conv.bias, self.x_proj.weight, self.dt_proj.weight
-        return Direction(*weights, _wide(self.dt_proj.bias), self.A, self.D, self.reverse)
+        return Direction(*weights, _wide(self.dt_proj.bias), _wide(self.A_log), self.D, self.reverse)
 
     def taps(self) -> Taps:
         return Taps(self.conv.weight.squeeze(1), self.conv.bias, self.skip)

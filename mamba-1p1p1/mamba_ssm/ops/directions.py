@@ -28,7 +28,9 @@ from torch import Tensor
 __all__ = ["Direction", "directions_fn", "directions_ref"]
 
 
-def directions_fn(xz: Tensor, directions: Sequence[Direction], share: float = 1.0) -> Tensor:
+def directions_fn(
+    xz: Tensor, directions: Sequence[Direction], share: float = 1.0, *, log_decay: bool = False
+) -> Tensor:
     """`share * sum over directions of scan(conv(x)) * silu(z)`, differentiable in every tensor.
 
     Each direction computes `u = silu(conv(x))`, `dt, B, C = x_proj(u)`, `delta = dt_proj(dt)` and the selective scan of
@@ -39,6 +41,7 @@ def directions_fn(xz: Tensor, directions: Sequence[Direction], share: float = 1.
             not 1.
         directions: one or two.
         share: what the sum is multiplied with.
+        log_decay: `A` of each direction holds log(-A), as a mixer's parameter does.
 
     Returns:
         (batch, seqlen, dim) in the dtype of `xz`, contiguous.
@@ -52,16 +55,19 @@ def directions_fn(xz: Tensor, directions: Sequence[Direction], share: float = 1.
         xz = xz.to(torch.get_autocast_dtype(device_type))
     _check(xz, directions)
     if wants_reference(xz, *(tensor for direction in directions for tensor in direction)):
-        return directions_ref(xz, directions, share)
+        return directions_ref(xz, directions, share, log_decay=log_decay)
     xz = xz if xz.stride(-1) == 1 else xz.contiguous()
     parameters = [tensor for direction in directions for tensor in direction[:DIRECTION_TENSORS]]
     parameters += [None] * (2 * DIRECTION_TENSORS - len(parameters))
     reverse = [direction.reverse for direction in directions]
     wanted = any(tensor is not None and tensor.requires_grad for tensor in (xz, *parameters))
-    return torch.ops.mamba_ssm.directions(xz, *parameters, reverse, share, wanted and torch.is_grad_enabled())[0]
+    save_states = wanted and torch.is_grad_enabled()
+    return torch.ops.mamba_ssm.directions(xz, *parameters, reverse, share, save_states, log_decay)[0]
 
 
-def directions_ref(xz: Tensor, directions: Sequence[Direction], share: float = 1.0) -> Tensor:
+def directions_ref(
+    xz: Tensor, directions: Sequence[Direction], share: float = 1.0, *, log_decay: bool = False
+) -> Tensor:
     """What `directions_fn` computes, on the reference operators."""
     x, z = xz.transpose(1, 2).chunk(2, dim=1)
     total = None
@@ -69,6 +75,7 @@ def directions_ref(xz: Tensor, directions: Sequence[Direction], share: float = 1
         u = causal_conv1d_ref(x, conv_weight, conv_bias, "silu", reverse=reverse)
         dt, B, C = split_matrices(F.linear(u.transpose(1, 2), x_proj_weight.to(u.dtype)), A.shape[1])
         delta = F.linear(dt, dt_proj_weight.to(u.dtype)).transpose(1, 2)
+        A = -A.exp() if log_decay else A
         part = selective_scan_ref(u, delta, A, B, C, D, z, dt_bias, True, reverse=reverse)
         total = part if total is None else total + part
     return (total * share).transpose(1, 2)
@@ -125,16 +132,31 @@ def _two(xz: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return (*tensors, xz.new_empty(0))[:2]
 
 
-def _has_own(kernels: Any, xz: Tensor) -> bool:
-    """Whether `kernels` makes one of it all, of which there is some."""
-    return hasattr(kernels, "directions_forward") and xz.numel() > 0
+def _own(kernels: Any, xz: Tensor, directions: Sequence[Direction]) -> str | None:
+    """What `kernels` has that makes one of it all, if there is some: "stacked", which keeps what it saves of all
+    directions in one tensor, with the weights in the place of the other's, and takes log(-A), or "plain"."""
+    if xz.numel() == 0:
+        return None
+    if hasattr(kernels, "stacked_forward") and kernels.can_stack(xz, directions):
+        return "stacked"
+    return "plain" if hasattr(kernels, "directions_forward") else None
+
+
+def _rates(directions: Sequence[Direction], log_decay: bool) -> list[Direction]:
+    """The directions with A in the place of log(-A)."""
+    return [each._replace(A=-each.A.exp()) if log_decay else each for each in directions]
 
 
 def _forward(xz, *arguments):
-    *parameters, reverse, share, save_states = arguments
+    *parameters, reverse, share, save_states, log_decay = arguments
     kernels, directions = backends.pick(xz), _split(parameters, reverse)
     with torch.no_grad():
-        if _has_own(kernels, xz):
+        own = _own(kernels, xz, directions)
+        if own == "stacked":
+            out, x_dbl, weights, states = kernels.stacked_forward(xz, directions, share, save_states, log_decay)
+            return out, x_dbl, weights, *_two(xz, [states])
+        directions = _rates(directions, log_decay)
+        if own == "plain":
             out, x_dbls, states = kernels.directions_forward(xz, directions, share, save_states)
         else:
             out, x_dbls, states = composed.directions_forward(kernels, xz, directions, share, save_states)
@@ -142,14 +164,29 @@ def _forward(xz, *arguments):
 
 
 def _backward(dout, xz, *arguments):
-    x_dbls, states, (*parameters, reverse, share) = arguments[:2], arguments[2:4], arguments[4:]
+    x_dbls, states, (*parameters, reverse, share, log_decay) = arguments[:2], arguments[2:4], arguments[4:]
     kernels, directions = backends.pick(xz), _split(parameters, reverse)
-    x_dbls, states = x_dbls[: len(directions)], states[: len(directions)]
+    stacked = x_dbls[0].dim() == 4  # of a forward by "stacked"
     with torch.no_grad():
-        if _has_own(kernels, xz):
-            grads = kernels.directions_backward(dout, xz, directions, x_dbls, states, share)
+        own = _own(kernels, xz, directions)
+        if stacked and own == "stacked":
+            grads = kernels.stacked_backward(dout, xz, directions, *x_dbls, states[0], share, log_decay)
         else:
-            grads = composed.directions_backward(kernels, dout, xz, directions, x_dbls, states, share)
+            given, directions = directions, _rates(directions, log_decay)
+            x_dbls, states = (x_dbls[0].unbind(), ()) if stacked else (x_dbls, states)
+            x_dbls = x_dbls[: len(directions)]
+            if own == "plain" and not stacked:
+                states = states[: len(directions)]
+                grads = kernels.directions_backward(dout, xz, directions, x_dbls, states, share)
+            else:
+                # the forward may have run on another kernel set, and left nothing that this one can start from
+                kernels = backends.fallback if stacked or own == "stacked" else kernels
+                states = states[: len(directions)] or [xz.new_empty(0)] * len(directions)
+                grads = composed.directions_backward(kernels, dout, xz, directions, x_dbls, states, share)
+            if log_decay:
+                for number, direction in enumerate(directions):
+                    place = 1 + number * DIRECTION_TENSORS + given[number]._fields.index("A")
+                    grads[place] = grads[place] * direction.A
         grads += [None] * (1 + 2 * DIRECTION_TENSORS - len(grads))
         return tuple(
             xz.new_empty(0) if like is None else grad.to(like.dtype).contiguous()
@@ -158,10 +195,17 @@ def _backward(dout, xz, *arguments):
 
 
 def _fake_forward(xz, *arguments):
-    *parameters, reverse, _, save_states = arguments
+    *parameters, reverse, _, save_states, _ = arguments
     (batch, seqlen, width), x_dbls, states = xz.shape, [], []
-    shape_of_states = backends.pick(xz).states_shape
-    for direction in _split(parameters, reverse):
+    kernels, directions = backends.pick(xz), _split(parameters, reverse)
+    shape_of_states = kernels.states_shape
+    if _own(kernels, xz, directions) == "stacked":
+        rows, dstate, count = directions[0].x_proj_weight.shape[0], directions[0].A.shape[1], len(directions)
+        kept = (count, *shape_of_states(batch, width // 2, seqlen, dstate)) if save_states else (0,)
+        weights = xz.new_empty(kernels.weights_size(directions, xz.dtype) if save_states else 0)
+        x_dbl, states = xz.new_empty(count, batch, seqlen, rows), [xz.new_empty(kept, dtype=torch.float32)]
+        return xz.new_empty(batch, seqlen, width // 2), x_dbl, weights, *_two(xz, states)
+    for direction in directions:
         rows, dstate = direction.x_proj_weight.shape[0], direction.A.shape[1]
         x_dbls.append(xz.new_empty(batch, seqlen, rows))
         shape = shape_of_states(batch, width // 2, seqlen, dstate) if save_states else (0,)
@@ -170,17 +214,17 @@ def _fake_forward(xz, *arguments):
 
 
 def _fake_backward(dout, xz, *arguments):
-    wanted = (xz, *arguments[4:-2])
+    wanted = (xz, *arguments[4:-3])
     return tuple(xz.new_empty(0) if like is None else like.new_empty(like.shape) for like in wanted)
 
 
 def _reference(xz: Tensor, *arguments) -> Tensor:
-    *parameters, reverse, share = arguments
-    return directions_ref(xz, _split(parameters, reverse), share)
+    *parameters, reverse, share, log_decay = arguments
+    return directions_ref(xz, _split(parameters, reverse), share, log_decay=log_decay)
 
 
 def _flops(xz: Sequence[int], *arguments) -> int:
-    *parameters, reverse, _, _ = arguments
+    *parameters, reverse, _, _, _ = arguments
     (batch, seqlen, width), total = xz, 0
     u = batch, width // 2, seqlen
     for conv_weight, _, x_proj_weight, dt_proj_weight, _, A, D, _ in _split(parameters, reverse):
@@ -190,17 +234,19 @@ def _flops(xz: Sequence[int], *arguments) -> int:
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.reverse, ctx.share, _ = inputs
+    ctx.set_materialize_grads(False)  # what is kept for backward has no gradient, and zeros would have to be written
+    *tensors, ctx.reverse, ctx.share, _, ctx.log_decay = inputs
     ctx.save_for_backward(*output[1:], *tensors)
 
 
 def _differentiate(ctx, dout: Tensor, *_) -> tuple:
     x_dbl, x_dbl_b, states, states_b, *tensors = ctx.saved_tensors
+    options = ctx.reverse, ctx.share, ctx.log_decay
     if torch.is_grad_enabled():
-        return *gradients_by_reference(_reference, (*tensors, ctx.reverse, ctx.share), (dout,)), None
+        return *gradients_by_reference(_reference, (*tensors, *options), (dout,)), None
     saved = (x_dbl, x_dbl_b, states, states_b)
-    grads = torch.ops.mamba_ssm.directions_backward(dout, tensors[0], *saved, *tensors[1:], ctx.reverse, ctx.share)
-    return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads)), None, None, None
+    grads = torch.ops.mamba_ssm.directions_backward(dout, tensors[0], *saved, *tensors[1:], *options)
+    return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads)), None, None, None, None
 
 
 _TENSORS = (
@@ -212,7 +258,8 @@ _ARGUMENTS = f"{_TENSORS.format('')}, {_TENSORS.format('_b')}, bool[] reverse, f
 _SAVED = "Tensor x_dbl, Tensor x_dbl_b, Tensor states, Tensor states_b"
 _GRADIENTS = ", ".join(["Tensor"] * (1 + 2 * DIRECTION_TENSORS))
 OPERATORS.register(
-    f"directions(Tensor xz, {_ARGUMENTS}, bool save_states) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"directions(Tensor xz, {_ARGUMENTS}, bool save_states, bool log_decay)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
     save=_save,
@@ -220,5 +267,7 @@ OPERATORS.register(
     flops=_flops,
 )
 OPERATORS.register(
-    f"directions_backward(Tensor dout, Tensor xz, {_SAVED}, {_ARGUMENTS}) -> ({_GRADIENTS})", _backward, _fake_backward
+    f"directions_backward(Tensor dout, Tensor xz, {_SAVED}, {_ARGUMENTS}, bool log_decay) -> ({_GRADIENTS})",
+    _backward,
+    _fake_backward,
 )

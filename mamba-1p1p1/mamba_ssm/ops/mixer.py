@@ -46,7 +46,7 @@ class Branch(Protocol):
         where delta has it."""
 
     def direction(self) -> Direction:
-        """Its parameters, as `directions_fn` takes them."""
+        """Its parameters, as `directions_fn` takes them with `log_decay`."""
 
     def taps(self) -> Taps:
         """Its parameters, as `pooled_conv_fn` takes them."""
@@ -106,13 +106,14 @@ def mix(
         (B, L, d_inner) in the dtype of `xz`.
     """
     whole = gated and not shared and token_mask is None and gates is None and observe is None
-    if whole and all(branch.plain for branch in branches) and backends.has(xz, "directions_forward"):
-        return directions_fn(xz, [branch.direction() for branch in branches], share)
+    if whole and all(branch.plain for branch in branches) and _has_whole(xz):
+        return directions_fn(xz, [branch.direction() for branch in branches], share, log_decay=True)
     x, z = xz.chunk(2, dim=-1)
+    x = _masked(x, token_mask)
     inputs, scans = None, []
     for branch in branches:
         if inputs is None or not shared:
-            u = _convolve(branch, x, token_mask)
+            u = _masked(branch.convolve(x), token_mask)
             inputs = u, *branch.project(u)
         u, delta, B, C, bias = inputs
         if observe is not None:
@@ -126,6 +127,10 @@ def mix(
             part = part * gates[:, number].view(-1, 1, 1).to(part.dtype)
         y = part if y is None else y + part
     return y
+
+
+def _has_whole(xz: Tensor) -> bool:
+    return backends.has(xz, "directions_forward") or backends.has(xz, "stacked_forward")
 
 
 def mix_pooled(
@@ -158,9 +163,10 @@ def mix_pooled(
         given = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
         return out_proj(gate_fn(skip, scanned, z, *given, lines, share))
     x, z = in_proj(pooling.order(hidden_states)).chunk(2, dim=-1)
+    x = _masked(x, token_mask)
     u, skip, groups, maps = None, None, [], (pooling, pooling.backward or pooling)
     for branch, own in zip(branches, maps):
-        u = _convolve(branch, x, token_mask) if u is None or not shared else u
+        u = _masked(branch.convolve(x), token_mask) if u is None or not shared else u
         D = (branch.D if share == 1 else branch.D * share).to(u.dtype)
         skip = u * D if skip is None else torch.addcmul(skip, u, D)
         groups.append(own.reduce(u))
@@ -175,12 +181,9 @@ def mix_pooled(
     return pooling.restore(out_proj(y * F.silu(z)))
 
 
-def _convolve(branch: Branch, x: Tensor, token_mask: Tensor | None) -> Tensor:
-    """`branch.convolve`, with token_mask (B, L) before and after."""
-    if token_mask is None:
-        return branch.convolve(x)
-    token_mask = token_mask.unsqueeze(-1).to(x.dtype)
-    return branch.convolve(x * token_mask) * token_mask
+def _masked(x: Tensor, token_mask: Tensor | None) -> Tensor:
+    """x (B, L, C), zero where token_mask (B, L) is."""
+    return x if token_mask is None else x * token_mask.unsqueeze(-1).to(x.dtype)
 
 
 def _scan(

@@ -14,7 +14,8 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-from causal_conv1d.backend import KERNEL_DTYPES
+from causal_conv1d._nvrtc import KernelError
+from causal_conv1d.backend import KERNEL_DTYPES, tell
 from causal_conv1d.checks import check_device, check_dtype, check_ndim, check_shape, check_tensor
 from causal_conv1d.derivatives import gradients_by_reference, wants_reference
 from causal_conv1d.ops.convolution import WIDTHS, causal_conv1d_ref
@@ -231,10 +232,13 @@ def pooled_gate_ref(
 
 
 def _conv(x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, scale):
-    kernels = backends.pick(x)
-    if not hasattr(kernels, "pooled_conv"):
-        return _conv_reference(x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, scale)
-    return kernels.pooled_conv(x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, scale)
+    kernels, given = backends.pick(x), (x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, scale)
+    if hasattr(kernels, "pooled_conv"):
+        try:
+            return kernels.pooled_conv(*given)
+        except KernelError as error:
+            tell("CUDA", error)
+    return _conv_reference(*given)
 
 
 def _scan(groups, groups_b, *projections):
@@ -245,10 +249,13 @@ def _scan(groups, groups_b, *projections):
 
 
 def _gate(skip, groups, z, weight, bias, eps, sizes, strides, pooled, share):
-    kernels = backends.pick(skip)
-    if not hasattr(kernels, "pooled_gate"):
-        return _gate_reference(skip, groups, z, weight, bias, eps, sizes, strides, pooled, share)
-    return kernels.pooled_gate(skip, groups, z, weight, bias, eps, sizes, strides, pooled, share)
+    kernels, given = backends.pick(skip), (skip, groups, z, weight, bias, eps, sizes, strides, pooled, share)
+    if hasattr(kernels, "pooled_gate"):
+        try:
+            return kernels.pooled_gate(*given)
+        except KernelError as error:
+            tell("CUDA", error)
+    return _gate_reference(*given)
 
 
 def _conv_reference(x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, scale):

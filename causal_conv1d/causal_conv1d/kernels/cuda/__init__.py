@@ -13,11 +13,11 @@ from causal_conv1d.kernels.torch import conv_update
 __all__ = ["conv_backward", "conv_forward", "conv_update", "load"]
 
 
-def load() -> ModuleType:
-    """This kernel set.
+def load(index: int | None = None) -> ModuleType:
+    """This kernel set, for the device with this index (None: torch's current one), once a kernel has run there.
 
     Raises:
-        RuntimeError: the kernels cannot be compiled here.
+        RuntimeError: the reason, in one sentence, why kernels do not run there.
     """
-    _nvrtc.check()
+    _nvrtc.prove(index)
     return sys.modules[__name__]

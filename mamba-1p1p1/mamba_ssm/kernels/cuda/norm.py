@@ -9,15 +9,16 @@ import torch
 from causal_conv1d import _nvrtc
 from causal_conv1d._nvrtc import CPP_TYPES
 from causal_conv1d._reduce import Sum, add_up
+from causal_conv1d.backend import tell_of
 from causal_conv1d.layout import address, rows, same_dtype
 from mamba_ssm.kernels.torch import norm as torch_norm
 from torch import Tensor
 
 _SOURCES = Path(__file__).resolve().parents[2] / "csrc"
-_FORWARD_SOURCE, _BACKWARD_SOURCE = _SOURCES / "norm_forward.cu", _SOURCES / "norm_backward.cu"
+FORWARD_SOURCE, BACKWARD_SOURCE = _SOURCES / "norm_forward.cu", _SOURCES / "norm_backward.cu"
 # A lane holds at most so many elements of a row.
-MAX_SIZE = 32 * 32
-_THREADS, _WARPS = 128, 4  # of norm_tile.h
+MAX_SIZE = 32 * 40
+THREADS, _WARPS = 128, 4  # of norm_tile.h
 _BLOCKS = 8  # per multiprocessor, at most
 _FORWARD = struct.Struct("4q2q2q2qq2if4x")
 _BACKWARD = struct.Struct("4q2q2qq3qq2i")
@@ -26,6 +27,8 @@ _BACKWARD = struct.Struct("4q2q2qq3qq2i")
 def _covers(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernels run on these arguments; if not, the torch kernel set does."""
     known = all(t.dtype in CPP_TYPES for t in (x, residual, weight, bias) if t is not None)
+    if x.shape[-1] > MAX_SIZE:
+        tell_of(f"a norm over more than {MAX_SIZE:,} channels")
     return known and 0 < x.shape[-1] <= MAX_SIZE and x.numel() > 0
 
 
@@ -37,6 +40,15 @@ def _layout(size: int, *tensors: Tensor | None) -> str:
     return f"{vector},{-(-size // (32 * vector))}"
 
 
+def kernels_for(dtype: torch.dtype, size: int, trains: bool) -> list[tuple[Path, str]]:
+    """The kernels of a model's norms over `size` channels, with residuals and weights in float32."""
+    if size % 4 or size > MAX_SIZE:
+        return []
+    arguments = f"{CPP_TYPES[dtype]},float,float,float,4,{-(-size // 128)}"
+    return [(source, arguments) for source in (FORWARD_SOURCE, BACKWARD_SOURCE)[: 1 + trains]]
+
+
+@_nvrtc.or_else(torch_norm.norm_forward)
 def norm_forward(
     x: Tensor,
     residual: Tensor | None,
@@ -66,10 +78,11 @@ def norm_forward(
         *(size, is_rms_norm, eps),
     )
     blocks = min(-(-x_rows.shape[0] // _WARPS), _BLOCKS * device.multiprocessors)
-    device.kernel(_FORWARD_SOURCE, arguments, _THREADS)((blocks, 1, 1), params)
+    device.kernel(FORWARD_SOURCE, arguments, THREADS)((blocks, 1, 1), params)
     return out, total, mean, scale
 
 
+@_nvrtc.or_else(torch_norm.norm_backward)
 def norm_backward(
     dout: Tensor,
     dtotal: Tensor | None,
@@ -106,7 +119,7 @@ def norm_backward(
         *(dout_rows.stride(0), 0 if dtotal_rows is None else dtotal_rows.stride(0), total_rows.stride(0)),
         *(total_rows.shape[0], size, is_rms_norm),
     )
-    device.kernel(_BACKWARD_SOURCE, arguments, _THREADS)((blocks, 1, 1), params)
+    device.kernel(BACKWARD_SOURCE, arguments, THREADS)((blocks, 1, 1), params)
     dweight, parts = weight.new_empty(weight.shape), sums.data_ptr()
     wanted = [Sum(parts, blocks, 2 * size, (0, 0, 1), dweight, (0, 0, 1), (1, 1, size))]
     dbias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)

@@ -1,6 +1,6 @@
 """The selective scan of the CUDA kernel set: `csrc/scan_*.cu`.
 
-What the kernels do not cover (dstate above 64, B or C of shape (dim, dstate)) goes to the torch kernel set. They take
+What the kernels do not cover (dstate above 128, B or C of shape (dim, dstate)) goes to the torch kernel set. They take
 their work as a list of one or two *directions*, `Scan` values of the same sizes, dtypes and options, which share one
 launch; that is how both directions of a bidirectional block run at once.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,31 +18,60 @@ import torch
 from causal_conv1d import _nvrtc
 from causal_conv1d._nvrtc import CPP_TYPES
 from causal_conv1d._reduce import Sum, add_up, dense_sum
+from causal_conv1d.backend import tell_of
 from causal_conv1d.layout import Slab, address, slab
 from mamba_ssm.kernels import torch as torch_kernels
 from mamba_ssm.kernels.arguments import Scan
 from torch import Tensor
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
-_FORWARD_SOURCE, _BACKWARD_SOURCE = SOURCES / "scan_forward.cu", SOURCES / "scan_backward.cu"
-_STATES_SOURCE, _CARRY_SOURCE = SOURCES / "scan_states.cu", SOURCES / "scan_carry.cu"
-MAX_DSTATE = 64
+FORWARD_SOURCE, BACKWARD_SOURCE = SOURCES / "scan_forward.cu", SOURCES / "scan_backward.cu"
+STATES_SOURCE, CARRY_SOURCE = SOURCES / "scan_states.cu", SOURCES / "scan_carry.cu"
+MAX_DSTATE = 128
 # Of scan_tile.h.
 THREADS, STATES = 128, 4
 # Steps between the states that forward keeps for backward, and steps in a tile of backward.
-INTERVAL = 32
+INTERVAL = 16
+# Steps in a split of a sequence, at least.
+MIN_SPLIT = 256
 MAX_GRID = 65535
 
 _SLAB, _MATRIX, _POINTER = "4q", "5q", "q"
-_SIZES = struct.Struct("13i4x")
+_SIZES = struct.Struct("15if")
 _FORWARD = struct.Struct(4 * _SLAB + 2 * _MATRIX + 6 * _POINTER)
 _STATES = struct.Struct(3 * _SLAB + _MATRIX + 4 * _POINTER)
 _CARRY = struct.Struct(3 * _POINTER)
 _BACKWARD = struct.Struct(7 * _SLAB + 2 * _MATRIX + 10 * _POINTER)
 
 
+class How(NamedTuple):
+    """What a scan does beside the usual: `accumulate` adds to out and dz (before the gate), `log_decay` takes A for
+    log(-A), `share` multiplies out."""
+
+    accumulate: bool = False
+    log_decay: bool = False
+    share: float = 1.0
+
+
+PLAIN = How()
+
+
+class ScanGradients(NamedTuple):
+    """Where the gradients of a scan's arguments go; None where there is no argument. Those of B and C may have any
+    strides if there is one group."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None
+
+
 def states_shape(batch: int, dim: int, seqlen: int, dstate: int) -> tuple[int, ...]:
-    """Shape of the float32 tensor a forward scan leaves for its backward: the state before every 32nd step."""
+    """Shape of the float32 tensor a forward scan leaves for its backward: the state before every 16th step."""
     return (batch, max(0, seqlen - 1) // INTERVAL, dim, dstate)
 
 
@@ -90,7 +119,9 @@ class _Plan(NamedTuple):
     directions: int
     splits: int
     split_length: int
-    options: tuple[bool, bool]
+    softplus: bool
+    state_fastest: bool
+    how: How
     blocks_wanted: int
     itemsizes: tuple[int, int, int]  # of u, delta and z
 
@@ -114,7 +145,8 @@ class _Plan(NamedTuple):
         return _SIZES.pack(
             *(self.batch, self.dim, self.seqlen, self.dstate),
             *(self.groups, self.tiles(channels_per_thread), slots),
-            *(self.splits, self.split_length, self.directions, INTERVAL, *self.options),
+            *(self.splits, self.split_length, self.directions, INTERVAL, self.softplus, self.state_fastest),
+            *self.how,
         )
 
     def launch(
@@ -158,23 +190,39 @@ def _plan(
     dstate: int,
     groups: int,
     directions: int,
-    options: tuple[bool, bool],
+    options: tuple[bool, bool, How],
 ) -> _Plan:
     (batch, dim, seqlen), lanes = shape, lanes_for(dstate)
     blocks_wanted = 2 * device.multiprocessors
     # A split costs a pass over u, delta and B, so only long sequences that leave most of the device idle are split.
-    splits = min(blocks_wanted * THREADS // (batch * dim * directions * lanes), seqlen // (8 * INTERVAL))
+    splits = min(blocks_wanted * THREADS // (batch * dim * directions * lanes), seqlen // MIN_SPLIT)
     split_length = seqlen if splits < 2 else -(-seqlen // (splits * INTERVAL)) * INTERVAL
     types, splits = ",".join(CPP_TYPES[dtype] for dtype in dtypes), -(-seqlen // split_length)
     sizes = lanes, batch, dim, seqlen, dstate, groups, directions, splits, split_length
-    return _Plan(device, types, *sizes, options, blocks_wanted, tuple(dtype.itemsize for dtype in dtypes[:3]))
+    return _Plan(device, types, *sizes, *options, blocks_wanted, tuple(dtype.itemsize for dtype in dtypes[:3]))
 
 
-def _plan_for(scans: Sequence[Scan]) -> _Plan:
+def _plan_for(scans: Sequence[Scan], how: How = PLAIN) -> _Plan:
     u, delta, A, B, _, _, z, _, softplus, _ = scans[0]
     dtypes = u.dtype, delta.dtype, u.dtype if z is None else z.dtype, B.dtype
-    options = softplus, B.stride(2) == 1
+    options = softplus, B.stride(2) == 1, how
     return _plan(_nvrtc.device(u.device.index), dtypes, u.shape, A.shape[1], B.shape[1], len(scans), options)
+
+
+def kernels_for(
+    device: _nvrtc.Device, dtype: torch.dtype, shape: tuple[int, int, int], dstate: int, trains: bool
+) -> list[tuple[Path, str]]:
+    """The kernels of a mixer's scans, shape (batch, seqlen, 2 * dim), whose channels can be moved in packs."""
+    batch, seqlen, width = shape
+    options = True, True, PLAIN
+    plan = _plan(device, (dtype,) * 4, (batch, width // 2, seqlen), dstate, 1, 1, options)
+    found = [(FORWARD_SOURCE, f"{_forward_plan(plan).arguments},4")]
+    if trains:
+        found.append((BACKWARD_SOURCE, f"{_backward_plan(plan).arguments},4"))
+    for backwards in ("false", "true")[: 1 + trains] if plan.splits > 1 else ():
+        found.append((STATES_SOURCE, f"{plan.types},{plan.lanes},{backwards},4"))
+        found.append((CARRY_SOURCE, backwards))
+    return found
 
 
 @lru_cache(maxsize=256)
@@ -196,12 +244,12 @@ def _backward_plan(plan: _Plan) -> _BackwardPlan:
     rows = max(1, min(plan.batch, MAX_GRID, rows))
     rows = -(-plan.batch // -(-plan.batch // rows))
     grid = plan.groups * slots, rows, plan.directions * plan.splits
-    shared = _backward_shared_bytes(plan.lanes, channels)
+    shared = backward_shared_bytes(plan.lanes, channels)
     arguments = f"{plan.types},{plan.lanes},{channels}"
     return _BackwardPlan(arguments, grid, plan.sizes(channels, slots), shared, slots, rows * plan.splits)
 
 
-def _backward_shared_bytes(lanes: int, channels_per_thread: int) -> int:
+def backward_shared_bytes(lanes: int, channels_per_thread: int) -> int:
     """Shared memory of scan_backward.cu."""
     channels, dstate, sub, warps = THREADS // lanes * channels_per_thread, lanes * STATES, 4, THREADS // 32
     rows, matrices = 3 * INTERVAL * channels, 2 * INTERVAL * dstate
@@ -219,10 +267,18 @@ def _prepared(scan: Scan) -> Scan:
     return scan._replace(A=scan.A.contiguous(), B=B, C=C, D=D, delta_bias=bias)
 
 
-def _covers(scan: Scan) -> bool:
+def covers(scan: Scan) -> bool:
     """Whether there is a kernel for these arguments, and work for it."""
     dstate = scan.A.shape[1]
-    return scan.B.dim() == 4 and scan.C.dim() == 4 and 0 < dstate <= MAX_DSTATE and scan.u.numel() > 0
+    if scan.u.numel() == 0 or dstate == 0:
+        return False
+    if scan.B.dim() != 4 or scan.C.dim() != 4:
+        tell_of("a scan whose B or C is the same at every step")
+    elif dstate > MAX_DSTATE:
+        tell_of(f"a scan with a d_state above {MAX_DSTATE}")
+    else:
+        return True
+    return False
 
 
 def _carried_states(plan: _Plan, scans: Sequence[Scan], inputs: Sequence[Tensor], backwards: bool) -> Tensor:
@@ -242,12 +298,12 @@ def _carried_states(plan: _Plan, scans: Sequence[Scan], inputs: Sequence[Tensor]
         slabs += rows
     grid = (grid_x, grid_y, plan.directions * plan.splits)
     pack = _pack(slabs, plan.itemsizes * plan.directions, plan.group_size)
-    plan.launch(_STATES_SOURCE, f"{plan.types},{plan.lanes},{flag},{pack}", grid, params, sizes)
+    plan.launch(STATES_SOURCE, f"{plan.types},{plan.lanes},{flag},{pack}", grid, params, sizes)
     params = [
         _CARRY.pack(address(scan.A), _address_of(states, i), _address_of(dt_sums, i)) for i, scan in enumerate(scans)
     ]
     grid = (-(-plan.dim * plan.dstate // THREADS), grid_y, plan.directions)
-    plan.launch(_CARRY_SOURCE, flag, grid, params, sizes)
+    plan.launch(CARRY_SOURCE, flag, grid, params, sizes)
     return states
 
 
@@ -262,21 +318,44 @@ def _torch_backward(scan: Scan, dout: Tensor, states: Tensor) -> tuple[Tensor, .
     return torch_kernels.scan_backward(dout, *scan[:8], states, *scan[8:])
 
 
+def _all_by_torch(scans: Sequence[Scan], save_states: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+    return [_torch_forward(scan, save_states) for scan in scans]
+
+
+def _all_back_by_torch(
+    scans: Sequence[Scan], douts: Sequence[Tensor], saved: Sequence[Tensor]
+) -> list[tuple[Tensor, ...]]:
+    return [_torch_backward(*each) for each in zip(scans, douts, saved)]
+
+
+@_nvrtc.or_else(_all_by_torch)
 def forward(scans: Sequence[Scan], save_states: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(out, last_state, states) of one or two directions, in one launch (three, if the sequence is split)."""
-    if not all(map(_covers, scans)):
-        return [_torch_forward(scan, save_states) for scan in scans]
+    if not all(map(covers, scans)):
+        return _all_by_torch(scans, save_states)
+    u, dstate, results = scans[0].u, scans[0].A.shape[1], []
+    kept = states_shape(*u.shape, dstate) if save_states else (0,)
+    for scan in scans:
+        last_state = u.new_empty((*u.shape[:2], dstate), dtype=torch.float32)
+        results.append((torch.empty_like(scan.u), last_state, u.new_empty(kept, dtype=torch.float32)))
+    forward_into(scans, *zip(*results))
+    return results
+
+
+def forward_into(
+    scans: Sequence[Scan],
+    outs: Sequence[Tensor],
+    last_states: Sequence[Tensor | None],
+    states: Sequence[Tensor],
+    how: How = PLAIN,
+) -> None:
+    """One launch for one or two directions that `covers` (three, if the sequence is split), into what is given: outs
+    like u, last_states (batch, dim, dstate) or None, states of `states_shape` or empty, which keeps none."""
     scans = [_prepared(scan) for scan in scans]
-    plan = _plan_for(scans)
-    u = scans[0].u
+    plan = _plan_for(scans, how)
     carried = _carried_states(plan, scans, [scan.u for scan in scans], False) if plan.splits > 1 else None
-    results, params, slabs = [], [], []
-    for i, scan in enumerate(scans):
-        out = torch.empty_like(scan.u)
-        last_state = u.new_empty((plan.batch, plan.dim, plan.dstate), dtype=torch.float32)
-        kept = states_shape(plan.batch, plan.dim, plan.seqlen, plan.dstate) if save_states else (0,)
-        states = u.new_empty(kept, dtype=torch.float32)
-        results.append((out, last_state, states))
+    params, slabs = [], []
+    for i, (scan, out, last_state, kept) in enumerate(zip(scans, outs, last_states, states)):
         rows = [slab(tensor, scan.reverse) for tensor in (scan.u, scan.delta, scan.z, out)]
         slabs += rows
         params.append(
@@ -285,13 +364,12 @@ def forward(scans: Sequence[Scan], save_states: bool) -> list[tuple[Tensor, Tens
                 *_matrix(scan.B, scan.reverse),
                 *_matrix(scan.C, scan.reverse),
                 *(address(scan.A), address(scan.D), address(scan.delta_bias)),
-                *(_address_of(carried, i), address(last_state), address(states) if states.numel() else 0),
+                *(_address_of(carried, i), address(last_state), address(kept) if kept.numel() else 0),
             )
         )
     arguments, grid, sizes = _forward_plan(plan)
     pack = _pack(slabs, (*plan.itemsizes, plan.itemsizes[0]) * plan.directions, plan.group_size)
-    plan.launch(_FORWARD_SOURCE, f"{arguments},{pack}", grid, params, sizes)
-    return results
+    plan.launch(FORWARD_SOURCE, f"{arguments},{pack}", grid, params, sizes)
 
 
 def scan_forward(
@@ -311,51 +389,75 @@ def scan_forward(
 
 
 class _Workspace(NamedTuple):
-    """Where the blocks of a backward scan leave their sums, one row per block that shares a place: all float32."""
+    """Where the blocks of a backward scan leave their sums, one row per block that shares a place: float32, in one
+    piece, and of each direction the addresses in it."""
 
-    matrices: Tensor  # (directions, slots, batch, groups, seqlen, 2, padded dstate)
-    A: Tensor  # (directions, rows, dim, dstate)
-    D: Tensor  # (directions, rows, dim)
-    bias: Tensor  # (directions, rows, dim)
+    memory: Tensor
+    matrices: list[int]  # (slots, batch, groups, seqlen, 2, padded dstate)
+    A: list[int]  # (rows, dim, dstate)
+    D: list[int]  # (rows, dim)
+    bias: list[int]  # (rows, dim)
 
     @classmethod
     def of(cls, plan: _Plan, how: _BackwardPlan, u: Tensor) -> _Workspace:
         """Memory for it."""
-        sequences = how.slots, plan.batch, plan.groups, plan.seqlen
-        shapes = (*sequences, 2, plan.lanes * STATES), (how.rows, plan.dim, plan.dstate), (how.rows, plan.dim)
-        return cls(*(u.new_empty((plan.directions, *shapes[i]), dtype=torch.float32) for i in (0, 1, 2, 2)))
+        sequences = how.slots * plan.batch * plan.groups * plan.seqlen
+        floats = sequences * 2 * plan.lanes * STATES, how.rows * plan.dim * plan.dstate, *[how.rows * plan.dim] * 2
+        starts = list(accumulate((-(-size // 4) * 4 for size in floats * plan.directions), initial=0))
+        memory = u.new_empty(starts[-1], dtype=torch.float32)
+        places = [memory.data_ptr() + 4 * start for start in starts[:-1]]
+        return cls(memory, *(places[part::4] for part in range(4)))
 
-    def sums(self, plan: _Plan, how: _BackwardPlan, direction: int, grads: Sequence[Tensor]) -> list[Sum]:
+    def sums(self, plan: _Plan, how: _BackwardPlan, direction: int, grads: ScanGradients) -> list[Sum]:
         """How the gradients of A, B, C, D and delta_bias follow from what the blocks left."""
-        dA, dB, dC, dD, dbias = grads
-        sums = [dense_sum(_address_of(self.A, direction), how.rows, dA)]
+        sums = [dense_sum(self.A[direction], how.rows, grads.A)]
         step, sequences = 2 * plan.lanes * STATES, plan.batch * plan.groups
-        for number, grad in enumerate((dB, dC)):
-            parts = _address_of(self.matrices, direction) + number * plan.lanes * STATES * 4
-            strides, grad_strides = (plan.seqlen * step, step, 1), (plan.dstate * plan.seqlen, 1, plan.seqlen)
+        for number, grad in enumerate((grads.B, grads.C)):
+            parts = self.matrices[direction] + number * plan.lanes * STATES * 4
+            strides = plan.seqlen * step, step, 1
+            grad_strides = grad.stride(0 if plan.groups == 1 else 1), grad.stride(3), grad.stride(2)
             sizes = sequences, plan.seqlen, plan.dstate
             sums.append(Sum(parts, how.slots, sequences * plan.seqlen * step, strides, grad, grad_strides, sizes))
-        for rows, grad in ((self.D, dD), (self.bias, dbias)):
-            if grad.numel():
-                sums.append(dense_sum(_address_of(rows, direction), how.rows, grad))
+        for places, grad in ((self.D, grads.D), (self.bias, grads.delta_bias)):
+            if grad is not None:
+                sums.append(dense_sum(places[direction], how.rows, grad))
         return sums
 
 
+@_nvrtc.or_else(_all_back_by_torch)
 def backward(scans: Sequence[Scan], douts: Sequence[Tensor], saved: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     """Gradients (u, delta, A, B, C, D, z, delta_bias) of each direction; `saved` is what `forward` kept of each."""
-    if not all(map(_covers, scans)):
-        return [_torch_backward(*each) for each in zip(scans, douts, saved)]
-    given, scans = scans, [_prepared(scan) for scan in scans]
+    if not all(map(covers, scans)):
+        return _all_back_by_torch(scans, douts, saved)
+    u, results = scans[0].u, []
+    for scan in scans:
+        like = (torch.empty_like(scan.u), torch.empty_like(scan.delta))
+        small = [None if t is None else t.new_empty(t.shape) for t in (scan.A, scan.B, scan.C, scan.D)]
+        dz, dbias = (None if t is None else torch.empty_like(t) for t in (scan.z, scan.delta_bias))
+        results.append(ScanGradients(*like, *small, dz, dbias))
+    sums, _workspace = backward_into(scans, douts, saved, results)
+    add_up(_nvrtc.device(u.device.index), sums)
+    return [tuple(u.new_empty(0) if grad is None else grad for grad in grads) for grads in results]
+
+
+def backward_into(
+    scans: Sequence[Scan],
+    douts: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    results: Sequence[ScanGradients],
+    how: How = PLAIN,
+) -> tuple[list[Sum], Tensor]:
+    """Gradients of one or two directions that `covers`, into `results`: those of u, delta and z in one launch; the
+    others once the sums that this returns are taken, out of memory that it returns too."""
+    scans = [_prepared(scan) for scan in scans]
     douts = [dout.to(scan.u.dtype) for dout, scan in zip(douts, scans)]
-    plan, u = _plan_for(scans), scans[0].u
-    how = _backward_plan(plan)
+    plan, u = _plan_for(scans, how), scans[0].u
+    launch = _backward_plan(plan)
     carried = _carried_states(plan, scans, douts, True) if plan.splits > 1 else None
-    work, step = _Workspace.of(plan, how, u), 2 * plan.lanes * STATES
-    results, params, sums, slabs = [], [], [], []
-    for i, (scan, dout) in enumerate(zip(scans, douts)):
-        du, ddelta = torch.empty_like(scan.u), torch.empty_like(scan.delta)
-        dz = None if scan.z is None else torch.empty_like(scan.z)
-        tensors = scan.u, scan.delta, scan.z, dout, du, ddelta, dz
+    work, step = _Workspace.of(plan, launch, u), 2 * plan.lanes * STATES
+    params, sums, slabs = [], [], []
+    for i, (scan, dout, grads) in enumerate(zip(scans, douts, results)):
+        tensors = scan.u, scan.delta, scan.z, dout, grads.u, grads.delta, grads.z
         rows = [slab(tensor, scan.reverse) for tensor in tensors]
         slabs += rows
         params.append(
@@ -366,24 +468,19 @@ def backward(scans: Sequence[Scan], douts: Sequence[Tensor], saved: Sequence[Ten
                 *(address(scan.A), address(scan.D), address(scan.delta_bias)),
                 *(address(saved[i]), _address_of(carried, i)),
                 # The sums over B and C stand in the order of memory, so a reversed scan writes them backwards.
-                _address_of(work.matrices, i) + (plan.seqlen - 1) * 4 * step * scan.reverse,
+                work.matrices[i] + (plan.seqlen - 1) * 4 * step * scan.reverse,
                 -step if scan.reverse else step,
-                _address_of(work.A, i),
-                0 if scan.D is None else _address_of(work.D, i),
-                0 if scan.delta_bias is None else _address_of(work.bias, i),
+                work.A[i],
+                0 if scan.D is None else work.D[i],
+                0 if scan.delta_bias is None else work.bias[i],
             )
         )
-        parameters = scan.A, given[i].B, given[i].C, scan.D, scan.delta_bias
-        grads = [u.new_empty(0) if t is None else t.new_empty(t.shape) for t in parameters]
-        sums += work.sums(plan, how, i, grads)
-        dA, dB, dC, dD, dbias = grads
-        results.append((du, ddelta, dA, dB, dC, dD, u.new_empty(0) if dz is None else dz, dbias))
+        sums += work.sums(plan, launch, i, grads)
     # u, delta, z, dout, du, ddelta, dz: dout and du are as wide as u
     itemsizes = (*plan.itemsizes, plan.itemsizes[0], *plan.itemsizes) * plan.directions
-    arguments = f"{how.arguments},{_pack(slabs, itemsizes, plan.group_size)}"
-    plan.launch(_BACKWARD_SOURCE, arguments, how.grid, params, how.sizes, how.shared_bytes)
-    add_up(plan.device, sums)
-    return results
+    arguments = f"{launch.arguments},{_pack(slabs, itemsizes, plan.group_size)}"
+    plan.launch(BACKWARD_SOURCE, arguments, launch.grid, params, launch.sizes, launch.shared_bytes)
+    return sums, work.memory
 
 
 def scan_backward(
