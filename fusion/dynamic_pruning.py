@@ -67,8 +67,8 @@ class ScorePredictor(nn.Module):
 
     def forward(self, x: Tensor, policy: Tensor) -> Tensor:
         """x (B, n, in_features); policy (B, n), 1 for tokens still kept."""
-        # the residual stays in float32 where a model of half numbers adds it
-        local, shared = self.in_conv(x.to(self.in_conv[1].weight.dtype)).chunk(2, dim=-1)
+        # the residual stays in float32 where a model of half numbers adds it; a quantised layer has no such weight
+        local, shared = self.in_conv(x.to(self.in_conv[0].weight.dtype)).chunk(2, dim=-1)
         policy = policy.unsqueeze(-1)
         shared = (shared * policy).sum(1, keepdim=True) / (policy.sum(1, keepdim=True) + 1)
         return self.out_conv(torch.cat([local, shared.to(local.dtype).expand_as(local)], -1))

@@ -174,7 +174,7 @@ def test_conflicts_of_methods_from_outside_are_refused_at_start(
 def test_methods_from_outside_are_gone_and_names_are_taken_once() -> None:
     with pytest.raises(TypeError, match="does not know ramp"):
         timm.create_model("vim_nano_patch4_32", ramp=10)
-    with pytest.raises(ValueError, match="'merging' has fusion_layer, fusion_order"):
+    with pytest.raises(ValueError, match="'merging' has fusion_layer, fusion_matching, fusion_order"):
         fusion.register(type("Copy", (fusion.METHODS["merging"],), {"name": "copy"}))
 
 

@@ -317,7 +317,9 @@ def test_quickstart_installs_trains_and_evaluates(
 ) -> None:
     lines = run_script(clone / "scripts/quickstart.sh", [], clone, EPOCHS="1", OUTPUT_DIR=str(tmp_path / "quick"))
     installs = [line for line in lines if line[:2] == ["-m", "pip"]]
-    assert any("vim_requirements.txt" in line for line in installs)
+    assert any(".venv/requirements.txt" in line for line in installs)
+    wanted = [line for line in (ROOT / "vim_requirements.txt").read_text().splitlines() if line]
+    assert (clone / ".venv/requirements.txt").read_text().splitlines() == wanted
     assert {line[-1] for line in installs if "-e" in line} == {"./causal_conv1d", "./mamba-1p1p1"}
     runs = [line for line in lines if line[0] == "main.py"]
     assert len(runs) == 6

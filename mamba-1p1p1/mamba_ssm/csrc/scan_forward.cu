@@ -25,7 +25,7 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT, int PA
     using Entries = MatrixMap<TILE, DSTATE>;
     static constexpr int VEC = Rows::VEC;
     // Resident blocks that a multiprocessor must have registers for; chosen so that none spill.
-    static constexpr int BLOCKS = LANES == 32 ? 2 : CPT == 4 || Rows::COUNT >= 8 ? 3 : CPT == 1 && LANES == 4 ? 5 : 4;
+    static constexpr int BLOCKS = LANES == 32 ? 2 : CPT == 4 || LANES == 16 || Rows::COUNT >= 8 ? 3 : CPT == 1 && LANES == 4 ? 5 : 4;
 
     static DEVICE void run(const ForwardParams &p) {
         SHARED_ARRAY(float, s_rows, 4 * Rows::SIZE);

@@ -239,8 +239,10 @@ def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:], *tensors)
 
 
-def _differentiate(ctx, dout: Tensor, *_) -> tuple:
+def _differentiate(ctx, dout: Tensor | None, *_) -> tuple:
     x_dbl, x_dbl_b, states, states_b, *tensors = ctx.saved_tensors
+    if dout is None:  # only what is kept for backward was asked of, which has no gradient
+        return (None,) * (len(tensors) + 4)
     options = ctx.reverse, ctx.share, ctx.log_decay
     if torch.is_grad_enabled():
         return *gradients_by_reference(_reference, (*tensors, *options), (dout,)), None
