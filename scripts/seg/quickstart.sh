@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Install what is missing, make SHAPES, train a small segmenter on it, evaluate it, and draw what it sees.
-# Environment: OUTPUT_DIR (default output/seg-quickstart), ITERATIONS (default 1400), MODEL (default
+# Environment: OUTPUT_DIR (default output/seg-quickstart), ITERATIONS (default 900), MODEL (default
 # fastvim_nano_patch4_32).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/setup.sh
 
 output=${OUTPUT_DIR:-output/seg-quickstart}
-iterations=${ITERATIONS:-1400}
+iterations=${ITERATIONS:-900}
 run=(--task segment --data-set SHAPES --model "${MODEL:-fastvim_nano_patch4_32}" --input-size 48 --seg-channels 64
     --num_workers 0)
 # few steps want small batches, a high learning rate, and images of about the size that is tested
-recipe=(--batch-size 4 --lr 2e-3 --scale-range 0.8 1.25 --drop 0 --drop-path 0)
+recipe=(--batch-size 4 --lr 4e-3 --scale-range 0.8 1.25 --drop 0 --drop-path 0)
 
 # a finished run, or one that was interrupted, goes on from where it is
 "$PYTHON" main.py "${run[@]}" "${recipe[@]}" --iterations "$iterations" --eval-interval "$((iterations / 2))" \
