@@ -321,5 +321,5 @@ if __name__ == "__main__":
     try:
         main()
     except UsageError as error:
-        print(f"python -m fusion.visualize: error: {error}", file=sys.stderr)
+        _logger.error("python -m fusion.visualize: error: %s", error)
         sys.exit(2)
