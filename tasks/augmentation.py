@@ -11,9 +11,11 @@ from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from loading import TrainBatches
 from utils import UsageError
 from utils.flags import number
 
@@ -69,6 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def mixes(args: argparse.Namespace) -> bool:
     """Whether the flags switch mixup or cutmix on."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def train_batches(images: Dataset, args: argparse.Namespace) -> TrainBatches:
+    """Training `images` in batches, repeated where the flags ask for it, and of even size where images are mixed."""
+    repeats = REPEATS if args.repeated_aug else 1
+    return TrainBatches(images, args, repeats=repeats, even=mixes(args), steps=args.steps_per_epoch)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -143,6 +143,10 @@ class Task(TrainingTask):
         self.trainable_module = model
         # in a tuple, so that the teacher is no part of what is trained or saved
         self._teacher = (teacher,)
+        self.set_up()
+
+    def set_up(self) -> None:
+        """Make what a run of this task needs beside the model: called once `args`, `data` and `model` are there."""
 
     @property
     def model(self) -> nn.Module:

@@ -167,17 +167,9 @@ class ClassifyCells(Task):
 
     # --- a run ---
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        model: nn.Module,
-        data: Data,
-        device: torch.device,
-        teacher: nn.Module | None = None,
-    ) -> None:
-        super().__init__(args, model, data, device, teacher)
-        self.info: cells_data.CellsInfo = data.extra
-        self.knows_channels = isinstance(model, VisionMamba) and model.knows_channels
+    def set_up(self) -> None:
+        self.info: cells_data.CellsInfo = self.data.extra
+        self.knows_channels = isinstance(self.model, VisionMamba) and self.model.knows_channels
         self.statistics: Statistics | None = None
         self.criterion: nn.Module | None = None
 

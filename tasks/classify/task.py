@@ -139,23 +139,13 @@ class Classify(Task):
 
     @classmethod
     def train_batches(cls, data: Data, args: argparse.Namespace) -> TrainBatches:
-        repeats = augmentation.REPEATS if args.repeated_aug else 1
-        even = augmentation.mixes(args)
-        return TrainBatches(data.train, args, repeats=repeats, even=even, steps=args.steps_per_epoch)
+        return augmentation.train_batches(data.train, args)
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        model: nn.Module,
-        data: Data,
-        device: torch.device,
-        teacher: nn.Module | None = None,
-    ) -> None:
-        super().__init__(args, model, data, device, teacher)
+    def set_up(self) -> None:
         self.criterion: nn.Module | None = None
-        self.mixup = augmentation.build_mixup(args, data.num_classes)
+        self.mixup = augmentation.build_mixup(self.args, self.data.num_classes)
         names = ("if_random_cls_token_position", "if_random_token_rank")
-        self.options = {name: True for name in names if getattr(args, name)}
+        self.options = {name: True for name in names if getattr(self.args, name)}
 
     def begin_training(self) -> None:
         self.criterion = self.with_methods(losses.build_criterion(self.args, self.data.num_classes)).to(self.device)

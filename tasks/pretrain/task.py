@@ -160,20 +160,10 @@ class Pretrain(Task):
 
     @classmethod
     def train_batches(cls, data: Data, args: argparse.Namespace) -> TrainBatches:
-        repeats = augmentation.REPEATS if args.repeated_aug else 1
-        even = augmentation.mixes(args)
-        return TrainBatches(data.train, args, repeats=repeats, even=even, steps=args.steps_per_epoch)
+        return augmentation.train_batches(data.train, args)
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        model: nn.Module,
-        data: Data,
-        device: torch.device,
-        teacher: nn.Module | None = None,
-    ) -> None:
-        super().__init__(args, model, data, device, teacher)
-        self.mixup = augmentation.build_mixup(argparse.Namespace(**vars(args), smoothing=0.0), 1)
+    def set_up(self) -> None:
+        self.mixup = augmentation.build_mixup(argparse.Namespace(**vars(self.args), smoothing=0.0), 1)
 
     def prepare(self, batch: Any, training: bool) -> tuple[tuple[Tensor, Tensor], None, int]:
         images, seeds = batch

@@ -204,15 +204,7 @@ class Segment(Task):
 
     # --- a run ---
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        model: nn.Module,
-        data: Data,
-        device: torch.device,
-        teacher: nn.Module | None = None,
-    ) -> None:
-        super().__init__(args, model, data, device, teacher)
+    def set_up(self) -> None:
         self.criterion: SegmentationLoss | None = None
         self._evaluator: _Evaluator | None = None
 

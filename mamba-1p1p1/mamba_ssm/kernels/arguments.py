@@ -28,6 +28,23 @@ class Scan(NamedTuple):
 SCAN_TENSORS = 8
 
 
+class ScanGradients(NamedTuple):
+    """Where a backward scan writes the gradients of the arguments: like them, None where there is none, of any strides.
+
+    Those of A, D and delta_bias, and of B and C that do not depend on the input, are contiguous float32; so are those
+    of B and C on CUDA where there is more than one group.
+    """
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None
+
+
 class Direction(NamedTuple):
     """The parameters of one scan direction; float32 unless said otherwise.
 

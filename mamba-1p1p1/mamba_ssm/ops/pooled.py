@@ -231,35 +231,37 @@ def pooled_gate_ref(
 # --- registration ----------------------------------------------------------------------------------------------------
 
 
-def _conv(x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, scale):
-    kernels, given = backends.pick(x), (x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, scale)
-    if hasattr(kernels, "pooled_conv"):
+def _by_kernels(name, given, reference):
+    """What the kernels of that name give, or where the device has none, or they fail, the reference."""
+    kernels = backends.pick(given[0])
+    if hasattr(kernels, name):
         try:
-            return kernels.pooled_conv(*given)
+            return getattr(kernels, name)(*given)
         except KernelError as error:
             tell("CUDA", error)
-    return _conv_reference(*given)
+    return reference(*given)
+
+
+def _conv(x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, scale):
+    given = x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, scale
+    return _by_kernels("pooled_conv", given, _conv_reference)
 
 
 def _scan(groups, groups_b, *projections):
-    kernels = backends.pick(groups)
-    if not hasattr(kernels, "pooled_scan"):
-        return pooled_scan_ref(groups, groups_b, projections[:4], projections[4:])
-    return kernels.pooled_scan(groups, groups_b, *projections)
+    return _by_kernels("pooled_scan", (groups, groups_b, *projections), _scan_reference)
 
 
 def _gate(skip, groups, z, weight, bias, eps, sizes, strides, pooled, share):
-    kernels, given = backends.pick(skip), (skip, groups, z, weight, bias, eps, sizes, strides, pooled, share)
-    if hasattr(kernels, "pooled_gate"):
-        try:
-            return kernels.pooled_gate(*given)
-        except KernelError as error:
-            tell("CUDA", error)
-    return _gate_reference(*given)
+    given = skip, groups, z, weight, bias, eps, sizes, strides, pooled, share
+    return _by_kernels("pooled_gate", given, _gate_reference)
 
 
 def _conv_reference(x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, scale):
     return pooled_conv_ref(x, Taps(weight, bias, D), Taps(weight_b, bias_b, D_b), Lines(sizes, strides, pooled, scale))
+
+
+def _scan_reference(groups, groups_b, *projections):
+    return pooled_scan_ref(groups, groups_b, projections[:4], projections[4:])
 
 
 def _gate_reference(skip, groups, z, weight, bias, eps, sizes, strides, pooled, share):

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from causal_conv1d.kernels import cpp as conv
 from causal_conv1d.layout import channel_last
-from mamba_ssm.kernels.arguments import Direction, Scan, split_matrices
+from mamba_ssm.kernels.arguments import Direction, Scan, ScanGradients, split_matrices
 from mamba_ssm.kernels.cpp.linear import product, product_into, weight_gradient
-from mamba_ssm.kernels.cpp.scan import ScanGradients, scan_backward_into, scan_into, states_shape
+from mamba_ssm.kernels.cpp.scan import scan_backward_into, scan_into, states_shape
 from torch import Tensor
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from causal_conv1d.layout import address, float32
 from causal_conv1d.native import DTYPE_CODES, bits, signal
-from mamba_ssm.kernels.arguments import Scan
+from mamba_ssm.kernels.arguments import Scan, ScanGradients
 from mamba_ssm.kernels.cpp.library import LIBRARY
 from torch import Tensor
 
@@ -102,22 +100,6 @@ def scan_forward(
         scan = Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
         scan_into(out, last_state, states, scan)
     return out, last_state, states
-
-
-class ScanGradients(NamedTuple):
-    """Where a backward scan writes: like the arguments, of any strides.
-
-    Those of A, D and delta_bias, and of B and C that do not depend on the input, are contiguous float32.
-    """
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    delta_bias: Tensor | None
 
 
 def scan_backward_into(

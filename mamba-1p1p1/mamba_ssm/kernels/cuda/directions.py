@@ -20,9 +20,9 @@ from causal_conv1d.kernels.cuda.convolution import Conv
 from causal_conv1d.layout import channel_last
 from mamba_ssm.kernels import composed
 from mamba_ssm.kernels import torch as torch_kernels
-from mamba_ssm.kernels.arguments import DIRECTION_TENSORS, Direction, Scan, split_matrices
+from mamba_ssm.kernels.arguments import DIRECTION_TENSORS, Direction, Scan, ScanGradients, split_matrices
 from mamba_ssm.kernels.cuda import norm, scan
-from mamba_ssm.kernels.cuda.scan import How, ScanGradients, states_shape
+from mamba_ssm.kernels.cuda.scan import How, states_shape
 from torch import Tensor
 
 

@@ -21,7 +21,7 @@ from causal_conv1d._reduce import Sum, add_up, dense_sum
 from causal_conv1d.backend import tell_of
 from causal_conv1d.layout import Slab, address, slab
 from mamba_ssm.kernels import torch as torch_kernels
-from mamba_ssm.kernels.arguments import Scan
+from mamba_ssm.kernels.arguments import Scan, ScanGradients
 from torch import Tensor
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
@@ -54,20 +54,6 @@ class How(NamedTuple):
 
 
 PLAIN = How()
-
-
-class ScanGradients(NamedTuple):
-    """Where the gradients of a scan's arguments go; None where there is no argument. Those of B and C may have any
-    strides if there is one group."""
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    delta_bias: Tensor | None
 
 
 def states_shape(batch: int, dim: int, seqlen: int, dstate: int) -> tuple[int, ...]:
