@@ -42,8 +42,11 @@ for method in ${METHODS:-none upper fastvim dyvm cells}; do
     esac
 done
 
-printf '\n== The saved Vim, evaluated with --eval\n'
-"$PYTHON" main.py "${data[@]}" --eval --model vim_nano_patch4_32 --resume "$output/none/checkpoint.pth"
+# METHODS may have left it out
+if [[ -e "$output/none/checkpoint.pth" ]]; then
+    printf '\n== The saved Vim, evaluated with --eval\n'
+    "$PYTHON" main.py "${data[@]}" --eval --model vim_nano_patch4_32 --resume "$output/none/checkpoint.pth"
+fi
 
 printf '\n'
 "$PYTHON" -m benchmarks.summary "$output"/*/
