@@ -134,6 +134,8 @@ def test_starting_from_a_classifier_and_from_a_segmenter(run: Path, shapes: Path
         (["--data-set", "COCO"], "--data-set 'COCO' is no set of --task segment"),
         (["--data-set", "ADE20K"], "--data-path is missing"),
         (["--data-set", "ADE20K", "--data-path", "/nowhere"], "is no folder"),
+        (["--seg-classes", "disc", "ring"], "SHAPES has its own"),
+        (["--seg-classes", "disc", "disc"], "names 2 classes, 1 of them apart"),
         (["--slide-stride", "33"], "--slide-stride 33 is more than --input-size 32"),
         (["--test-mode", "whole", "--slide-stride", "8"], "contradicts --test-mode whole"),
         (["--scale-range", "2", "1"], "wanted the smaller number first"),
@@ -170,6 +172,9 @@ def test_a_bad_annotation_ends_a_run_in_a_sentence(program: Callable[..., Result
 def test_published_layout_with_a_folder_around_it(shapes: Path, tmp_path: Path) -> None:
     (tmp_path / "ADEChallengeData2016").symlink_to(shapes)
     flags = [*FLAGS, "--data-set", "ADE20K", "--data-path", tmp_path, "--iterations", 2, "--eval-interval", 2]
-    result = call_program(*flags, "--slide-stride", 32, "--output_dir", tmp_path / "out")
+    names = [f"kind {number}" for number in range(7)]
+    result = call_program(*flags, "--slide-stride", 32, "--seg-classes", *names, "--output_dir", tmp_path / "out")
     assert result.code == 0, result.err
+    weights = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=False)["model"]
+    assert len(weights["decode_head.conv_seg.weight"]) == len(names)
     assert json.loads((tmp_path / "out" / "args.json").read_text())["slide_stride"] == 32

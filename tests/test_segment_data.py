@@ -99,6 +99,22 @@ def test_labels_and_names(shapes: Path, tmp_path: Path) -> None:
     assert set(labels.unique().tolist()) <= {*range(6), 255}
 
 
+def test_pictures_of_any_suffix_and_one_a_name(tmp_path: Path) -> None:
+    root = write_shapes(tmp_path / "shapes", 2, 3)
+    images = root / "images" / "validation"
+    before = [SegmentationFolder(root, False, read_names(root))[index][0] for index in range(3)]
+    jpg = images / "shapes_0002.jpg"
+    (images / ".hidden.jpg").write_bytes(b"no image")
+    (images / "notes.txt").write_text("no image")
+    Image.open(jpg).save(images / "shapes_0002.PNG")
+    with pytest.raises(UsageError, match=r"shapes_0002\.jpg has the name of shapes_0002\.PNG"):
+        SegmentationFolder(root, False, ["one"])
+    jpg.unlink()
+    folder = SegmentationFolder(root, False, read_names(root))
+    assert [file.suffix for file in folder.files] == [".jpg", ".jpg", ".PNG"]
+    assert all(torch.equal(folder[index][0], image) for index, image in enumerate(before))
+
+
 def test_sizes_are_fitted() -> None:
     assert fit_size(512, 683, 2048, 512) == (512, 683)
     assert fit_size(256, 256, 2048, 512) == (512, 512)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datasets import load_image
 from utils import UsageError
@@ -30,11 +31,13 @@ def ade20k_labels(png: Any) -> Any:
 
 
 class SegmentationFolder(Dataset):
-    """`root`/images/SPLIT/NAME.jpg with `root`/annotations/SPLIT/NAME.png, SPLIT `training` or `validation`.
+    """`root`/images/SPLIT/NAME.jpg, or another suffix of pictures, with `root`/annotations/SPLIT/NAME.png, SPLIT
+    `training` or `validation`.
 
     Items are what `transform` makes of an image uint8 (3, H, W) and its labels uint8 (H, W), by default both as they
     are. `files` are the images, by name; `classes` the names of the classes. Raises UsageError, naming the file, for an
-    image without annotation or of another size, for annotations that are no map of classes, and for an empty set.
+    image without annotation or of another size, for two of one name, for annotations that are no map of classes, and
+    for an empty set.
     """
 
     def __init__(
@@ -48,9 +51,12 @@ class SegmentationFolder(Dataset):
         for folder in (images, annotations):
             if not folder.is_dir():
                 raise UsageError(f"{folder} is missing; wanted a folder of ADE20K's layout.")
-        self.files = sorted(images.glob("*.jpg"))
+        self.files = sorted(file for file in images.glob("[!.]*") if file.suffix.lower() in IMG_EXTENSIONS)
         if not self.files:
-            raise UsageError(f"{images} is empty; wanted *.jpg images.")
+            raise UsageError(f"{images} is empty; wanted *.jpg images, or others with a picture's suffix.")
+        for file, after in zip(self.files, self.files[1:]):
+            if file.stem == after.stem:
+                raise UsageError(f"{after} has the name of {file.name}; wanted one image an annotation.")
         self.annotations = [annotations / f"{file.stem}.png" for file in self.files]
         for file, annotation in zip(self.files, self.annotations):
             if not annotation.is_file():

@@ -54,7 +54,12 @@ def collate(items: list[Any]) -> Any:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse a path that cannot hold the data set, before anything is read."""
+    names = args.seg_classes
+    if names and (len(set(names)) < len(names) or not 2 <= len(names) < 256):
+        raise UsageError(f"--seg-classes names {len(names)} classes, {len(set(names))} of them apart; wanted 2 to 255.")
     if args.data_set == "SHAPES":
+        if names:
+            raise UsageError("--seg-classes names the classes of your own images; SHAPES has its own.")
         return
     if not args.data_path:
         raise UsageError(f"--data-path is missing; wanted the folder of {args.data_set}.")
@@ -71,7 +76,7 @@ def build(args: argparse.Namespace, is_train: bool) -> Dataset:
         names = read_names(root, BACKGROUND + 1)
     else:
         root = find_root(Path(args.data_path), "images", (_ARCHIVE,))
-        names = read_names(root, ADE20K_CLASSES)
+        names = args.seg_classes or read_names(root, ADE20K_CLASSES)
     transform = TrainTransform(args.input_size, tuple(args.scale_range)) if is_train else TestTransform(args.input_size)
     folder = SegmentationFolder(root, is_train, names, transform)
     return folder if is_train else TestSet(folder)

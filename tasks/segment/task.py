@@ -115,6 +115,14 @@ class Segment(Task):
             help="what of a layer is a map: its mixer's output, or that and the residual (default: hidden)",
         )
         group.add_argument(
+            "--seg-classes",
+            nargs="+",
+            default=None,
+            metavar="NAME",
+            help="of your own images: the classes 1, 2, ... of the annotations (default: those of objectInfo150.txt "
+            "beside them, or as many as ADE20K has)",
+        )
+        group.add_argument(
             "--seg-channels",
             type=number(int, 1),
             default=None,
