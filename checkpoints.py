@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import pickle
 import re
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -246,10 +248,13 @@ def class_positions(model: nn.Module, num_patches: int) -> tuple[int, ...]:
     return tuple(range(getattr(model, "num_prefix_tokens", 0)))
 
 
-def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict[str, Tensor], Callable[[str], bool]]:
+def adapt(
+    weights: dict[str, Tensor], model: nn.Module, path: str, size: tuple[int, int] | None = None
+) -> tuple[dict[str, Tensor], Callable[[str], bool]]:
     """Fit `weights` to `model`'s image size and class count; those of a masked autoencoder to a classifier too.
 
-    The position embedding is resized; a head for another number of classes, or none at all, registers of another number
+    The position embedding is resized, from the grid of images of `size` (height, width) where that is known, else from
+    a square; a head for another number of classes, or none at all, registers of another number
     or width, and a decoder beside the encoder are left out; all of it is said. Returns the weights and a test for the
     keys that may be missing from them.
     """
@@ -282,16 +287,34 @@ def adapt(weights: dict[str, Tensor], model: nn.Module, path: str) -> tuple[dict
         dropped = [*dropped, *others]
     name = "pos_embed"
     is_table = name in own and name in weights and _is_table(weights[name], own[name])
-    if is_table and own[name].shape[1] != weights[name].shape[1]:
-        new_grid = tuple(getattr(model, "pos_embed_grid", None) or model.patch_embed.grid_size)
-        count = len(class_positions(model, new_grid[0] * new_grid[1]))
-        patches = weights[name].shape[1] - count
-        side = round(patches**0.5)
-        # another number of class tokens leaves no square; load_strictly then tells what differs
-        if side * side == patches and patches > 0:
-            weights[name] = resize_pos_embed(weights[name], (side, side), new_grid, partial(class_positions, model))
-            _logger.info("%s: position embedding resized from %dx%d to %dx%d.", path, side, side, *new_grid)
+    new_grid = getattr(model, "pos_embed_grid", None) or getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if is_table and new_grid:
+        patches = weights[name].shape[1] - len(class_positions(model, new_grid[0] * new_grid[1]))
+        old_grid = grid_of_rows(patches, model, size)
+        # another number of class tokens leaves no grid; load_strictly then tells what differs
+        if old_grid not in (None, new_grid):
+            weights[name] = resize_pos_embed(weights[name], old_grid, new_grid, partial(class_positions, model))
+            _logger.info("%s: position embedding resized from %dx%d to %dx%d.", path, *old_grid, *new_grid)
     return weights, lambda key: key in dropped
+
+
+def grid_of_rows(patches: int, model: nn.Module, size: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The grid (rows, cols) that `patches` positions are of: that of images of `size` in `model`, the model's own, or a
+    square, whichever first has as many; None if none has."""
+    embed, turn = model.patch_embed, getattr(model, "position_grid", tuple)
+    grids = [turn(embed.grid_size), (math.isqrt(max(patches, 0)),) * 2]
+    if size is not None:
+        patch, stride = (to_2tuple(getattr(embed, name, embed.patch_size)) for name in ("patch_size", "stride"))
+        grids.insert(0, turn(tuple((side - own) // step + 1 for side, own, step in zip(size, patch, stride))))
+    return next((grid for grid in grids if patches > 0 and grid[0] * grid[1] == patches), None)
+
+
+def trained_size(checkpoint: Any) -> tuple[int, int] | None:
+    """The height and width of the images that the run which wrote `checkpoint` trained on, if it says."""
+    size = saved_flags(checkpoint).get("input_size")
+    sides = [size, size] if isinstance(size, int) else size
+    good = isinstance(sides, (list, tuple)) and len(sides) == 2
+    return tuple(sides) if good and all(type(side) is int and side > 0 for side in sides) else None
 
 
 def _is_table(value: Tensor, own: Tensor) -> bool:
@@ -331,7 +354,8 @@ def start(model: nn.Module, path: str, name: str, *, fit: bool, may_miss: set[st
     is_left_out: Callable[[str], bool] = may_miss.__contains__
     if fit:
         # a model around a backbone knows which part of it a classifier fills
-        fitted = model.adapt(weights, path) if hasattr(model, "adapt") else adapt(weights, model, path)
+        size = trained_size(checkpoint)
+        fitted = model.adapt(weights, path, size) if hasattr(model, "adapt") else adapt(weights, model, path, size)
         weights, is_dropped = fitted
         is_left_out = lambda key: key in may_miss or is_dropped(key)  # noqa: E731
     load_strictly(model, weights, path, name, may_miss=is_left_out)
@@ -349,12 +373,26 @@ def accept(args: argparse.Namespace, model: nn.Module, checkpoint: Any, path: st
     """Let the methods of `model` see what it starts from: settings follow from it, or contradict it (UsageError); and
     say where its class token is taken to stand."""
     tell_class_place(getattr(args, "model", ""), model, checkpoint, path)
+    _check_grid(args, checkpoint, path)
     try:
         accept_by_methods(model, args, find_weights(checkpoint, path)[0], saved_flags(checkpoint), path)
     except ValueError as error:
         raise UsageError(str(error)) from error
     except (TypeError, LookupError, AttributeError) as error:
         raise UsageError(f"{path} holds flags that no run writes: {first_line(error)}; wanted its weights.") from error
+
+
+def _check_grid(args: argparse.Namespace, checkpoint: Any, path: str) -> None:
+    """Refuse weights as they are whose positions are as many as this run's, but of a grid of another shape."""
+    size, own = trained_size(checkpoint), to_2tuple(getattr(args, "input_size", None))
+    fitted = path == getattr(args, "finetune", "")
+    if size is None or fitted or None in own or size == own or size[0] * size[1] != own[0] * own[1]:
+        return
+    told = [" ".join(map(str, each)) for each in (size, own)]
+    raise UsageError(
+        f"{path} was trained at --input-size {told[0]}, whose grid is another than that of {told[1]}; wanted the same, "
+        "or --finetune, which fits it."
+    )
 
 
 def tell_class_place(name: str, model: nn.Module, checkpoint: Any, path: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from timm.layers import to_2tuple
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
@@ -125,14 +126,15 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
 
 
 class ImageArrays(Dataset):
-    """Images held in memory: `images` uint8 (N, H, W, 3) or grey (N, H, W), shown at `size` if it is given."""
+    """Images held in memory: `images` uint8 (N, H, W, 3) or grey (N, H, W), shown at `size`, a side or (height, width),
+    if it is given."""
 
     def __init__(
         self,
         images: np.ndarray,
         targets: Sequence[int],
         transform: Callable[[Image.Image], Any],
-        size: int | None = None,
+        size: int | tuple[int, int] | None = None,
     ) -> None:
         self.images, self.targets, self.transform, self.size = images, list(targets), transform, size
 
@@ -142,7 +144,7 @@ class ImageArrays(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = Image.fromarray(self.images[index]).convert("RGB")
         if self.size is not None:
-            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+            image = image.resize(to_2tuple(self.size)[::-1], Image.Resampling.BICUBIC)
         return self.transform(image), self.targets[index]
 
 

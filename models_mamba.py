@@ -324,16 +324,19 @@ class VisionMamba(nn.Module):
 
     @property
     def pos_embed_grid(self) -> tuple[int, int]:
-        """(rows, cols) of the position embedding: the token grid, or for colwise pooling the transposed one, since
+        """(rows, cols) of the position embedding."""
+        return self.position_grid(self.patch_embed.grid_size)
+
+    def position_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """(rows, cols) of the positions of a token grid: its own, or for colwise pooling the transposed one, since
         FastVim's release transposes the grid before adding positions."""
-        rows, cols = self.patch_embed.grid_size
-        return (cols, rows) if self._colwise else (rows, cols)
+        return grid[::-1] if self._colwise else grid
 
     def pos_embed_for(self, grid: tuple[int, int]) -> Tensor:
         """The position embedding (1, L, D) of a token grid in raster order, resized bicubically where the grid is not
         the one it was made for."""
         pos_embed = self.pos_embed
-        new_grid = grid[::-1] if self._colwise else grid
+        new_grid = self.position_grid(grid)
         if new_grid != self.pos_embed_grid:
             pos_embed = resize_pos_embed(pos_embed, self.pos_embed_grid, new_grid, self.class_row_positions)
         return pos_embed.unflatten(1, new_grid).transpose(1, 2).flatten(1, 2) if self._colwise else pos_embed

@@ -54,7 +54,7 @@ def model_spec(text: str) -> str:
     return text
 
 
-def build(spec: str, img_size: int | None, **keywords: Any) -> nn.Module:
+def build(spec: str, img_size: int | tuple[int, int] | None, **keywords: Any) -> nn.Module:
     """The model of `spec`, whose own keywords come before `keywords`, for images of `img_size` (its own size by
     default), with random weights, in eval mode. Raises UsageError for keywords that it does not take."""
     name, own = parse_spec(spec)
@@ -68,10 +68,10 @@ def build(spec: str, img_size: int | None, **keywords: Any) -> nn.Module:
         raise UsageError(f"{spec} cannot be built: {error}") from error
 
 
-def own_size(model: nn.Module) -> int:
-    """The image side that `model` was built for."""
+def own_size(model: nn.Module) -> int | tuple[int, int]:
+    """The image side that `model` was built for, or (height, width) where these differ."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or model.default_cfg["input_size"][1:]
-    return int(size[0])
+    return int(size[0]) if size[0] == size[1] else (int(size[0]), int(size[1]))
 
 
 class Case:

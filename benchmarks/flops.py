@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.cases import build, model_spec
 from benchmarks.command import command, parser
 from measure.flops import model_flops
-from utils.flags import number
+from utils.flags import Sides
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "vim_tiny_patch16_224": {},
@@ -34,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         **dict(nargs="*", type=model_spec, default=list(PUBLISHED), metavar="MODEL"),
         help="NAME or NAME:key=value,... (default: DyVM's settings)",
     )
-    flags.add_argument("--img-size", type=number(int, 1), default=None, help="image side (default: the model's own)")
+    flags.add_argument(
+        "--img-size",
+        **dict(action=Sides, default=None, metavar="SIDE"),
+        help="image side, or height and width (default: the model's own)",
+    )
     args = flags.parse_args(argv)
     print("| model | parameters, M | published, G | full, G |\n|---|---|---|---|")
     for spec in args.models:

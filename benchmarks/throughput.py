@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 
 from benchmarks.cases import DTYPES, Case, OnnxCase, build, model_spec, own_size
 from benchmarks.command import add_device, add_threads, command, device_of, parser, write_json
@@ -34,7 +35,7 @@ from measure.pruning import force_gates, kept_directions
 from measure.timing import Call, time_in_turns
 from models_mamba import VisionMamba
 from utils import UsageError
-from utils.flags import number
+from utils.flags import number, sides, told_size
 
 FIGURES = ("images_per_second", "peak_bytes")
 
@@ -50,23 +51,23 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _measure_together(
-    args: argparse.Namespace, device: torch.device, img_size: int | None, batch_size: int
+    args: argparse.Namespace, device: torch.device, img_size: int | tuple[int, int] | None, batch_size: int
 ) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     timed: list[tuple[dict[str, Any], str, Call]] = []
     for spec in args.models:
         model = build(spec, img_size).to(device)
-        side = img_size or own_size(model)
-        images = torch.randn(batch_size, 3, side, side, device=device)
+        size = img_size or own_size(model)
+        images = torch.randn(batch_size, 3, *to_2tuple(size), device=device)
         kept = None
         if isinstance(model, VisionMamba) and kept_directions(model, images) is not None:
             force_gates(model, batch_size, model.methods.pruning.block_keep_ratio)
             kept = kept_directions(model, images)
-        flops = model_flops(model, side, kept)
+        flops = model_flops(model, size, kept)
         shared = {
             "model": spec,
-            "img_size": side,
+            "img_size": size,
             "batch_size": batch_size,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "flops_published": flops.published,
@@ -111,7 +112,7 @@ def table(rows: Sequence[dict[str, Any]], train: bool) -> str:
     head += [f"{kind} {what}" for kind in kinds for what in ("images/s", "peak, MiB")]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in rows:
-        cells = [row["model"].replace("|", "\\|"), row["img_size"], row["batch_size"]]
+        cells = [row["model"].replace("|", "\\|"), told_size(row["img_size"]), row["batch_size"]]
         cells.append(row["dtype"] + ("" if row["way"] == "eager" else f", {row['way']}"))
         cells += [f"{row['parameters'] / 1e6:.3f}"]
         cells += [f"{row[name] / 1e9:.4f}" for name in ("flops_published", "flops_full")]
@@ -131,9 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print a Markdown table, and write what it was made from as JSON."""
     flags = parser("benchmarks.throughput", __doc__)
     flags.add_argument("models", nargs="+", type=model_spec, metavar="MODEL", help="NAME or NAME:key=value,...")
-    side = number(int, 1)
-    flags.add_argument("--img-size", type=side, nargs="+", metavar="SIDE", help="default: each model's own")
-    flags.add_argument("--batch-size", type=side, nargs="+", default=[32], metavar="N", help="default: 32")
+    flags.add_argument("--img-size", type=sides, nargs="+", metavar="SIDE", help="or HxW (default: each model's own)")
+    flags.add_argument("--batch-size", type=number(int, 1), nargs="+", default=[32], metavar="N", help="default: 32")
     flags.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES, help="default: float32")
     flags.add_argument("--compile", action="store_true", help="measure every model under torch.compile as well")
     flags.add_argument("--train", action="store_true", help="measure a training step as well")

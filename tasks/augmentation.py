@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms import ResizeKeepRatio
+from timm.layers import to_2tuple
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
@@ -91,25 +93,26 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--scale is {args.scale[0]:g} {args.scale[1]:g}; wanted a lower share and a higher one.")
     if args.resplit:
         _logger.warning("--resplit changes nothing: there are no augmentation splits to leave out of the erasing.")
-    build_transform(True, args, size=max(args.input_size or 0, SMALL_IMAGE + 1))
+    build_transform(True, args, size=SMALL_IMAGE + 1)
 
 
 def build_transform(
-    is_train: bool, args: argparse.Namespace, *, size: int | None = None, flip: bool = True
+    is_train: bool, args: argparse.Namespace, *, size: int | tuple[int, int] | None = None, flip: bool = True
 ) -> Callable[[Image.Image], Tensor]:
-    """PIL image -> normalised float tensor (3, size, size).
+    """PIL image -> normalised float tensor (3, size, size), or of the height and width that `size` is.
 
     Training: timm's transforms at a random scale (or `--src`), or with padding 4 at or under 32 pixels; `flip` off
     leaves out mirroring, for images that have a side. Evaluation: the shorter side to size / --eval-crop-ratio,
-    bicubic, centre crop.
+    bicubic, centre crop. Images keep their shape: one of another shape is cropped.
     """
     size = args.input_size if size is None else size
-    small = size <= SMALL_IMAGE
+    sides = to_2tuple(size)
+    small = max(sides) <= SMALL_IMAGE
     if not is_train:
-        edge = size if small else int(size / args.eval_crop_ratio)
+        ratio = 1.0 if small else args.eval_crop_ratio
         return transforms.Compose(
             [
-                transforms.Resize(edge, InterpolationMode.BICUBIC),
+                _cover([int(side / ratio) for side in sides]),
                 transforms.CenterCrop(size),
                 transforms.ToTensor(),
                 transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
@@ -132,15 +135,19 @@ def build_transform(
     except (AssertionError, KeyError, ValueError, IndexError) as error:
         raise UsageError(f"--aa is {args.aa!r}; wanted a timm policy such as rand-m9-mstd0.5-inc1, or none.") from error
     if small:
-        crop = [transforms.Resize(size, InterpolationMode.BICUBIC), transforms.RandomCrop(size, padding=4)]
+        crop = [_cover(sides), transforms.RandomCrop(size, padding=4)]
     elif args.src:
-        crop = [
-            transforms.Resize(size, InterpolationMode.BICUBIC),
-            transforms.RandomCrop(size, padding=4, padding_mode="reflect"),
-        ]
+        crop = [_cover(sides), transforms.RandomCrop(size, padding=4, padding_mode="reflect")]
     else:
         return transform
     return transforms.Compose(crop + transform.transforms[1:])
+
+
+def _cover(sides: Sequence[int]) -> Callable[[Image.Image], Image.Image]:
+    """Resize, in shape, to the least that covers `sides`, (height, width)."""
+    if sides[0] == sides[1]:
+        return transforms.Resize(sides[0], InterpolationMode.BICUBIC)
+    return ResizeKeepRatio(tuple(sides), interpolation="bicubic")
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:

@@ -12,7 +12,7 @@ import fusion
 import models_mae  # noqa: F401 - its names join the registry
 import models_mamba
 from utils import UsageError, nearest
-from utils.flags import number
+from utils.flags import Sides, number
 
 OWN_MODULES = ("models_mamba", "models_mae")
 
@@ -23,9 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", default="vim_nano_patch4_32", metavar="NAME", help="a name of timm's registry")
     group.add_argument(
         "--input-size",
-        type=number(int, 1),
+        action=Sides,
         default=224,
-        help="image side (default: the model's own, 224 for published names)",
+        metavar="SIDE",
+        help="image side, or height and width, in pixels (default: the model's own, 224 for published names)",
     )
     group.add_argument("--drop", type=number(float, 0, 1, below=True), default=0.0, metavar="RATE", help="default: 0")
     group.add_argument(

@@ -116,9 +116,12 @@ def test_pictures_of_any_suffix_and_one_a_name(tmp_path: Path) -> None:
 
 
 def test_sizes_are_fitted() -> None:
-    assert fit_size(512, 683, 2048, 512) == (512, 683)
-    assert fit_size(256, 256, 2048, 512) == (512, 512)
-    assert fit_size(100, 1000, 2048, 512) == (205, 2048)
+    assert fit_size(512, 683, 2048, (512, 512)) == (512, 683)
+    assert fit_size(256, 256, 2048, (512, 512)) == (512, 512)
+    assert fit_size(100, 1000, 2048, (512, 512)) == (205, 2048)
+    # a street's camera and its crop, and the same scene on its side
+    assert fit_size(1024, 2048, 4096, (512, 1024)) == (512, 1024)
+    assert fit_size(2048, 1024, 4096, (512, 1024)) == (2048, 1024)
 
 
 def test_image_and_mask_move_together() -> None:
@@ -154,7 +157,7 @@ def test_crops_show_more_than_one_class() -> None:
     labels[:, 40:] = 1
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)
     transform = TrainTransform(24, (1.0, 1.0))
-    transform.steps.transforms[0].size = 64
+    transform.steps.transforms[0].size = (64, 64)
     varied = 0
     for seed in range(20):
         torch.manual_seed(seed)

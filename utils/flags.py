@@ -70,6 +70,36 @@ def number(
     return parse
 
 
+def sides(text: str) -> int | tuple[int, int]:
+    """An argparse type: the side of a square in pixels, or HEIGHTxWIDTH."""
+    parts = text.lower().split("x")
+    if len(parts) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a side, or HEIGHTxWIDTH")
+    return _one_or_both([number(int, 1)(part) for part in parts])
+
+
+def _one_or_both(lengths: list[int]) -> int | tuple[int, int]:
+    return lengths[0] if len({*lengths}) == 1 else (lengths[0], lengths[1])
+
+
+class Sides(argparse.Action):
+    """`48`, `32 64` or `32x64` in pixels: the side of a square, an int, or (height, width) where these differ."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, nargs="+", type=sides, **kwargs)
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        if len(values) > 2 or (len(values) == 2 and not all(isinstance(value, int) for value in values)):
+            told = " ".join(told_size(value) for value in values)
+            raise argparse.ArgumentError(self, f"{told!r} is not a side, or height and width")
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else _one_or_both(values))
+
+
+def told_size(size: int | tuple[int, int]) -> str:
+    """A size that `Sides` read, as a flag takes it."""
+    return str(size) if isinstance(size, int) else "x".join(map(str, size))
+
+
 def add_switch(parser: argparse._ActionsContainer, on: list[str], off: list[str], *, default: bool, help: str) -> None:
     """Add a pair of flags that switch one value, named after the first flag, on and off."""
     dest = on[0].lstrip("-").replace("-", "_")

@@ -32,10 +32,18 @@ from mamba_ssm.ops.selective_scan_interface import (
     selective_scan_fn,
     selective_scan_ref,
 )
+from mamba_ssm.ops.visible import (
+    VisibleLines,
+    visible_conv_fn,
+    visible_conv_ref,
+    visible_gate_fn,
+    visible_gate_ref,
+)
 from torch.func import functional_call, grad, hessian, jacrev, jvp, linearize, vmap
 
 B, D, L, N, R = 1, 2, 4, 2, 1
 LINES = Lines.of_grid((2, 2), (1, 0), scale=0.5)
+VISIBLE = VisibleLines(torch.tensor([[2, 0, 3, 1]]), torch.tensor([[0, 3, 3, 4]]), 0.3)
 SLOT, COUNT = torch.tensor([[0, 1, 1, 2]]), torch.tensor([[1, 2, 1]])
 
 
@@ -129,6 +137,17 @@ CASES = {
     "pooled_gate_fn": (
         *((lambda *t, fn=fn: fn(*t, 1e-5, LINES, 0.5)) for fn in (pooled_gate_fn, pooled_gate_ref)),
         (rand(B, L, D), rand(B, 2, D), rand(B, L, D) + 1, rand(D), rand(D) + 1),
+    ),
+    "visible_conv_fn": (
+        *(
+            (lambda x, *p, fn=fn: torch.cat(fn(x, Taps(*p[:3]), Taps(*p[3:]), VISIBLE), 1))
+            for fn in (visible_conv_fn, visible_conv_ref)
+        ),
+        (rand(B, L, D), *TAPS, *(t + 0.1 for t in TAPS)),
+    ),
+    "visible_gate_fn": (
+        *((lambda *t, fn=fn: fn(*t, 1e-5, VISIBLE, 0.5)) for fn in (visible_gate_fn, visible_gate_ref)),
+        (rand(B, L, D), rand(B, 3, D), rand(B, L, D) + 1, rand(D), rand(D) + 1),
     ),
     "merge_tokens_fn": (
         *((lambda x, fn=fn: fn(x, SLOT, COUNT)) for fn in (merge_tokens_fn, merge_tokens_ref)),

@@ -25,6 +25,7 @@ from tasks.cells.subsets import evaluate_subsets, subsets_of, table, write_csv
 from tasks.cells.transforms import normalize
 from tasks.task import Data, Metric, Task
 from utils import UsageError
+from utils.flags import told_size
 from utils.processes import rank, sum_over_processes, world_size
 
 _DEFAULT_MODELS = {"CELLS_DIGITS": "fastchannelvim_nano_patch4_32"}
@@ -112,6 +113,10 @@ class ClassifyCells(Task):
     @classmethod
     def check(cls, args: argparse.Namespace, typed: set[str]) -> None:
         cells_data.check(args, typed)
+        if not isinstance(args.input_size, int):
+            raise UsageError(
+                f"--input-size {told_size(args.input_size)}: cells are turned by quarters in training; wanted one side."
+            )
         if args.channel_subsets and not args.eval:
             raise UsageError("--channel-subsets wants --eval, since it evaluates every subset of the channels.")
 

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import checkpoints
-from utils import UsageError, nearest
+from utils import UsageError, first_line, nearest
 from utils.files import is_url
-from utils.flags import number
+from utils.flags import number, told_size
 
 _logger = logging.getLogger(__name__)
 
@@ -157,4 +158,10 @@ def build_criterion(args: argparse.Namespace, num_classes: int) -> nn.Module:
     weights, _ = checkpoints.find_weights(checkpoints.read(args.teacher_path), args.teacher_path)
     checkpoints.load_strictly(teacher, weights, args.teacher_path, args.teacher_model)
     teacher = teacher.eval().requires_grad_(False)
+    try:
+        with torch.no_grad():
+            teacher(torch.zeros(1, 3, *to_2tuple(args.input_size)))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        size = told_size(args.input_size)
+        raise UsageError(f"--input-size {size} does not fit --teacher-model: {first_line(error)}.") from error
     return Distillation(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)

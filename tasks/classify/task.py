@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from timm.task.evaluator import ClassificationEvaluator
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from tasks import augmentation, backbone
 from tasks.classify import losses
 from tasks.task import Data, Metric, Task
 from utils import UsageError
-from utils.flags import add_switch
+from utils.flags import add_switch, told_size
 
 _logger = logging.getLogger(__name__)
 
@@ -130,9 +131,9 @@ class Classify(Task):
         if isinstance(model, VisionMamba):
             return
         try:
-            model.eval()(torch.empty(2, 3, args.input_size, args.input_size))
+            model.eval()(torch.empty(2, 3, *to_2tuple(args.input_size)))
         except (AssertionError, RuntimeError, ValueError) as error:
-            raise UsageError(f"--input-size {args.input_size} does not fit {args.model}: {error}") from error
+            raise UsageError(f"--input-size {told_size(args.input_size)} does not fit {args.model}: {error}") from error
         for name in ("if_random_cls_token_position", "if_random_token_rank", "visualize"):
             if getattr(args, name):
                 raise UsageError(f"--{name} wants a Vision Mamba; {args.model} does not know it.")

@@ -8,7 +8,6 @@ Segmentation and detection as published with Vim (arXiv:2401.09417), FastVim (ar
 from __future__ import annotations
 
 import logging
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 import models_mamba
+from checkpoints import grid_of_rows
 from embeddings import resize_pos_embed
 from fusion.dynamic_pruning import keep_rest, whole
 from fusion.pruning_settings import PruningSettings
@@ -84,13 +84,16 @@ def _create_timm_body(name: str, img_size: int | tuple[int, int], **keywords: An
     raise ValueError(f"{name} cannot be built with {', '.join(keywords)}.")
 
 
-def from_classifier(weights: dict[str, Tensor], body: nn.Module) -> dict[str, Tensor]:
+def from_classifier(
+    weights: dict[str, Tensor], body: nn.Module, size: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
     """A state dict for `body` (`create_body`) from the one of a classifier of the same name.
 
     Head, last norm, class token and the token's own row of the position embedding are left out (of M patches, M // 2
-    for a middle token), and positions are resized bicubically to the body's grid. A body with LayerNorm takes zero
+    for a middle token), and positions are resized bicubically to the body's grid, from that of images of `size`
+    (height, width) where it is known. A body with LayerNorm takes zero
     biases where the weights have RMSNorm. What the body's method adds (DyVM's predictors and gates) and the weights
-    lack, the body keeps. Raises ValueError for positions of no square grid.
+    lack, the body keeps. Raises ValueError for positions of no known grid.
     """
     if not isinstance(body, models_mamba.VisionMamba):
         adapt = getattr(sys.modules[type(body).__module__], "checkpoint_filter_fn", None)
@@ -105,7 +108,7 @@ def from_classifier(weights: dict[str, Tensor], body: nn.Module) -> dict[str, Te
         if any(name.startswith("decoder") for name in weights):
             # a masked autoencoder has its class token's row in front
             tokens = ClassTokens(sum(weights[name].shape[1] for name in dropped), "front")
-        state["pos_embed"] = _without_token_rows(state["pos_embed"], tokens if dropped else ClassTokens(), body)
+        state["pos_embed"] = _without_token_rows(state["pos_embed"], tokens if dropped else ClassTokens(), body, size)
     missing = [name for name in own if name not in state]
     kept = [name for name in missing if name.endswith(("norm.bias", "layernorm.bias"))]
     kept += [name for name in missing if name.startswith("score_predictors.") or ".block_head." in name]
@@ -114,19 +117,18 @@ def from_classifier(weights: dict[str, Tensor], body: nn.Module) -> dict[str, Te
     return state | {name: own[name] for name in kept}
 
 
-def _without_token_rows(pos_embed: Tensor, tokens: ClassTokens, body: models_mamba.VisionMamba) -> Tensor:
+def _without_token_rows(
+    pos_embed: Tensor, tokens: ClassTokens, body: models_mamba.VisionMamba, size: tuple[int, int] | None
+) -> Tensor:
     """(1, M + K, D) of a classifier with K class `tokens` -> (1, M', D) for the body's grid."""
     num_patches = pos_embed.shape[1] - tokens.count
     pos_embed = split_cls(pos_embed, tokens.among(num_patches))[1]
-    grid = body.pos_embed_grid
-    if num_patches == grid[0] * grid[1]:
-        return pos_embed
-    side = math.isqrt(max(num_patches, 0))
-    if side * side != num_patches:
+    grid, own = grid_of_rows(num_patches, body, size), body.pos_embed_grid
+    if grid is None:
         raise ValueError(
             f"pos_embed has {num_patches} patch rows; wanted a square number, to know the grid it was made for."
         )
-    return resize_pos_embed(pos_embed, (side, side), grid, lambda _: ())
+    return pos_embed if grid == own else resize_pos_embed(pos_embed, grid, own, lambda _: ())
 
 
 class DenseBackbone(nn.Module):

@@ -38,12 +38,20 @@ class MultiScale(nn.Module):
         if patch_size == stride:
             return nn.Identity()
         if stride % patch_size == 0:
-            return nn.MaxPool2d(stride // patch_size)
+            return MaxPoolWhole(stride // patch_size)
         raise ValueError(f"The maps have stride {patch_size}; wanted 4, 8 or 16, to bring them to 4, 8, 16 and 32.")
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Four maps, finest last or all alike -> four maps of rising stride."""
         return [step(x) for step, x in zip((self.fpn1, self.fpn2, self.fpn3, self.fpn4), maps, strict=True)]
+
+
+class MaxPoolWhole(nn.MaxPool2d):
+    """A max-pool whose windows shrink to the map where it is smaller than they are: something is always left."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, max(H // k, 1), max(W // k, 1))."""
+        return F.max_pool2d(x, [min(self.kernel_size, side) for side in x.shape[-2:]])
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):

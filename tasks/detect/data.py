@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -36,16 +37,16 @@ class Jitter(v2.ScaleJitter):
 
 
 class CropTo(v2.Transform):
-    """A random part of at most `size` x `size` pixels; sides that are shorter stay."""
+    """A random part of at most `size` pixels, (height, width); sides that are shorter stay."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: tuple[int, int]) -> None:
         super().__init__()
         self.size = size
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Where the part lies."""
         height, width = v2.functional.get_size(flat_inputs[0])
-        sides = [min(side, self.size) for side in (height, width)]
+        sides = [min(side, most) for side, most in zip((height, width), self.size)]
         top, left = (int(torch.randint(side - part + 1, ())) for side, part in zip((height, width), sides))
         return dict(top=top, left=left, height=sides[0], width=sides[1])
 
@@ -55,13 +56,15 @@ class CropTo(v2.Transform):
 
 
 class LargeScaleJitter:
-    """Flip, scale by `scale_range` of what would fit `size`, crop to `size`; boxes anew from the cropped masks.
+    """Flip, scale by `scale_range` of what would fit `size`, a side or (height, width), crop to `size`; boxes anew from
+    the cropped masks.
 
     Ghiasi et al. 2021 (arXiv:2012.07177). An object of which no pixel is left, is left out.
     """
 
-    def __init__(self, size: int, scale_range: tuple[float, float] = (0.1, 2.0)) -> None:
-        self.geometry = v2.Compose([v2.RandomHorizontalFlip(), Jitter((size, size), scale_range), CropTo(size)])
+    def __init__(self, size: int | tuple[int, int], scale_range: tuple[float, float] = (0.1, 2.0)) -> None:
+        size = to_2tuple(size)
+        self.geometry = v2.Compose([v2.RandomHorizontalFlip(), Jitter(size, scale_range), CropTo(size)])
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
         image, masks = self.geometry(tv_tensors.Image(image), tv_tensors.Mask(target["masks"]))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -34,16 +35,18 @@ _PER_BOX = ("boxes", "labels", "masks", "area", "iscrowd")
 
 
 class FitAndPad(GeneralizedRCNNTransform):
-    """Images of any size -> one batch (B, 3, size, size): normalised, fitted, zeros at the right and the bottom.
+    """Images of any size -> one batch (B, 3, size, size), or of the height and width that `size` is: normalised,
+    fitted, zeros at the right and the bottom.
 
-    In evaluation the longer side becomes `size`; in training only larger images are shrunk, since jitter makes small
-    ones on purpose. Boxes without area are left out. Detections go back to the image's own size, their masks as bool
-    (N, 1, H, W).
+    In evaluation the side that is the longer in proportion becomes that of `size`; in training only larger images are
+    shrunk, since jitter makes small ones on purpose. Boxes without area are left out. Detections go back to the image's
+    own size, their masks as bool (N, 1, H, W).
     """
 
-    def __init__(self, size: int) -> None:
-        super().__init__(size, size, list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD))
-        self.size = size
+    def __init__(self, size: int | tuple[int, int]) -> None:
+        sides = to_2tuple(size)
+        super().__init__(min(sides), max(sides), list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD))
+        self.size = sides
 
     def forward(
         self, images: list[Tensor], targets: list[Target] | None = None
@@ -57,9 +60,10 @@ class FitAndPad(GeneralizedRCNNTransform):
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
         """An image (3, H, W) and its target, fitted; at least one pixel is left of a side."""
         sides = image.shape[-2:]
-        if self.training and max(sides) <= self.size:
+        if self.training and all(side <= most for side, most in zip(sides, self.size)):
             return image, target
-        fitted = [max(1, int(side * self.size / max(sides) + 0.5)) for side in sides]
+        longest, most = max(zip(sides, self.size), key=lambda pair: pair[0] / pair[1])
+        fitted = [max(1, int(side * most / longest + 0.5)) for side in sides]
         image = F.interpolate(image[None], fitted, mode="bilinear", align_corners=False)[0]
         if target is not None:
             target["boxes"] = resize_boxes(target["boxes"], sides, fitted)
@@ -69,7 +73,7 @@ class FitAndPad(GeneralizedRCNNTransform):
 
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
         """Images (3, H, W) -> one padded batch."""
-        batch = images[0].new_zeros(len(images), images[0].shape[0], self.size, self.size)
+        batch = images[0].new_zeros(len(images), images[0].shape[0], *self.size)
         for image, place in zip(images, batch):
             place[:, : image.shape[1], : image.shape[2]] = image
         return batch
@@ -109,7 +113,9 @@ class Detector(GeneralizedRCNN):
     Targets have `boxes` (T, 4), `labels` (T,) and `masks` (T, H, W); images are float32 (3, H, W) of 0 to 1.
     """
 
-    def __init__(self, backbone: PyramidBackbone, rpn: nn.Module, roi_heads: nn.Module, img_size: int) -> None:
+    def __init__(
+        self, backbone: PyramidBackbone, rpn: nn.Module, roi_heads: nn.Module, img_size: int | tuple[int, int]
+    ) -> None:
         super().__init__(backbone, rpn, roi_heads, FitAndPad(img_size))
         self.num_classes = roi_heads.num_classes
         self.find_unused_parameters = backbone.dense.find_unused_parameters
@@ -125,9 +131,12 @@ class Detector(GeneralizedRCNN):
         """Published detectors' weights under this model's names; others as they are."""
         return convert(weights, self) if any(name.startswith(PUBLISHED) for name in weights) else weights
 
-    def adapt(self, weights: dict[str, Tensor], path: str) -> tuple[dict[str, Tensor], Callable[[str], bool]]:
+    def adapt(
+        self, weights: dict[str, Tensor], path: str, size: tuple[int, int] | None = None
+    ) -> tuple[dict[str, Tensor], Callable[[str], bool]]:
         """Fit the weights of a classifier, which the backbone starts from, or of a detector of other classes; returns
-        them under this model's names and a test for the keys that may be missing."""
+        them under this model's names and a test for the keys that may be missing. `size` (height, width) is that of the
+        images it was trained on, where it is known."""
         weights, own = self.renamed(weights), self.state_dict()
         if any(name.startswith("roi_heads.") for name in weights):
             last = (".cls_score.", ".bbox_pred.", ".mask_fcn_logits.")
@@ -136,7 +145,7 @@ class Detector(GeneralizedRCNN):
             if other:
                 _logger.info("%s: its classes are others; the last layers of the heads start afresh.", path)
             return {name: value for name, value in weights.items() if name not in other}, other.__contains__
-        body = from_classifier(weights, self.body)
+        body = from_classifier(weights, self.body, size)
         _logger.info("%s: the backbone starts from it, pyramid and heads start afresh.", path)
         return {_BODY + name: value for name, value in body.items()}, lambda name: not name.startswith(_BODY)
 
@@ -159,7 +168,7 @@ class Detector(GeneralizedRCNN):
 def build_detector(
     name: str,
     num_classes: int,
-    img_size: int = 1024,
+    img_size: int | tuple[int, int] = 1024,
     heads: str | None = None,
     out_channels: int = 256,
     fc_channels: int = 1024,
@@ -174,9 +183,9 @@ def build_detector(
     """Cascade Mask R-CNN for `num_classes` classes on the timm model `name`, built with the keywords `body`.
 
     `heads` is "vim" or "fastvim", by default fastvim for a body that pools. Images are fitted into and padded to
-    `img_size` pixels. Each stage trains on `box_batch_size_per_image` boxes an image. The pyramid stands on the last
-    map of stride 16 or finer; anchors and levels are in proportion to that stride. Raises ValueError for other heads,
-    or a model without such a map.
+    `img_size` pixels, a side or (height, width). Each stage trains on `box_batch_size_per_image` boxes an image. The
+    pyramid stands on the last map of stride 16 or finer; anchors and levels are in proportion to that stride. Raises
+    ValueError for other heads, or a model without such a map.
     """
     model = create_body(name, img_size, drop_path_rate=drop_path_rate, **body)
     pools = getattr(getattr(model, "methods", None), "pooling", None) is not None

@@ -8,6 +8,8 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
+from tasks.dense.necks import MaxPoolWhole
+
 
 class SimplePyramid(nn.Module):
     """One map (B, D, rows, cols) of stride 16 -> p2 to p6, of `out_channels` and strides 4 to 64.
@@ -31,7 +33,7 @@ class SimplePyramid(nn.Module):
         )
         self.p3 = level(half, nn.ConvTranspose2d(dim, half, 2, 2))
         self.p4 = level(dim)
-        self.p5 = level(dim, nn.MaxPool2d(2))
+        self.p5 = level(dim, MaxPoolWhole(2))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """The levels by name, finest first."""

@@ -135,16 +135,19 @@ class Segmenter(nn.Module):
         """Published segmenters' weights under this model's names; others as they are."""
         return convert(weights, self) if any(name.startswith(PUBLISHED) for name in weights) else weights
 
-    def adapt(self, weights: dict[str, Tensor], path: str) -> tuple[dict[str, Tensor], Callable[[str], bool]]:
+    def adapt(
+        self, weights: dict[str, Tensor], path: str, size: tuple[int, int] | None = None
+    ) -> tuple[dict[str, Tensor], Callable[[str], bool]]:
         """Fit the weights of a classifier, which the backbone starts from, or of a segmenter of other classes; returns
-        them under this model's names and a test for the keys that may be missing."""
+        them under this model's names and a test for the keys that may be missing. `size` (height, width) is that of the
+        images it was trained on, where it is known."""
         weights, own = self.renamed(weights), self.state_dict()
         if any(name.startswith("decode_head.") for name in weights):
             other = [name for name in weights if ".conv_seg." in name and weights[name].shape != own[name].shape]
             if other:
                 _logger.info("%s: its classes are others; the last layers of both heads start afresh.", path)
             return {name: value for name, value in weights.items() if name not in other}, other.__contains__
-        body = from_classifier(weights, self.backbone.body)
+        body = from_classifier(weights, self.backbone.body, size)
         _logger.info("%s: the backbone starts from it, adapter and heads start afresh.", path)
         return {f"backbone.body.{name}": value for name, value in body.items()}, _is_new
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 import fusion
@@ -25,7 +26,7 @@ from tasks.segment.loss import SegmentationLoss
 from tasks.segment.models import build_segmenter
 from tasks.task import Data, Metric, Task
 from utils import UsageError, nearest
-from utils.flags import number
+from utils.flags import number, told_size
 from utils.processes import sum_over_processes, world_size
 
 NUM_PICTURES = 8
@@ -171,12 +172,14 @@ class Segment(Task):
             raise UsageError(f"--scale-range is {low:g} to {high:g}; wanted the smaller number first.")
         if args.test_mode == "whole" and args.slide_stride is not None:
             raise UsageError("--slide-stride contradicts --test-mode whole, which has no windows.")
+        sides = to_2tuple(args.input_size)
         if args.slide_stride is None:
-            args.slide_stride = max(args.input_size * 2 // 3, 1)
-        if args.slide_stride > args.input_size:
+            strides = [max(side * 2 // 3, 1) for side in sides]
+            args.slide_stride = strides[0] if sides[0] == sides[1] else tuple(strides)
+        elif args.slide_stride > min(sides):
             raise UsageError(
-                f"--slide-stride {args.slide_stride} is more than --input-size {args.input_size}; windows that do not "
-                "leave gaps wanted it at most that."
+                f"--slide-stride {args.slide_stride} is more than --input-size {told_size(args.input_size)}; windows "
+                "that do not leave gaps wanted it at most that."
             )
         if "dense_feature" in typed and not models_mamba.registry_keywords(args.model):
             raise UsageError(f"--dense-feature wants a Vision Mamba; {args.model} has maps of its own.")
