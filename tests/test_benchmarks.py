@@ -24,10 +24,10 @@ from PIL import Image
 import main as program
 from benchmarks import aarch64, cases, compare, ops, plot, summary, throughput
 from benchmarks.peers import PEERS
+from benchmarks.small_data import write_shapes
 from measure.flops import model_flops
 from tests import micro_models
 from tests.conftest import ROOT
-from tests.shapes_data import write_shapes
 from utils import UsageError
 
 

@@ -25,10 +25,12 @@ import torch
 
 import fusion
 import main as program
+from benchmarks import small_cells as cells_data
+from benchmarks.small_data import write_shapes
 from tasks import TASKS
 from tasks.detect import build_detector
 from tasks.segment import build_segmenter
-from tests import cells_data, micro_models, program_data, shapes_data
+from tests import micro_models, program_data
 from tests.conftest import Result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,7 +123,7 @@ class Files:
             "CELLS": root / "cells",
         }
         self.index = cells_data.write_index(root / "cells")
-        self.data["ADE20K"] = self.data["COCO"] = self.data["SHAPES"] = shapes_data.write_shapes(root / "shapes", 4, 2)
+        self.data["ADE20K"] = self.data["COCO"] = self.data["SHAPES"] = write_shapes(root / "shapes", 4, 2)
 
     def weights(self, family: str, classes: int, channels: int = 3) -> Path:
         """Weights of an untrained micro model."""
