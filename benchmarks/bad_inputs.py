@@ -13,22 +13,20 @@ import io
 import os
 import pickle
 import signal
-import struct
 import subprocess
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from hypothesis import strategies as st
-from PIL import Image
 
-from benchmarks.program import QUICK, call_program
-from benchmarks.small_data import pictures, write_cifar100, write_image_folder
+import main as program
+from benchmarks.jobs import JOBS, Job
+from benchmarks.program import EPOCH, call_program
+from tasks import TASKS
 
 ACCEPTED, REFUSED = "accepted", "refused"
 SECONDS = 60  # what takes longer hangs
@@ -138,15 +136,43 @@ VALUES = [
 ]
 LISTS = ["--opt-betas", "--lr-noise", "--cutmix-minmax", "--pruning-loc"]
 
-FLAG = st.one_of(
-    st.sampled_from([[name, word] for name, words in WORDS.items() for word in words]),
-    st.sampled_from([[name] for name in SWITCHES]),
-    st.tuples(st.sampled_from(VALUES), st.sampled_from(NUMBERS)).map(list),
-    st.tuples(st.sampled_from(LISTS), st.lists(st.sampled_from(NUMBERS), max_size=3)).map(
-        lambda pair: [pair[0], *pair[1]]
-    ),
-)
-FLAGS = st.lists(FLAG, min_size=1, max_size=6).map(lambda flags: [part for flag in flags for part in flag])
+# what a task's own flags are not tried with: they write elsewhere, or take as long as they say
+UNTRIED = {"--data-path", "--index", "--visualize", "--det-proposals"}
+
+
+def own_flags(task: str) -> list[st.SearchStrategy[list[str]]]:
+    """The flags that `task` has and classification has not, with values that may fit."""
+    general = program.get_args_parser()._option_string_actions
+    found = []
+    for name, action in program.get_args_parser(TASKS[task])._option_string_actions.items():
+        if name in general or name in UNTRIED:
+            continue
+        values = st.sampled_from([*map(str, action.choices), "x"] if action.choices else NUMBERS)
+        if action.nargs == 0:
+            found.append(st.just([name]))
+        elif action.nargs is None:
+            found.append(values.map(lambda value, name=name: [name, value]))
+        else:
+            found.append(st.lists(values, max_size=3).map(lambda given, name=name: [name, *given]))
+    return found
+
+
+def flags_of(task: str = "classify") -> st.SearchStrategy[list[str]]:
+    """One to six flags of `task`, and a few that it does not know."""
+    shared = st.one_of(
+        st.sampled_from([[name, word] for name, words in WORDS.items() for word in words]),
+        st.sampled_from([[name] for name in SWITCHES]),
+        st.tuples(st.sampled_from(VALUES), st.sampled_from(NUMBERS)).map(list),
+        st.tuples(st.sampled_from(LISTS), st.lists(st.sampled_from(NUMBERS), max_size=3)).map(
+            lambda pair: [pair[0], *pair[1]]
+        ),
+    )
+    own = own_flags(task)
+    known = program.get_args_parser(TASKS[task])._option_string_actions
+    # a flag of another task ends it at once, and would hide all else that is wrong
+    shared = shared.filter(lambda flag: task == "classify" or flag[0] in known)
+    flag = st.one_of(shared, st.one_of(own)) if own else shared
+    return st.lists(flag, min_size=1, max_size=6).map(lambda flags: [part for flag in flags for part in flag])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,10 +286,9 @@ class Checkpoints:
         return "Checkpoints"  # hypothesis would print all that they hold
 
     @classmethod
-    def make(cls, folder: Path) -> Checkpoints:
+    def make(cls, folder: Path, job: Job = JOBS["classify"]) -> Checkpoints:
         """Train for an epoch under `folder`."""
-        data = write_cifar100(folder / "data", train=8, test=4)
-        flags = [*QUICK, "--data-set", "CIFAR", "--data-path", str(data)]
+        flags = [*job.data(folder, 8), *EPOCH]
         assert judge_program(*flags, "--output_dir", folder / "run") == ACCEPTED
         run = torch.load(folder / "run" / "checkpoint.pth", weights_only=True)
         weights = {name: value.clone() for name, value in run["model"].items()}
@@ -305,76 +330,3 @@ class Checkpoints:
 
 
 USES = st.sampled_from(["--resume", "--finetune", "--eval --resume", "--eval --model-path"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-
-SUFFIXES = (".JPEG", ".jpg", ".png", ".webp", ".bmp", ".tiff", ".ppm", ".pgm")
-
-
-def _encoded() -> dict[str, bytes]:
-    """An image in every format that is likely to be met, and in odd modes."""
-    picture = Image.fromarray(pictures(1, 24)[0])
-    grey16 = Image.fromarray(np.arange(576, dtype=np.uint16).reshape(24, 24) * 100)
-    modes = {
-        "": picture,
-        "_grey": picture.convert("L"),
-        "_palette": picture.quantize(16),
-        "_alpha": picture.convert("RGBA"),
-    }
-    modes |= {
-        "_cmyk": picture.convert("CMYK"),
-        "_16": grey16,
-        "_bits": picture.convert("1"),
-        "_float": picture.convert("F"),
-    }
-    found = {}
-    for form in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF"):
-        for mode, image in modes.items():
-            stream = io.BytesIO()
-            with contextlib.suppress(OSError, ValueError):  # a mode that the format does not have
-                image.save(stream, form)
-                found[form + mode] = stream.getvalue()
-    png = found["PNG"]
-    for side in (0, 12_000, 60_000, 2**31 - 1):
-        found[f"PNG_{side}"] = png[:16] + struct.pack(">II", side, side) + png[24:]
-    return found
-
-
-@dataclass
-class Images:
-    """A data set of which one training image may be anything."""
-
-    flags: list[str]
-    place: Path
-    encoded: dict[str, bytes] = field(repr=False)
-
-    @classmethod
-    def make(cls, folder: Path) -> Images:
-        """Write the data set under `folder`."""
-        root = write_image_folder(folder / "images", classes=2, train=2, test=1, side=32)
-        place = root / "train" / "n00000000"
-        (place / "0.JPEG").unlink()  # the odd one takes its place: all four are read in every epoch
-        flags = [*QUICK, "--data-set", "IMNET", "--data-path", str(root), "--no-repeated-aug", "--batch-size", "2"]
-        return cls([*flags, "--aa", "none", "--no-model-ema"], place, _encoded())
-
-    def files(self) -> st.SearchStrategy[File]:
-        """A file, broken or not, whose name may belong to another format."""
-        data = st.sampled_from(list(self.encoded)).flatmap(
-            lambda name: st.one_of(
-                st.just(self.encoded[name]), damaged(self.encoded[name]), damaged(self.encoded[name])
-            )
-        )
-        return st.builds(File, st.sampled_from(SUFFIXES).map("odd{}".format), data)
-
-    def judge(self, file: File) -> str:
-        """Train on it."""
-        path = self.place / file.name
-        path.write_bytes(file.data)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's, of what it repairs
-                return judge_program(*self.flags)
-        finally:
-            path.unlink()

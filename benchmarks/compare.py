@@ -38,7 +38,7 @@ import benchmarks.peers  # noqa: F401 - its models join the registry
 import main as program
 from benchmarks import plot
 from benchmarks.command import add_device, command, parser, write, write_json
-from benchmarks.comparisons import COMPARISONS, Comparison
+from benchmarks.comparisons import COMPARISONS, ELSEWHERE, Comparison
 from benchmarks.summary import Score, markdown, read_log, score_of_task
 from benchmarks.trained import Run, measure
 from measure.machine import in_words, machine
@@ -188,6 +188,7 @@ def report(
             "training is in their time"
         )
     made += f". {in_words(about)}.\n"
+    made += _open_questions(rows, score, len(args.seeds))
     columns = {title: f"{{{figure}_text}}" for figure, (title, *_) in figures_of(score, rows[0]).items()}
     text = f"{markdown(rows, {'method': '{title}'} | columns)}\n\n{made}"
     output: Path = args.output_dir
@@ -203,6 +204,18 @@ def report(
     return text
 
 
+def _open_questions(rows: Sequence[dict[str, Any]], score: Score, seeds: int) -> str:
+    """Which methods the scores do not tell from the best one: what lies between them is less than both spreads."""
+    best = (max if score.more_is_better else min)(rows, key=lambda row: row[score.key])
+    spread = f"{score.key}_spread"
+    near = [row for row in rows if abs(row[score.key] - best[score.key]) < row[spread] + best[spread]]
+    if seeds == 1 or len(near) < 2:
+        return ""
+    others = ", ".join(row["title"] for row in near if row is not best)
+    more = "" if seeds >= 5 else "; more seeds may (--seeds 0 1 2 3 4)"
+    return f"The spread is as large as what lies between {best['title']} and {others}: they are not told apart{more}.\n"
+
+
 def _length(count: int, table: Comparison) -> str:
     return f"{count} {'step' if table.by_steps else 'epoch'}{'s' if count > 1 else ''}"
 
@@ -214,7 +227,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     first.add_argument("--task", default="classify")
     task = first.parse_known_args(argv)[0].task
     if task not in COMPARISONS:
-        raise UsageError(f"--task {task!r} is not compared; wanted one of {', '.join(COMPARISONS)}.")
+        told = f" (the tables of this one are in {ELSEWHERE[task]})" if task in ELSEWHERE else ""
+        raise UsageError(f"--task {task!r} is not compared; wanted one of {', '.join(COMPARISONS)}{told}.")
     table = COMPARISONS[task]
     flags = parser("benchmarks.compare", __doc__, allow_abbrev=False)
     flags.usage = "%(prog)s [DATA_PATH] [FLAGS...]"

@@ -38,6 +38,8 @@ _METHODS = {
     "dyvm-both": Method("DyVM (both)", "dyvm", _BOTH, _BOTH + _SURE, fine_tunes=True),
     # attention does not stand the Vims' learning rate on the digits
     "deit": Method("DeiT", "deit", (), ("--lr", "1e-3")),
+    # registers against the one class token
+    "mambareg": Method("MambaReg", "mambareg"),
 }
 _COMPARED = tuple(_METHODS)
 # The other strategies of Famba-V as published for Vim-S on CIFAR-100; at nano size each, "upper" too, fuses 40 of the
@@ -56,13 +58,9 @@ for _name in _STRATEGIES:
 for _policy in ("random", "static"):
     _flags = (*_BOTH, "--pruning-policy", _policy)
     _METHODS[f"dyvm-{_policy}"] = Method(f"DyVM (both, {_policy})", "dyvm", _flags, fine_tunes=True)
-# registers against the one class token, and pruning on them
-_METHODS |= {
-    "mambareg": Method("MambaReg", "mambareg"),
-    "dyvm-mambareg": Method(
-        "DyVM on MambaReg (both)", "dyvm_mambareg", _BOTH, _BOTH + _SURE, fine_tunes=True, start="mambareg"
-    ),
-}
+_METHODS["dyvm-mambareg"] = Method(
+    "DyVM on MambaReg (both)", "dyvm_mambareg", _BOTH, _BOTH + _SURE, fine_tunes=True, start="mambareg"
+)
 _GROUPS = {
     "registers": ("none", "dyvm-both", "mambareg", "dyvm-mambareg"),
     "merging": ("none", *_STRATEGIES, *(f"{name}-raster" for name in _STRATEGIES)),
@@ -169,4 +167,11 @@ COMPARISONS = {
         fine_tune_epochs=(0, 0),
         by_steps=True,
     ),
+}
+
+# Tasks whose methods are not told apart by one accuracy on one data set: where their tables are, and what makes them.
+ELSEWHERE = {
+    "pretrain": "docs/mae.md, by FAMILY=vim bash scripts/mae/digits.sh",
+    "cells": "docs/cells.md, by python -m benchmarks.channel_sampling",
+    "detect": "docs/detection.md, by bash scripts/det/quickstart.sh and python -m benchmarks.detection",
 }

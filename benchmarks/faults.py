@@ -1,4 +1,4 @@
-"""Faults that a run is to survive: kills, signals, a full disk, a lost process, two machines.
+"""Faults that a run of any task is to survive: kills, signals, a full disk, a lost process, two machines.
 
 A fault that was lost is a failure of its `Tally`; nothing is raised.
 """
@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 import checkpoints
-from benchmarks.program import MICRO, QUICK, finish, lines, ranks_of, start
-from benchmarks.small_data import write_cifar100
+from benchmarks.jobs import Job
+from benchmarks.program import MICRO, finish, lines, ranks_of, start
 
 PATIENCE = 120  # seconds until what does not happen counts as lost
 # the learning rate of an epoch must not depend on how many there are
-STEADY = (*QUICK, "--sched", "none", "--model-ema-decay", "0.9", "--lr", "0.01")
+STEADY = ("--sched", "none", "--weight-decay", "0.05", "--model-ema", "--model-ema-decay", "0.9", "--lr", "0.01")
 
 
 class Lost(Exception):
@@ -132,12 +132,11 @@ def check_same(output: Path, reference: Path) -> None:
 # Faults
 
 
-def soak(folder: Path, kills: int, chance: random.Random, workers: int = 2) -> Tally:
+def kill(job: Job, folder: Path, kills: int, chance: random.Random, workers: int = 2) -> Tally:
     """kill -9 at random moments of a run that writes a checkpoint every few steps, then compare it with one that was
     left alone."""
-    tally = Tally("kill -9 at a random moment, then --resume auto")
-    data, output = write_cifar100(folder / "data"), folder / "killed"
-    flags = [*STEADY, "--data-set", "CIFAR", "--data-path", data, "--batch-size", 4, "--num_workers", workers]
+    tally, output = Tally("kill -9 at a random moment, then --resume auto"), folder / "killed"
+    flags = [*job.data(folder), *STEADY, *job.batches(), "--num_workers", workers]
     early, groups = 0, []
     for number in range(kills):
         with tally.trial():
@@ -186,13 +185,12 @@ def _is_alive(group: int) -> bool:
     return True
 
 
-def preempt(folder: Path, chance: random.Random) -> list[Tally]:
+def preempt(job: Job, folder: Path, chance: random.Random) -> list[Tally]:
     """A signal in the middle of an epoch; the resumed run must equal one that was left alone."""
-    data = write_cifar100(folder / "data", train=400)
-    flags = [*STEADY, "--data-set", "CIFAR", "--data-path", data, "--num_workers", 1]
+    flags = [*job.data(folder, job.batch * job.steps_between), *STEADY, "--num_workers", 1]
     tallies = []
     for processes in (1, 2):
-        own = [*flags, "--batch-size", 4 // processes, "--epochs", 4]
+        own = [*flags, *job.batches(processes), "--epochs", 4]
         whole = folder / f"whole_{processes}"
         succeed(launch(processes, *own, "--output_dir", whole))
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -218,20 +216,19 @@ def preempt(folder: Path, chance: random.Random) -> list[Tally]:
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of 8 MiB at `folder`."""
+    """A file system of 32 MiB at `folder`."""
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], check=True)
     try:
         yield folder
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def fill_disk(folder: Path) -> list[Tally]:
+def fill_disk(job: Job, folder: Path) -> list[Tally]:
     """Checkpoints that cannot be written while the disk is full, and the run's going on once it is not."""
     full, limit = Tally("disk full (tmpfs)"), Tally("file size limit (RLIMIT_FSIZE)")
-    data = write_cifar100(folder / "data")
-    flags = [*STEADY, "--data-set", "CIFAR", "--data-path", data, "--batch-size", 4, "--epochs", 10**6]
+    flags = [*job.data(folder), *STEADY, *job.batches(), "--epochs", 10**6]
     if os.geteuid():
         full.notes = "not tried: wants root"
     else:
@@ -285,12 +282,10 @@ def _write_fails(flags: list[Any], output: Path, fault: Callable[..., Any], tall
     )
 
 
-def lose_process(folder: Path, times: int) -> list[Tally]:
+def lose_process(job: Job, folder: Path, times: int) -> list[Tally]:
     """kill -9 of one process of two: the job must end in seconds, readable, and go on when started again."""
-    tally, seconds = Tally("kill -9 of one of two processes"), []
-    data, output = write_cifar100(folder / "data"), folder / "output"
-    flags = [*STEADY, "--data-set", "CIFAR", "--data-path", data, "--batch-size", 4, "--output_dir", output]
-    flags += ["--resume", "auto"]
+    tally, seconds, output = Tally("kill -9 of one of two processes"), [], folder / "output"
+    flags = [*job.data(folder), *STEADY, *job.batches(), "--output_dir", output, "--resume", "auto"]
     for number in range(times):
         with tally.trial():
             before = epochs_in(output)
@@ -372,14 +367,13 @@ def on_two_machines(names: list[str], *flags: object) -> list[subprocess.Popen[s
     return processes
 
 
-def network(folder: Path) -> list[Tally]:
+def network(job: Job, folder: Path) -> list[Tally]:
     """A run on two machines must equal one of two processes on one, and end when a process of either dies."""
     equal, dies = (
         Tally("a run over two network namespaces"),
         Tally("kill -9 of a process in one of two network namespaces"),
     )
-    data = write_cifar100(folder / "data")
-    flags = [*STEADY, "--data-set", "CIFAR", "--data-path", data, "--batch-size", 4, "--dist-eval"]
+    flags = [*job.data(folder), *STEADY, *job.batches(), "--dist-eval"]
     try:
         with exit_on_sigterm(), two_machines() as names:
             with equal.trial():

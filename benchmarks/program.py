@@ -17,10 +17,9 @@ import benchmarks.micro_models  # noqa: F401 - their names join the registry
 ROOT = Path(__file__).resolve().parents[1]
 MICRO = str(ROOT / "benchmarks" / "micro_models.py")
 # what makes an epoch on the small data short, and every step of it a step that trains
-QUICK = (
-    *("--model", "vim_micro_patch8_32", "--batch-size", "8", "--num_workers", "0", "--device", "cpu"),
-    *("--epochs", "1", "--warmup-epochs", "0", "--lr", "0.05"),
-)
+SMALL = ("--batch-size", "8", "--num_workers", "0", "--device", "cpu")
+EPOCH = ("--epochs", "1", "--warmup-epochs", "0", "--lr", "0.05")
+QUICK = ("--model", "vim_micro_patch8_32", *SMALL, *EPOCH)
 
 
 @dataclass

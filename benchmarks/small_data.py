@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from PIL import Image
+
+from tasks.dense import shapes
 
 FAMILIES = ("Aves", "Plantae")
 
@@ -69,3 +72,9 @@ def write_inat(root: Path, year: int = 2019, *, families_on_disk: bool = True) -
                 Image.fromarray(picture).save(file)
         (root / f"{part}{year}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     return root
+
+
+def write_shapes(folder: Path, train: int = 12, test: int = 5) -> Path:
+    """SHAPES as the program makes it, with fewer canvases, in `folder`, which must be empty or new."""
+    with mock.patch.object(shapes, "COUNTS", {True: train, False: test}):
+        return shapes.find_shapes(str(folder))

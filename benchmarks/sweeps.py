@@ -15,6 +15,8 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 from benchmarks import bad_calls, bad_inputs
+from benchmarks.bad_files import places
+from benchmarks.jobs import Job
 
 
 @dataclass
@@ -101,11 +103,13 @@ def _judge_all(inputs: st.SearchStrategy[Any], judge: Callable[[Any], str], coun
     sender.close()
 
 
-def bad_inputs_of_all_kinds(folder: Path, count: int, seed: int) -> list[Sweep]:
-    """`count` inputs of every kind."""
-    files, images = bad_inputs.Checkpoints.make(folder), bad_inputs.Images.make(folder)
-    torch.save({"model": files.run["model"]}, folder / "teacher.pth")
-    common = [*files.flags, "--teacher-path", folder / "teacher.pth", "--output_dir", folder / "output"]
+def bad_inputs_of_all_kinds(job: Job, folder: Path, count: int, seed: int) -> list[Sweep]:
+    """`count` inputs of every kind that `job` has; operators are tried with classification, since they know no task."""
+    files = bad_inputs.Checkpoints.make(folder, job)
+    common = [*files.flags, "--output_dir", folder / "output"]
+    if job.name == "classify":
+        torch.save({"model": files.run["model"]}, folder / "teacher.pth")
+        common += ["--teacher-path", folder / "teacher.pth"]
 
     def judge_file(pair: tuple[bad_inputs.File, str]) -> str:
         return files.judge(*pair)
@@ -113,23 +117,17 @@ def bad_inputs_of_all_kinds(folder: Path, count: int, seed: int) -> list[Sweep]:
     def judge_flags(flags: list[str]) -> str:
         return bad_inputs.judge_program(*common, *flags)
 
-    resumed = st.just("--resume")
+    uses, resumed = bad_inputs.USES, st.just("--resume")
     refused = (bad_inputs.REFUSED,)
     sweeps = [
-        sweep("checkpoint bytes", st.tuples(files.damaged(), bad_inputs.USES), judge_file, count, seed),
-        sweep(
-            "checkpoints that call code",
-            st.tuples(files.with_code(), bad_inputs.USES),
-            judge_file,
-            count,
-            seed,
-            refused,
-        ),
+        sweep("checkpoint bytes", st.tuples(files.damaged(), uses), judge_file, count, seed),
+        sweep("checkpoints that call code", st.tuples(files.with_code(), uses), judge_file, count, seed, refused),
         sweep("checkpoints with odd entries", st.tuples(files.odd(), resumed), judge_file, count, seed),
-        sweep("image files", images.files(), images.judge, count, seed),
-        sweep("command lines", bad_inputs.FLAGS, judge_flags, count, seed),
+        sweep("command lines", bad_inputs.flags_of(job.name), judge_flags, count, seed),
     ]
-    for operator in bad_calls.OPERATORS:
+    for place in places(job, folder / "places"):
+        sweeps.append(sweep(place.title, place.files(), place.judge, count, seed))
+    for operator in bad_calls.OPERATORS if job.name == "classify" else ():
         calls = bad_calls.calls(operator)
         sweeps.append(sweep(f"arguments of `{operator}`", calls, bad_calls.judge_call, count, seed))
     return sweeps

@@ -13,38 +13,52 @@ data=(--data-set DIGITS --num_workers 0)
 recipe=(--epochs "$epochs" --batch-size 32 --unscale-lr --lr 2e-3 --warmup-epochs 1 --drop-path 0 --no-model-ema
     --mixup 0 --cutmix 0 --reprob 0 --aa none --color-jitter 0 --no-repeated-aug)
 
+# Says how long a stage takes: $1 hundredths of the time of the Vim's training, which is measured on this machine once it
+# is over; before that, of what was measured elsewhere on two cores that did nothing else (benchmarks/RESULTS.md).
+announce() {
+    local vim seconds
+    vim=$(grep -o '"seconds": [0-9.]*' "$output/none/log.txt" 2>/dev/null |
+        awk -v epochs="$epochs" '{sum += $2} END {if (NR) printf "%.0f", sum / NR * epochs}' || true)
+    if [ -n "$vim" ]; then
+        seconds="about $((vim * $1 / 100 + 10)) s here"
+    else
+        seconds="$((epochs * 3 * $1 / 100 + 10)) s on two free cores with AVX-512, some two to three times that with AVX2"
+    fi
+    printf '\n== %s: %s\n   (%s; stopped, it goes on from where it was)\n' "$2" "$3" "$seconds"
+}
+
 train() {
-    local name=$1
-    shift
-    printf '\n== %s: %s\n' "$name" "main.py $*"
+    local cost=$1 name=$2
+    shift 2
+    announce "$cost" "$name" "main.py $*"
     # a finished run, or one that was interrupted, goes on from where it is
     "$PYTHON" main.py "${data[@]}" "${recipe[@]}" --output_dir "$output/$name" --resume auto "$@"
 }
 
 train_cells() {
-    local name=$1
-    shift
-    printf '\n== %s: %s\n' "$name" "main.py --task cells $*"
+    local cost=$1 name=$2
+    shift 2
+    announce "$cost" "$name" "main.py --task cells $*"
     "$PYTHON" main.py --task cells --data-set CELLS_DIGITS --num_workers 0 --epochs "$epochs" --batch-size 32 --unscale-lr \
         --lr 2e-3 --warmup-epochs 1 --drop-path 0 --weight-decay 0.05 --output_dir "$output/$name" --resume auto "$@"
 }
 
 for method in ${METHODS:-none upper fastvim dyvm cells}; do
     case $method in
-    none) train none --model vim_nano_patch4_32 --fusion-strategy no ;;
-    upper) train upper --model vim_nano_patch4_32 --fusion-strategy upper --fusion-layer 2 --fusion-token 8 ;;
-    fastvim) train fastvim --model fastvim_nano_patch4_32 ;;
-    dyvm) train dyvm --model dyvm_nano_patch4_32 --model-path "$output/none/checkpoint.pth" --token-keep-ratio 0.7 \
+    none) train 100 none --model vim_nano_patch4_32 --fusion-strategy no ;;
+    upper) train 95 upper --model vim_nano_patch4_32 --fusion-strategy upper --fusion-layer 2 --fusion-token 8 ;;
+    fastvim) train 80 fastvim --model fastvim_nano_patch4_32 ;;
+    dyvm) train 170 dyvm --model dyvm_nano_patch4_32 --model-path "$output/none/checkpoint.pth" --token-keep-ratio 0.7 \
         --token-pruning-weight 10 --block-pruning-weight 10 --warmup-lr 1e-6 \
         --block-keep-ratio 0.8 --gate-noise-end 0 ;;
-    cells) train_cells cells --model fastchannelvim_nano_patch4_32 ;;
+    cells) train_cells 100 cells --model fastchannelvim_nano_patch4_32 ;;
     *) echo "METHODS names $method; wanted none, upper, fastvim, dyvm or cells." >&2 && exit 2 ;;
     esac
 done
 
 # METHODS may have left it out
 if [[ -e "$output/none/checkpoint.pth" ]]; then
-    printf '\n== The saved Vim, evaluated with --eval\n'
+    announce 0 'The saved Vim, evaluated' 'main.py --eval'
     "$PYTHON" main.py "${data[@]}" --eval --model vim_nano_patch4_32 --resume "$output/none/checkpoint.pth"
 fi
 

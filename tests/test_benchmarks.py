@@ -24,10 +24,11 @@ from PIL import Image
 import main as program
 from benchmarks import aarch64, cases, compare, ops, plot, summary, throughput
 from benchmarks.peers import PEERS
+from benchmarks.small_data import write_shapes
 from measure.flops import model_flops
+from tasks import TASKS
 from tests import micro_models
 from tests.conftest import ROOT
-from tests.shapes_data import write_shapes
 from utils import UsageError
 
 
@@ -231,8 +232,11 @@ def test_comparison_of_segmenters(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert len(summary.read_log(tmp_path / "compare" / f"{name}-seed0")) == 2
         assert float(row["mIoU"]) >= 0 < float(row["flops_head"])
         assert float(row["train_peak_bytes"]) > float(row["eval_peak_bytes"]) > 0
-    assert compare.main(["--task", "detect"]) == 2
-    assert "'detect' is not compared; wanted one of classify, segment" in capsys.readouterr().err
+    for name, told in compare.ELSEWHERE.items():
+        assert compare.main(["--task", name]) == 2
+        assert f"{name!r} is not compared; wanted one of classify, segment (the tables" in capsys.readouterr().err
+        assert (ROOT / told.partition(",")[0]).is_file()
+    assert {*compare.COMPARISONS, *compare.ELSEWHERE} == set(TASKS)
 
 
 def test_finished_runs_are_not_repeated(

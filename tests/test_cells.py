@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import small_cells as cells_data
 from tasks.cells import transforms
 from tasks.cells.dataset import Batch
 from tasks.cells.metrics import CellsEvaluator, Targets
 from tasks.cells.subsets import evaluate_subsets, subsets_of, table
 from tasks.cells.task import spread
-from tests import cells_data
 from tests.conftest import Result, finish, lines, start
 from utils import UsageError
 

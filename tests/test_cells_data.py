@@ -12,12 +12,12 @@ import tifffile
 import torch
 from PIL import Image
 
+from benchmarks import small_cells as cells_data
 from tasks.cells import data, digits, jumpcp
 from tasks.cells.dataset import Cells, ChannelSetSampler, Statistics, collate
 from tasks.cells.images import in_range, read_header, read_image
 from tasks.cells.listing import PARTS, split
 from tasks.cells.tables import read_table
-from tests import cells_data
 from utils import UsageError
 
 BROKEN = (

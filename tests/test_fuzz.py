@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, mamba_inner_ref
 
 from benchmarks import bad_calls, bad_inputs
-from benchmarks.bad_inputs import ACCEPTED, REFUSED, Checkpoints, File, Images
+from benchmarks.bad_files import Place, places
+from benchmarks.bad_inputs import ACCEPTED, REFUSED, Checkpoints, File
+from benchmarks.jobs import JOBS
 from benchmarks.program import QUICK
 
 
@@ -29,12 +31,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Images:
-    return Images.make(tmp_path_factory.mktemp("images"))
+def images(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    (place,) = places(JOBS["classify"], tmp_path_factory.mktemp("images"))
+    return place
 
 
 @bounded(60)
-@given(flags=bad_inputs.FLAGS)
+@given(flags=bad_inputs.flags_of())
 def test_flags(flags: list[str], one_thread: None, cifar: Path, vim_weights: Path, tmp_path: Path) -> None:
     common = [*QUICK, "--data-set", "CIFAR", "--data-path", cifar, "--teacher-path", vim_weights]
     verdict = bad_inputs.judge_program(*common, *flags, "--output_dir", tmp_path / "output")
@@ -52,7 +55,7 @@ def test_checkpoints(kind: str, data: Any, use: str, one_thread: None, checkpoin
 
 @bounded(60)
 @given(data=st.data())
-def test_images(data: Any, one_thread: None, images: Images) -> None:
+def test_images(data: Any, one_thread: None, images: Place) -> None:
     assert images.judge(data.draw(images.files())) in (ACCEPTED, REFUSED)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.small_data import write_shapes
 from tests import detection_data
 from tests.conftest import MICRO, Result, call_program, finish, lines, same, start
-from tests.shapes_data import write_shapes
 
 FLAGS = (
     *("--task", "detect", "--model", "vim_micro_patch8_32", "--batch-size", "2", "--lr", "2e-3", "--device", "cpu"),

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.small_data import write_shapes
 from tests.conftest import MICRO, Result, call_program, finish, lines, same, start
-from tests.shapes_data import write_shapes
 
 FLAGS = (
     *("--task", "segment", "--model", "vim_micro_patch8_32", "--input-size", "32", "--batch-size", "4", "--lr", "2e-3"),

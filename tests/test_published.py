@@ -106,8 +106,9 @@ def test_every_release_is_there() -> None:
 
 
 class Row(NamedTuple):
-    """An experiment: its script and the flags that the table gives it."""
+    """An experiment: what it is called there, its script and the flags that the table gives it."""
 
+    published: str
     script: str
     flags: list[str]
 
@@ -120,7 +121,7 @@ def rows() -> list[Row]:
         if line.startswith("|") and cells[1].startswith("scripts/"):
             assert len(cells) == 4, line
             spans = re.findall(r"`(--[^`]+)`", cells[2])
-            found.append(Row(cells[1], [word for span in spans for word in span.split()]))
+            found.append(Row(cells[0], cells[1], [word for span in spans for word in span.split()]))
     return found
 
 
@@ -160,6 +161,13 @@ def test_a_script_does_what_its_row_says(row: Row, tmp_path: Path) -> None:
 def test_every_script_has_a_row() -> None:
     scripts = {script for script in EXPERIMENTS if Path(script).stem not in ("digits", "quickstart")}
     assert scripts == {row.script for row in ROWS}
+
+
+def test_what_is_rebuilt_is_marked() -> None:
+    """A page types out the command of a row, or the row says that it is made from what is recorded."""
+    typed = {each.title for each in PUBLISHED if "read-me: training" in each.title and "means" in each.said}
+    assert len(typed) == 1
+    assert [row.published for row in ROWS if not row.published.endswith("†")] == ["read-me, Vim-Ti, CIFAR-100"]
 
 
 def test_sweep_takes_r_and_k(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from pathlib import Path
@@ -10,19 +9,24 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
+import main as program
 from benchmarks import faults, reliability, sweeps
-from benchmarks.bad_inputs import ACCEPTED
+from benchmarks.bad_files import places
+from benchmarks.bad_inputs import ACCEPTED, REFUSED, File
+from benchmarks.jobs import JOBS
+from benchmarks.program import EPOCH, call_program
+from benchmarks.soak import Look, judge
 
 
 def test_kills_at_random_moments(tmp_path: Path) -> None:
     """Every checkpoint loads, and in the end nothing differs from a run that was left alone."""
-    tally = faults.soak(tmp_path, 2, random.Random(0), workers=0)
+    tally = faults.kill(JOBS["classify"], tmp_path, 2, random.Random(0), workers=0)
     assert (tally.tried, tally.failures) == (2, [])
 
 
 def test_two_machines(tmp_path: Path) -> None:
     """Over two network namespaces: the same bits as on one machine, and an end in seconds if a process dies."""
-    tallies = faults.network(tmp_path)
+    tallies = faults.network(JOBS["classify"], tmp_path)
     if not tallies[0].tried:
         pytest.skip(tallies[0].notes)
     assert [(tally.tried, tally.failures) for tally in tallies] == [(1, []), (1, [])]
@@ -43,13 +47,51 @@ def test_inputs_are_counted() -> None:
 
 
 def test_page(tmp_path: Path) -> None:
-    tallies = [faults.Tally("a fault")]
-    with tallies[0].trial():
+    """Of two tasks, written one after the other; what is run again takes its own place."""
+    tally, file = faults.Tally("a fault"), tmp_path / "results.json"
+    with tally.trial():
         raise faults.Lost("weights")
-    counts = [sweeps.Sweep("an input", accepted=1, refused=2)]
-    runs = [dict(model="Vim", dtype="float16", steps=3, bad=0, scaled=1, first=2.0, last=1.0, finite="yes")]
-    page = reliability.report("command", tallies, counts, runs, {"kills": 1.0})
-    assert "Faults: 1 tried, 0 survived, 1 lost." in page
-    assert "Bad inputs: 3 tried, 2 refused cleanly, 1 accepted" in page
-    assert "- a fault: Lost: weights" in page
-    assert json.dumps(runs[0]["model"]).strip('"') in page
+    common = dict(failures=[], seconds=1, machine="a machine")
+    lost = common | dict(rows=[dict(task="segment") | tally.row()], failures=tally.failures)
+    reliability.keep(file, "segment", "kills", lost)
+    inputs = sweeps.Sweep("an input", accepted=1, refused=2)
+    reliability.keep(file, "detect", "inputs", common | dict(rows=[dict(task="detect") | inputs.row()]))
+    run = dict(task="cells", model="Vim", dtype="float16", steps=3, bad=0, scaled=1, first=2.0, last=1.0, finite="yes")
+    reliability.keep(file, "cells", "precision", common | dict(rows=[run]))
+    looks = dict(task="cells", steps=30) | judge([Look(100.0, 5)] * 30)
+    reliability.keep(file, "cells", "soak", common | dict(rows=[looks]))
+    results = reliability.read(file)
+    page = reliability.page(results)
+    for told in (
+        "Faults: 1 tried, 0 survived, 1 lost.",
+        "Bad inputs: 3 tried, 2 refused cleanly, 1 accepted",
+        "Mixed precision: 1 runs, 1 finite, 0 not. Long runs: 1, 1 flat.",
+        "- segment, a fault: Lost: weights",
+        "| cells | Vim | float16 |",
+        "| cells | 30 | 100.0, 100.0, 100.0 | +0.0 | 5 to 5 | yes |",
+    ):
+        assert told in page
+    assert reliability.is_bad(results)
+    tally.failures.clear()
+    reliability.keep(file, "segment", "kills", common | dict(rows=[dict(task="segment") | tally.row()]))
+    assert not reliability.is_bad(reliability.read(file))
+
+
+def test_what_grows_is_not_flat() -> None:
+    assert judge([Look(100.0 + 0.01 * step, 5) for step in range(30)])["flat"] == "yes"
+    assert judge([Look(100.0 + step, 5) for step in range(30)])["flat"] == "no"
+    assert judge([Look(100.0, 5 + step) for step in range(30)])["flat"] == "no"
+
+
+@pytest.mark.parametrize("name", ["pretrain", "cells", "segment", "detect"])
+def test_every_task_has_a_small_run(name: str, tmp_path: Path, one_thread: None) -> None:
+    """Its data can be written, its flags are taken, one epoch trains, and a broken file of its own is told of."""
+    job = JOBS[name]
+    output = tmp_path / "output"
+    result = call_program(*job.data(tmp_path, 4), *EPOCH, *job.batches(), "--output_dir", output)
+    assert result.code == 0, result.err
+    assert faults.check_readable(output)["epoch"] == 0
+    for place in places(job, tmp_path / "places"):
+        assert place.judge(File(place.names[0], b"")) == REFUSED, place
+    for flags in (["--task", name, *job.embedded, *own] for own in job.models.values()):
+        program.parse([flag.format(Vim=__file__) for flag in flags])

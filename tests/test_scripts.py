@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import types
+from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,11 +26,15 @@ import torch
 
 import fusion
 import main as program
+from benchmarks import compare
+from benchmarks import small_cells as cells_data
+from benchmarks.small_data import write_shapes
 from tasks import TASKS
 from tasks.detect import build_detector
 from tasks.segment import build_segmenter
-from tests import cells_data, micro_models, program_data, shapes_data
+from tests import micro_models, program_data
 from tests.conftest import Result
+from utils.flags import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,7 +42,7 @@ SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts"
 # not experiments: what each is, and which test runs it
 SOURCED = {"scripts/launch.sh", "scripts/fambav/experiment.sh"}
 # the suite runs inside the first two; the others make an environment, or a build, of their own for a part of it
-INSTALLS = {"scripts/setup.sh", "scripts/test.sh", "scripts/test_transformers.sh", "scripts/asan.sh"}
+INSTALLS = {f"scripts/{name}.sh" for name in ("setup", "test", "test_transformers", "test_matrix", "asan")}
 WHOLE = {
     "scripts/quickstart.sh",
     "scripts/compare.sh",
@@ -46,7 +51,7 @@ WHOLE = {
     "scripts/mae/digits.sh",
 }
 EXPERIMENTS = [script for script in SCRIPTS if script not in SOURCED | INSTALLS | WHOLE]
-# take minutes, or a GPU: that they start is all that is tried here
+# take minutes, or a GPU: that their flags are taken is all that is tried here
 LONG = {
     f"benchmarks.{name}"
     for name in [
@@ -121,7 +126,7 @@ class Files:
             "CELLS": root / "cells",
         }
         self.index = cells_data.write_index(root / "cells")
-        self.data["ADE20K"] = self.data["COCO"] = self.data["SHAPES"] = shapes_data.write_shapes(root / "shapes", 4, 2)
+        self.data["ADE20K"] = self.data["COCO"] = self.data["SHAPES"] = write_shapes(root / "shapes", 4, 2)
 
     def weights(self, family: str, classes: int, channels: int = 3) -> Path:
         """Weights of an untrained micro model."""
@@ -240,7 +245,8 @@ def noted(notes: Path) -> list[list[str]]:
 
 
 def run_script(script: Path | str, arguments: list[str], folder: Path, **environment: str) -> list[list[str]]:
-    """Run a script with the stand-in for Python; returns the command lines it was given."""
+    """Run a script with the stand-in for Python; returns the command lines it was given. `folder`/said holds what the
+    script itself said."""
     python, notes = folder / "python", folder / "notes"
     python.write_text(NOTE)
     python.chmod(0o755)
@@ -251,6 +257,7 @@ def run_script(script: Path | str, arguments: list[str], folder: Path, **environ
         ["bash", str(script), *arguments], cwd=folder, env=keep, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+    (folder / "said").write_text(done.stdout)
     return noted(notes)
 
 
@@ -323,6 +330,7 @@ def test_quickstart_installs_trains_and_evaluates(
     assert {line[-1] for line in installs if "-e" in line} == {"./causal_conv1d", "./mamba-1p1p1"}
     runs = [line for line in lines if line[0] == "main.py"]
     assert len(runs) == 6
+    assert (clone / "said").read_text().count("\n   (") == 6, "every stage says before it begins how long it takes"
     for line in runs:
         # nothing is there yet to resume
         flags = line[1:] if "--eval" in line else without(line[1:], "--resume")
@@ -343,6 +351,11 @@ def test_digits_pretrains_fine_tunes_and_probes(
         # CIFAR stands for the digits, with too few images for a tenth of them
         check_and_run(without(flags, "--label-share"), files, tmp_path, program)
     assert lines[-1] == ["-m", "benchmarks.few_labels", str(tmp_path / "digits")]
+    lines = run_script(clone / "scripts/mae/digits.sh", [], clone, FAMILY="vim", SEEDS="0")
+    assert {value(line, "--model") for line in lines if line[0] == "main.py"} == {
+        *("mae_vim_nano_patch4_32", "vim_nano_patch4_32")
+    }
+    assert lines[-1][-1] == "output/mae-digits-vim"
 
 
 def without(flags: list[str], name: str) -> list[str]:
@@ -403,6 +416,12 @@ def logged_run(folder: Path) -> Path:
     return folder
 
 
+def parse_and_leave(parser: Parser, argv: list[str] | None = None, namespace: object = None) -> None:
+    """In the place of `parse_args`: read the flags, and go no further."""
+    ArgumentParser.parse_args(parser, argv, namespace)
+    raise SystemExit(0)
+
+
 def run_module(name: str, arguments: list[str], files: Files, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run `python -m name` in this process, small where it would take minutes."""
     small = {
@@ -419,8 +438,12 @@ def run_module(name: str, arguments: list[str], files: Files, folder: Path, monk
     arguments = [
         str(folder / "run") if before == "--output_dir" else word for before, word in zip(["", *arguments], arguments)
     ]
-    help_only = name in LONG
-    monkeypatch.setattr(sys, "argv", [name, *arguments, *(["--help"] if help_only else small.get(name, []))])
+    if name == "benchmarks.compare":  # hands on what it does not know
+        args, more = compare.parse(arguments)
+        return compare.check(compare.plan(args, more))
+    if name in LONG:
+        monkeypatch.setattr(Parser, "parse_args", parse_and_leave)
+    monkeypatch.setattr(sys, "argv", [name, *arguments, *small.get(name, [])])
     monkeypatch.chdir(ROOT)
     monkeypatch.delitem(sys.modules, name, raising=False)
     code, methods = 0, set(fusion.METHODS)
@@ -451,6 +474,19 @@ def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             module = types.ModuleType("page")  # which dataclasses look up
             monkeypatch.setitem(sys.modules, "page", module)
             exec(compile(block, str(page), "exec"), vars(module))
+
+
+def test_index_names_every_page_and_picture() -> None:
+    """Pictures with the command that makes each, which is documented and so tried."""
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = {page.name for page in PAGES if page.parent.name == "docs" and page.name != "README.md"}
+    assert set(re.findall(r"\]\((\w+\.md)\)", index)) == pages
+    rows = [line for line in index.splitlines() if "](images/" in line]
+    assert set(re.findall(r"images/(\w+\.png)", index)) == {file.name for file in (ROOT / "docs/images").iterdir()}
+    assert all(commands(row.split("|")[2]) for row in rows)
+    shown = "".join(page.read_text() for page in PAGES)
+    for text in re.findall(r"\]\(([^)#]+\.(?:md|png|csv|json))\)", shown):
+        assert any((page.parent / text).is_file() for page in PAGES), f"{text} is not there"
 
 
 def test_pages_hold_commands() -> None:

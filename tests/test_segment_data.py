@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.small_data import write_shapes
 from tasks.dense.data import SegmentationFolder, ade20k_labels, read_names
 from tasks.dense.pictures import ADE20K_COLOURS, colour_map, draw_segmentation, palette, save_prediction
 from tasks.dense.shapes import BACKGROUND, CLASSES, SIDE, find_shapes, outline
 from tasks.segment.transforms import TestTransform, TrainTransform, fit_size
-from tests.shapes_data import write_shapes
 from utils import UsageError
 
 

@@ -1,4 +1,4 @@
-"""Small data sets of cells in the real on-disk formats, written for the tests."""
+"""Small data sets of cells in the real on-disk formats, for tests and trials."""
 
 from __future__ import annotations
 
