@@ -13,13 +13,13 @@ from PIL import Image
 import checkpoints
 import fusion
 from benchmarks import flops, throughput
+from benchmarks.small_data import write_shapes
 from tasks import augmentation
 from tasks.detect.data import LargeScaleJitter
 from tasks.detect.detector import FitAndPad
 from tasks.segment.transforms import TestTransform, TrainTransform
 from tests import detection_data, micro_models  # noqa: F401 - their names join the registry
 from tests.conftest import QUICK, Result, call_program
-from tests.shapes_data import write_shapes
 from utils.flags import Parser, Sides
 
 SIZE = (16, 48)
