@@ -27,31 +27,47 @@ struct Walk {
     }
 };
 
-// What the blocks of a band need of a chunk of steps while all their states are walked. Signals of the arguments lie in
-// memory, or here where they have no rows there.
+// What a block has of a step while its states are walked: a row each, one after the other, since all are wanted together.
+enum StepRow { DT, INPUT, SLOPE, Y, GATE, DY, INPUT_GRAD, DECAY_GRAD, STEP_ROWS };
+struct StepRows {
+    float *first;
+    int64_t block_stride;
+
+    // As with tiles, a line more for each block.
+    static int64_t floats(int64_t steps) { return round_up(steps * STEP_ROWS * LANES, 16) + 16; }
+    VEC float *at(int block, int64_t t) const { return first + block * block_stride + t * STEP_ROWS * LANES; }
+};
+VEC V get(const float *step, StepRow row) { return load(step + row * LANES); }
+VEC void put(float *step, StepRow row, V x) { store(step + row * LANES, x); }
+
+// What the blocks of a band need of a chunk of steps; and tiles for those signals that have no rows in memory. Gradients
+// take the tile of what they are the gradient of.
 struct Chunk {
-    Rows u, dout, z, dt, input, slope, y, gate, dy, input_grad, decay_grad;
+    Rows u, dout, z;
+    StepRows own;
 };
 struct BackwardTiles {
-    float *u, *dt, *input, *slope, *y, *z, *gate, *dout, *dy, *input_grad, *decay_grad, *before;
+    float *u, *delta, *z, *dout, *before, *own;
 
-    static int64_t floats(int64_t steps, int blocks) { return 12 * (blocks * tile_floats(steps) + 16); }
+    static int64_t floats(int64_t steps, int blocks) {
+        return blocks * (5 * tile_floats(steps) + StepRows::floats(steps)) + 6 * 16;
+    }
     BackwardTiles(Scratch &scratch, int64_t steps, int blocks) {
-        for (float **tile : {&u, &dt, &input, &slope, &y, &z, &gate, &dout, &dy, &input_grad, &decay_grad, &before})
-            *tile = scratch.take(blocks * tile_floats(steps));
+        for (float **tile : {&u, &delta, &z, &dout, &before}) *tile = scratch.take(blocks * tile_floats(steps));
+        own = scratch.take(blocks * StepRows::floats(steps));
     }
 };
 
 // forward_states that leaves decays[t][n] and states[t + 1][n] in memory (states[0] is the state before), y only if wanted.
 template <int N, bool VARIES_B, bool VARIES_C, bool WITHIN>
-void recompute_states(int64_t steps, const float *dt, const float *input, States B, States C, const float *A_log2,
-                      float *decays, float *states, float *y) {
+void recompute_states(int64_t steps, float *own, States B, States C, const float *A_log2, float *decays, float *states,
+                      bool y) {
     constexpr int K = TOGETHER<N>;
     V h[N];
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) h[n] = load(states + n * LANES);
-    for (int64_t t = 0; t < steps; ++t) {
-        V step = load(dt + t * LANES), in = load(input + t * LANES);
+    for (int64_t t = 0; t < steps; ++t, own += STEP_ROWS * LANES) {
+        V step = get(own, DT), in = get(own, INPUT);
 #pragma GCC unroll 16
         for (int n = 0; n < N; n += K) {
             V a[K];
@@ -64,39 +80,38 @@ void recompute_states(int64_t steps, const float *dt, const float *input, States
             }
         }
         if (y) {
-            V sum = load(y + t * LANES);
+            V sum = get(own, Y);
 #pragma GCC unroll 16
             for (int n = 0; n < N; ++n) sum = fma(C.get<VARIES_C>(t, n), h[n], sum);
-            store(y + t * LANES, sum);
+            put(own, Y, sum);
         }
     }
 }
 
-// Sums over states go to input_grad and decay_grad (see scan_math.h; `first`: what is there is no sum yet), sums over steps to dA, and to dB and dC the terms of
-// each step (or, where the matrix does not vary, sums over steps).
-template <int N, bool VARIES_B, bool VARIES_C>
-void backward_states(int64_t steps, const float *dt, const float *input, const float *dy, States B, States C, const float *A,
-                     const float *decays, const float *states, float *carries, float *dA, float *dB, float *dC,
-                     bool first, float *input_grad, float *decay_grad) {
+// Sums over states go to INPUT_GRAD and DECAY_GRAD (see scan_math.h; `first`: they hold nothing yet), sums over steps to dA,
+// and to dB and dC the terms of each step (FRESH: they hold nothing yet) or, where the matrix does not vary, sums over steps.
+template <int N, bool VARIES_B, bool VARIES_C, bool FRESH>
+void backward_states(int64_t steps, float *own, bool first, States B, States C, const float *A, const float *decays,
+                     const float *states, float *carries, float *dA, float *dB, float *dC) {
     V carry[N], sum_A[N];
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) carry[n] = load(carries + n * LANES), sum_A[n] = load(dA + n * LANES);
-    for (int64_t t = steps - 1; t >= 0; --t) {
-        V step = load(dt + t * LANES), in = load(input + t * LANES), grad = load(dy + t * LANES);
+    own += (steps - 1) * STEP_ROWS * LANES;
+    for (int64_t t = steps - 1; t >= 0; --t, own -= STEP_ROWS * LANES) {
+        V step = get(own, DT), in = get(own, INPUT), grad = get(own, DY);
         shared_math::BackwardSums<Machine> sums{set(0.f), set(0.f)};
-        if (!first) sums = {load(input_grad + t * LANES), load(decay_grad + t * LANES)};
+        if (!first) sums = {get(own, INPUT_GRAD), get(own, DECAY_GRAD)};
 #pragma GCC unroll 16
         for (int n = 0; n < N; ++n) {
             float *const to_B = dB + (VARIES_B ? t * N + n : n) * LANES, *const to_C = dC + (VARIES_C ? t * N + n : n) * LANES;
-            V sum_B = load(to_B), sum_C = load(to_C);
+            V sum_B = FRESH && VARIES_B ? set(0.f) : load(to_B), sum_C = FRESH && VARIES_C ? set(0.f) : load(to_C);
             shared_math::backward_step<Machine>(load(decays + (t * N + n) * LANES), load(states + (t * N + n) * LANES),
                                                 load(states + ((t + 1) * N + n) * LANES), load(A + n * LANES),
                                                 B.get<VARIES_B>(t, n), C.get<VARIES_C>(t, n), step, in, grad, carry[n],
                                                 sum_A[n], sum_B, sum_C, sums);
             store(to_B, sum_B), store(to_C, sum_C);
         }
-        store(input_grad + t * LANES, sums.input_grad);
-        store(decay_grad + t * LANES, sums.decay_grad);
+        put(own, INPUT_GRAD, sums.input_grad), put(own, DECAY_GRAD, sums.decay_grad);
     }
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) store(carries + n * LANES, carry[n]), store(dA + n * LANES, sum_A[n]);
@@ -148,30 +163,25 @@ struct BackwardStates {
     template <int N> VEC void run(int64_t n) {
         const ScanArgs &s = scan.s;
         const Walk &walk = band.walk;
-        const int64_t terms = steps * N * LANES;
-        if (s.B.varies) std::memset(walk.dB, 0, terms * sizeof(float));
-        if (s.C.varies) std::memset(walk.dC, 0, terms * sizeof(float));
+        if (!(s.B.varies && s.C.varies)) {  // there is no kernel of those that finds one of them fresh
+            std::memset(walk.dB, 0, steps * N * LANES * sizeof(float));
+            std::memset(walk.dC, 0, steps * N * LANES * sizeof(float));
+        }
         for (int index = first; index < first + count; ++index) {
-            const Channels &own = band.channels[index];
+            const Channels &block = band.channels[index];
             const bool within = band.within[index];
-            float *const y = of.y.at(index, 0);
-            const float *const dt = of.dt.at(index, 0), *const input = of.input.at(index, 0);
-            const States B_here = own.B_at(scan, B, 0, n), C_here = own.C_at(scan, C, 0, n);
-            float *const sums = band.sums[index];
+            float *const own = of.own.at(index, 0), *const sums = band.sums[index];
+            const States B_here = block.B_at(scan, B, 0, n), C_here = block.C_at(scan, C, 0, n);
             for (int i = 0; i < N; ++i) {
-                const float *saved = chunk ? scan.saved(own.b, chunk - 1, chunks) + (n + i) * s.dim : nullptr;
-                store(walk.states + i * LANES, saved ? load_some(saved, own.b.channels) : set(0.f));
+                const float *saved = chunk ? scan.saved(block.b, chunk - 1, chunks) + (n + i) * s.dim : nullptr;
+                store(walk.states + i * LANES, saved ? load_some(saved, block.b.channels) : set(0.f));
             }
             SCAN_KERNEL(recompute_states, N, scan, within)
-            (steps, dt, input, B_here, C_here, own.A_log2 + n * LANES, walk.decays, walk.states, s.z.data ? y : nullptr);
-            const auto backward = s.B.varies ? s.C.varies ? backward_states<N, true, true> : backward_states<N, true, false>
-                                  : s.C.varies ? backward_states<N, false, true>
-                                               : backward_states<N, false, false>;
-            backward(steps, dt, input, of.dy.at(index, 0), B_here, C_here, own.A + n * LANES, walk.decays, walk.states,
-                     own.state + n * LANES, sums + (rows.dA + n) * LANES,
-                     s.B.varies ? walk.dB : sums + (rows.dB + n) * LANES,
-                     s.C.varies ? walk.dC : sums + (rows.dC + n) * LANES, n == 0, of.input_grad.at(index, 0),
-                     of.decay_grad.at(index, 0));
+            (steps, own, B_here, C_here, block.A_log2 + n * LANES, walk.decays, walk.states, s.z.data != 0);
+            SCAN_KERNEL(backward_states, N, scan, index == first)
+            (steps, own, n == 0, B_here, C_here, block.A + n * LANES, walk.decays, walk.states, block.state + n * LANES,
+             sums + (rows.dA + n) * LANES, s.B.varies ? walk.dB : sums + (rows.dB + n) * LANES,
+             s.C.varies ? walk.dC : sums + (rows.dC + n) * LANES);
         }
         if (s.B.varies) add_rows<N>(steps, walk.dB, dB + n, row);
         if (s.C.varies) add_rows<N>(steps, walk.dC, dC + n, row);
@@ -180,35 +190,32 @@ struct BackwardStates {
 
 // Before the states of a chunk are walked: everything that the steps of a channel have in common; and the largest |dt|.
 template <bool SOFTPLUS, bool GATED>
-void begin_steps(const Band &band, Rows delta, const Chunk &chunk, V share, int64_t steps, V *largest) {
-    const Rows u = chunk.u, dout = chunk.dout, z = chunk.z, dt = chunk.dt, input = chunk.input, slope = chunk.slope;
-    const Rows y = chunk.y, gate = chunk.gate, dy = chunk.dy;
+void begin_steps(const Band &band, Rows delta, Rows u, Rows dout, Rows z, V share, int64_t steps, StepRows own, V *largest) {
     for (int i = 0; i < band.count; ++i) largest[i] = set(0.f);
     each_row(band.count, steps, [&](int i, int64_t t) {
         delta.expect(i, t), u.expect(i, t), dout.expect(i, t);
+        float *const to = own.at(i, t);
         const V raw = delta.get(i, t) + band.channels[i].bias, x = u.get(i, t);
         V step = raw, grad = dout.get(i, t) * share;
         if (SOFTPLUS) {
             const auto both = shared_math::softplus_and_slope<Machine>(raw);
-            step = both.value, slope.put(i, t, both.slope);
+            step = both.value, put(to, SLOPE, both.slope);
         }
         if (GATED) {
             z.expect(i, t);
-            const V own = z.get(i, t), open = shared_math::sigmoid<Machine>(own);
-            grad = grad * own * open;
-            gate.put(i, t, open), y.put(i, t, band.channels[i].D * x);
+            const V gate = shared_math::sigmoid<Machine>(z.get(i, t));
+            grad = grad * z.get(i, t) * gate;
+            put(to, GATE, gate), put(to, Y, band.channels[i].D * x);
         }
         largest[i] = max(abs(step), largest[i]);
-        dt.put(i, t, step), input.put(i, t, step * x), dy.put(i, t, grad);
+        put(to, DT, step), put(to, INPUT, step * x), put(to, DY, grad);
     });
 }
 
 // The same chunk after all its states. before: what is there of dz.
 template <bool SOFTPLUS, bool GATED>
-void end_steps(const BackwardBand &band, const ParameterSums &rows, const Chunk &chunk, V share, int64_t steps, Rows du,
-               Rows ddelta, Rows dz, Rows before, bool add) {
-    const Rows u = chunk.u, dout = chunk.dout, z = chunk.z, dt = chunk.dt, slope = chunk.slope, y = chunk.y;
-    const Rows gate = chunk.gate, dy = chunk.dy, input_grad = chunk.input_grad, decay_grad = chunk.decay_grad;
+void end_steps(const BackwardBand &band, const ParameterSums &rows, Rows u, Rows dout, Rows z, V share, int64_t steps,
+               StepRows own, Rows du, Rows ddelta, Rows dz, Rows before, bool add) {
     V dD[BAND], ddelta_bias[BAND];
     for (int i = 0; i < band.count; ++i) {
         dD[i] = load(band.sums[i] + rows.dD * LANES);
@@ -216,15 +223,16 @@ void end_steps(const BackwardBand &band, const ParameterSums &rows, const Chunk 
     }
     each_row(band.count, steps, [&](int i, int64_t t) {
         du.expect(i, t), ddelta.expect(i, t);
-        const V grad = dy.get(i, t), x = u.get(i, t), in = input_grad.get(i, t);
-        V grad_raw = fma(x, in, decay_grad.get(i, t));
-        if (SOFTPLUS) grad_raw = grad_raw * slope.get(i, t);
+        const float *const of = own.at(i, t);
+        const V grad = get(of, DY), x = u.get(i, t), in = get(of, INPUT_GRAD);
+        V grad_raw = fma(x, in, get(of, DECAY_GRAD));
+        if (SOFTPLUS) grad_raw = grad_raw * get(of, SLOPE);
         dD[i] = fma(grad, x, dD[i]), ddelta_bias[i] = ddelta_bias[i] + grad_raw;
-        du.put(i, t, fma(band.channels[i].D, grad, dt.get(i, t) * in));
+        du.put(i, t, fma(band.channels[i].D, grad, get(of, DT) * in));
         ddelta.put(i, t, grad_raw);
         if (GATED) {
             dz.expect(i, t);
-            V grad_z = dout.get(i, t) * share * y.get(i, t) * shared_math::silu_grad<Machine>(z.get(i, t), gate.get(i, t));
+            V grad_z = dout.get(i, t) * share * get(of, Y) * shared_math::silu_grad<Machine>(z.get(i, t), get(of, GATE));
             if (add) grad_z = grad_z + before.get(i, t);
             dz.put(i, t, grad_z);
         }
@@ -238,26 +246,17 @@ void end_steps(const BackwardBand &band, const ParameterSums &rows, const Chunk 
 inline Chunk begin_chunk(const Scan &scan, BackwardBand &band, int64_t start, int64_t steps) {
     const ScanArgs &s = scan.s;
     const BackwardTiles &tiles = band.tiles;
-    const auto tile = [&](float *floats) { return tile_rows(floats, steps); };
-    const Rows u = band.read(scan, s.u, start, steps, tiles.u), delta = band.read(scan, s.delta, start, steps, tiles.dt);
-    const Chunk chunk{u,
-                      band.read(scan, s.dout, start, steps, tiles.dout),
-                      s.z.data ? band.read(scan, s.z, start, steps, tiles.z) : u,
-                      tile(tiles.dt),
-                      tile(tiles.input),
-                      tile(tiles.slope),
-                      tile(tiles.y),
-                      tile(tiles.gate),
-                      tile(tiles.dy),
-                      tile(tiles.input_grad),
-                      tile(tiles.decay_grad)};
+    const StepRows own{tiles.own, StepRows::floats(steps)};
+    const Rows u = band.read(scan, s.u, start, steps, tiles.u), delta = band.read(scan, s.delta, start, steps, tiles.delta);
+    const Rows dout = band.read(scan, s.dout, start, steps, tiles.dout);
+    const Rows z = s.z.data ? band.read(scan, s.z, start, steps, tiles.z) : u;
     const auto begin = s.softplus ? s.z.data ? begin_steps<true, true> : begin_steps<true, false>
                        : s.z.data ? begin_steps<false, true>
                                   : begin_steps<false, false>;
     V largest[BAND];
-    begin(band, delta, chunk, set(s.share_value()), steps, largest);
+    begin(band, delta, u, dout, z, set(s.share_value()), steps, own, largest);
     for (int i = 0; i < band.count; ++i) band.within[i] = band.channels[i].within(largest[i]);
-    return chunk;
+    return {u, dout, z, own};
 }
 
 inline void end_chunk(const Scan &scan, const BackwardBand &band, const ParameterSums &rows, const Chunk &chunk, int64_t start,
@@ -265,17 +264,17 @@ inline void end_chunk(const Scan &scan, const BackwardBand &band, const Paramete
     const ScanArgs &s = scan.s;
     const BackwardTiles &tiles = band.tiles;
     const bool add = s.z.data && s.accumulate;
-    const Rows du = band.rows(scan, s.du, start, steps, tiles.input_grad);
-    const Rows ddelta = band.rows(scan, s.ddelta, start, steps, tiles.decay_grad);
-    const Rows dz = s.z.data ? band.rows(scan, s.dz, start, steps, tiles.y) : du;
+    const Rows du = band.rows(scan, s.du, start, steps, tiles.u);
+    const Rows ddelta = band.rows(scan, s.ddelta, start, steps, tiles.delta);
+    const Rows dz = s.z.data ? band.rows(scan, s.dz, start, steps, tiles.z) : du;
     const Rows before = add ? band.read(scan, s.dz, start, steps, tiles.before) : du;
     const auto end = s.softplus ? s.z.data ? end_steps<true, true> : end_steps<true, false>
                      : s.z.data ? end_steps<false, true>
                                 : end_steps<false, false>;
-    end(band, rows, chunk, set(s.share_value()), steps, du, ddelta, dz, before, add);
-    band.write(scan, s.du, start, steps, du, tiles.input_grad);
-    band.write(scan, s.ddelta, start, steps, ddelta, tiles.decay_grad);
-    if (s.z.data) band.write(scan, s.dz, start, steps, dz, tiles.y);
+    end(band, rows, chunk.u, chunk.dout, chunk.z, set(s.share_value()), steps, chunk.own, du, ddelta, dz, before, add);
+    band.write(scan, s.du, start, steps, du, tiles.u);
+    band.write(scan, s.ddelta, start, steps, ddelta, tiles.delta);
+    if (s.z.data) band.write(scan, s.dz, start, steps, dz, tiles.z);
 }
 
 // dB, dC: (seqlen, pitch) rows of the band's (batch, group), in memory order.
@@ -289,11 +288,11 @@ inline void backward_band(const Scan &scan, BackwardBand &band, float *dB, float
         const int64_t first_row = (s.reverse ? s.seqlen - 1 - start : start) * scan.pitch;
         const States B_rows = read_states(scan, s.B, B.at(0, start), steps, band.B);
         const States C_rows = read_states(scan, s.C, C.at(0, start), steps, band.C);
+        const Chunk of = begin_chunk(scan, band, start, steps);
         const int64_t channels = band.count * LANES;
         for (int64_t n = 0; chunk && n < s.dstate; ++n)
             for (int64_t c = 0; c < channels; c += 16)
                 __builtin_prefetch(scan.saved(band.block(), chunk - 1, chunks) + n * s.dim + c);
-        const Chunk of = begin_chunk(scan, band, start, steps);
         for (int first = 0; first < band.count; first += TEAM)
             for_state_blocks<BACKWARD_STATES>(
                 s.dstate, BackwardStates{scan, band, of, rows, first, std::min(TEAM, band.count - first), B_rows, C_rows, steps,
