@@ -86,26 +86,44 @@ constexpr float EXP2_WITHIN = 125.f;
 #if ISA_AVX2
 // 2^x = 2^(i / 8) * 2^r: the whole part of i / 8 goes to the exponent, the rest is one of eight numbers in a register, and r
 // is in [-1/16, 1/16], where three multiplications do. This is two less than below, on the ports that a scan keeps busy.
-struct Exp2Parts {
-    V scale, r;
+// Several at once go stage by stage: one alone is a chain of ten instructions, most of which would wait for the one before.
+template <int K> struct Exp2Parts {
+    V scale[K], r[K];
 };
-VEC Exp2Parts exp2_parts(V x) {
+template <int K> VEC Exp2Parts<K> exp2_parts(V (&x)[K]) {
     // The bits of 2^(i / 8), less what i adds to them when it is shifted to where its whole part meets the exponent.
     const BitsV table = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
     const V magic = set(1572864.f);  // 1.5 * 2^20: adding it leaves round(8 * x) in the lowest bits
-    const V shifted = x + magic;
-    const BitsV entry = (BitsV)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)(BitsV)shifted);
-    return {(V)(entry + ((BitsV)shifted << 20)), x - (shifted - magic)};
+    V shifted[K];
+    Exp2Parts<K> parts;
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) {
+        asm("" : "+x"(x[k]));  // else a product is multiplied anew for each of its two uses here, to fuse it with them
+        shifted[k] = x[k] + magic;
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) {
+        const BitsV entry = (BitsV)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)(BitsV)shifted[k]);
+        parts.scale[k] = (V)(entry + ((BitsV)shifted[k] << 20));
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) parts.r[k] = x[k] - (shifted[k] - magic);
+    return parts;
 }
 // (2^r - 1) / r, minimax.
 VEC V exp2_slope(V r) { return fma(fma(set(0.05549622f), r, set(0.24025763f)), r, set(0.69314721f)); }
-VEC V exp2_within(V x) {
-    const Exp2Parts parts = exp2_parts(x);
-    return fma(parts.scale * parts.r, exp2_slope(parts.r), parts.scale);
+template <int K> VEC void exp2_within(V (&x)[K]) {
+    const Exp2Parts<K> parts = exp2_parts(x);
+    V slope[K];
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) slope[k] = exp2_slope(parts.r[k]);
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) x[k] = fma(parts.scale[k] * parts.r[k], slope[k], parts.scale[k]);
 }
 VEC V exp2(V x) {
-    const Exp2Parts parts = exp2_parts(min(set(128.f), max(set(-127.f), x)));
-    return parts.scale * fma(exp2_slope(parts.r), parts.r, set(1.f));
+    V one[1] = {min(set(128.f), max(set(-127.f), x))};
+    const Exp2Parts<1> parts = exp2_parts(one);
+    return parts.scale[0] * fma(exp2_slope(parts.r[0]), parts.r[0], set(1.f));
 }
 #else
 // The polynomial is minimax on [-1/2, 1/2] among those that are exactly 1 at 0.
@@ -136,6 +154,10 @@ VEC V exp2_within(V x) {
     return (V)((BitsV)exp2_fraction(x - (shifted - magic)) + ((BitsV)shifted << 23));
 }
 #endif
+template <int K> VEC void exp2_within(V (&x)[K]) {
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) x[k] = exp2_within(x[k]);
+}
 #endif
 
 // 1 / x for x >= 1, to a unit in the last place; 0 beyond 2^125, NaN for NaN.
@@ -313,7 +335,6 @@ struct Machine {
     typedef Vector V;
     static VEC Vector set(float x) { return ISA_NAME::set(x); }
     static VEC Vector exp2(Vector x) { return ISA_NAME::exp2(x); }
-    static VEC Vector exp2_within(Vector x) { return ISA_NAME::exp2_within(x); }
     static VEC Vector log1p(Vector x) { return ISA_NAME::log1p(x); }
     static VEC Vector reciprocal(Vector x) { return ISA_NAME::reciprocal(x); }
     static VEC Vector fma(Vector a, Vector b, Vector c) { return ISA_NAME::fma(a, b, c); }

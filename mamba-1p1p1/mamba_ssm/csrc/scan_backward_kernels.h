@@ -27,66 +27,91 @@ struct Walk {
     }
 };
 
-// What one block needs of a chunk of steps while all its states are walked.
-struct BackwardTiles {
-    float *u, *dt, *input, *slope, *y, *z, *gate, *dout, *dy, *input_grad, *decay_grad, *before;
+// What a block has of a step while its states are walked: a row each, one after the other, since all are wanted together.
+enum StepRow { DT, INPUT, SLOPE, Y, GATE, DY, INPUT_GRAD, DECAY_GRAD, STEP_ROWS };
+struct StepRows {
+    float *first;
+    int64_t block_stride;
 
-    static int64_t floats(int64_t steps) { return 12 * (steps * LANES + 16); }
-    void take(Scratch &scratch, int64_t steps) {
-        for (float **tile : {&u, &dt, &input, &slope, &y, &z, &gate, &dout, &dy, &input_grad, &decay_grad, &before})
-            *tile = scratch.take(steps * LANES);
+    // As with tiles, a line more for each block.
+    static int64_t floats(int64_t steps) { return round_up(steps * STEP_ROWS * LANES, 16) + 16; }
+    VEC float *at(int block, int64_t t) const { return first + block * block_stride + t * STEP_ROWS * LANES; }
+};
+VEC V get(const float *step, StepRow row) { return load(step + row * LANES); }
+VEC void put(float *step, StepRow row, V x) { store(step + row * LANES, x); }
+
+// What the blocks of a band need of a chunk of steps; and tiles for those signals that have no rows in memory. Gradients
+// take the tile of what they are the gradient of.
+struct Chunk {
+    Rows u, dout, z;
+    StepRows own;
+};
+struct BackwardTiles {
+    float *u, *delta, *z, *dout, *before, *own;
+
+    static int64_t floats(int64_t steps, int blocks) {
+        return blocks * (5 * tile_floats(steps) + StepRows::floats(steps)) + 6 * 16;
+    }
+    BackwardTiles(Scratch &scratch, int64_t steps, int blocks) {
+        for (float **tile : {&u, &delta, &z, &dout, &before}) *tile = scratch.take(blocks * tile_floats(steps));
+        own = scratch.take(blocks * StepRows::floats(steps));
     }
 };
 
 // forward_states that leaves decays[t][n] and states[t + 1][n] in memory (states[0] is the state before), y only if wanted.
 template <int N, bool VARIES_B, bool VARIES_C, bool WITHIN>
-void recompute_states(int64_t steps, const float *dt, const float *input, States B, States C, const float *A_log2,
-                      float *decays, float *states, float *y) {
+void recompute_states(int64_t steps, float *own, States B, States C, const float *A_log2, float *decays, float *states,
+                      bool y) {
+    constexpr int K = TOGETHER<N>;
     V h[N];
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) h[n] = load(states + n * LANES);
-    for (int64_t t = 0; t < steps; ++t) {
-        V step = load(dt + t * LANES), in = load(input + t * LANES);
+    for (int64_t t = 0; t < steps; ++t, own += STEP_ROWS * LANES) {
+        V step = get(own, DT), in = get(own, INPUT);
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) {
-            const V a = decay<WITHIN>(step, load(A_log2 + n * LANES));
-            h[n] = shared_math::next_state<Machine>(a, h[n], in, B.get<VARIES_B>(t, n));
-            store(decays + (t * N + n) * LANES, a);
-            store(states + ((t + 1) * N + n) * LANES, h[n]);
+        for (int n = 0; n < N; n += K) {
+            V a[K];
+            find_decays<WITHIN>(step, A_log2 + n * LANES, a);
+#pragma GCC unroll 16
+            for (int k = n; k < n + K; ++k) {
+                h[k] = shared_math::next_state<Machine>(a[k - n], h[k], in, B.get<VARIES_B>(t, k));
+                store(decays + (t * N + k) * LANES, a[k - n]);
+                store(states + ((t + 1) * N + k) * LANES, h[k]);
+            }
         }
         if (y) {
-            V sum = load(y + t * LANES);
+            V sum = get(own, Y);
 #pragma GCC unroll 16
             for (int n = 0; n < N; ++n) sum = fma(C.get<VARIES_C>(t, n), h[n], sum);
-            store(y + t * LANES, sum);
+            put(own, Y, sum);
         }
     }
 }
 
-// Sums over states go to input_grad and decay_grad (see scan_math.h), sums over steps to dA, and to dB and dC the terms of
-// each step (or, where the matrix does not vary, sums over steps).
-template <int N, bool VARIES_B, bool VARIES_C>
-void backward_states(int64_t steps, const float *dt, const float *input, const float *dy, States B, States C, const float *A,
-                     const float *decays, const float *states, float *carries, float *dA, float *dB, float *dC,
-                     float *input_grad, float *decay_grad) {
+// Sums over states go to INPUT_GRAD and DECAY_GRAD (see scan_math.h; `first`: they hold nothing yet), sums over steps to dA,
+// and to dB and dC the terms of each step (FRESH: they hold nothing yet) or, where the matrix does not vary, sums over steps.
+template <int N, bool VARIES_B, bool VARIES_C, bool FRESH>
+void backward_states(int64_t steps, float *own, bool first, States B, States C, const float *A, const float *decays,
+                     const float *states, float *carries, float *dA, float *dB, float *dC) {
     V carry[N], sum_A[N];
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) carry[n] = load(carries + n * LANES), sum_A[n] = load(dA + n * LANES);
-    for (int64_t t = steps - 1; t >= 0; --t) {
-        V step = load(dt + t * LANES), in = load(input + t * LANES), grad = load(dy + t * LANES);
-        shared_math::BackwardSums<Machine> sums{load(input_grad + t * LANES), load(decay_grad + t * LANES)};
+    own += (steps - 1) * STEP_ROWS * LANES;
+    for (int64_t t = steps - 1; t >= 0; --t, own -= STEP_ROWS * LANES) {
+        V step = get(own, DT), in = get(own, INPUT), grad = get(own, DY);
+        shared_math::BackwardSums<Machine> sums{set(0.f), set(0.f)};
+        if (!first) sums = {get(own, INPUT_GRAD), get(own, DECAY_GRAD)};
 #pragma GCC unroll 16
         for (int n = 0; n < N; ++n) {
             float *const to_B = dB + (VARIES_B ? t * N + n : n) * LANES, *const to_C = dC + (VARIES_C ? t * N + n : n) * LANES;
-            V sum_B = load(to_B), sum_C = load(to_C);
+            V sum_B = FRESH && VARIES_B ? set(0.f) : load(to_B), sum_C = FRESH && VARIES_C ? set(0.f) : load(to_C);
             shared_math::backward_step<Machine>(load(decays + (t * N + n) * LANES), load(states + (t * N + n) * LANES),
                                                 load(states + ((t + 1) * N + n) * LANES), load(A + n * LANES),
                                                 B.get<VARIES_B>(t, n), C.get<VARIES_C>(t, n), step, in, grad, carry[n],
                                                 sum_A[n], sum_B, sum_C, sums);
             store(to_B, sum_B), store(to_C, sum_C);
         }
-        store(input_grad + t * LANES, sums.input_grad);
-        store(decay_grad + t * LANES, sums.decay_grad);
+        put(own, INPUT_GRAD, sums.input_grad), put(own, DECAY_GRAD, sums.decay_grad);
     }
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) store(carries + n * LANES, carry[n]), store(dA + n * LANES, sum_A[n]);
@@ -109,19 +134,18 @@ template <int N> void add_rows(int64_t steps, const float *terms, float *rows, i
     }
 }
 
-// A band, where each of its blocks adds up the gradients of its parameters, and the tiles of the team that is at work.
+// A band, where each of its blocks adds up the gradients of its parameters.
 struct BackwardBand : Band {
     float *sums[BAND];  // of ParameterSums
-    BackwardTiles tiles[TEAM];
-    bool within[TEAM];
+    bool within[BAND];
+    BackwardTiles tiles;
     Walk walk;
 
-    static int64_t floats(const Scan &scan, int64_t steps) {
-        return Band::floats(scan, steps) + TEAM * BackwardTiles::floats(steps) + Walk::floats(steps);
+    static int64_t floats(const Scan &scan, int64_t steps, int most) {
+        return Band::floats(scan, steps) + BackwardTiles::floats(steps, most) + Walk::floats(steps);
     }
-    BackwardBand(const Scan &scan, Scratch &scratch, int64_t steps) : Band(scan, scratch, steps), walk(scratch, steps) {
-        for (BackwardTiles &each : tiles) each.take(scratch, steps);
-    }
+    BackwardBand(const Scan &scan, Scratch &scratch, int64_t steps, int most)
+        : Band(scan, scratch, steps, most), tiles(scratch, steps, most), walk(scratch, steps) {}
 };
 
 // A chunk of steps of a team, the blocks of a band from `first` on, its states N at a time: of one kind for all blocks of
@@ -129,6 +153,7 @@ struct BackwardBand : Band {
 struct BackwardStates {
     const Scan &scan;
     const BackwardBand &band;
+    const Chunk &of;
     const ParameterSums &rows;
     int first, count;
     States B, C;
@@ -138,101 +163,118 @@ struct BackwardStates {
     template <int N> VEC void run(int64_t n) {
         const ScanArgs &s = scan.s;
         const Walk &walk = band.walk;
-        const int64_t terms = steps * N * LANES;
-        if (s.B.varies) std::memset(walk.dB, 0, terms * sizeof(float));
-        if (s.C.varies) std::memset(walk.dC, 0, terms * sizeof(float));
-        for (int index = 0; index < count; ++index) {
-            const Channels &own = band.channels[first + index];
-            const BackwardTiles &tiles = band.tiles[index];
+        if (!(s.B.varies && s.C.varies)) {  // there is no kernel of those that finds one of them fresh
+            std::memset(walk.dB, 0, steps * N * LANES * sizeof(float));
+            std::memset(walk.dC, 0, steps * N * LANES * sizeof(float));
+        }
+        for (int index = first; index < first + count; ++index) {
+            const Channels &block = band.channels[index];
             const bool within = band.within[index];
-            const States B_here = own.B_at(scan, B, 0, n), C_here = own.C_at(scan, C, 0, n);
-            float *const sums = band.sums[first + index];
+            float *const own = of.own.at(index, 0), *const sums = band.sums[index];
+            const States B_here = block.B_at(scan, B, 0, n), C_here = block.C_at(scan, C, 0, n);
             for (int i = 0; i < N; ++i) {
-                const float *saved = chunk ? scan.saved(own.b, chunk - 1, chunks) + (n + i) * s.dim : nullptr;
-                store(walk.states + i * LANES, saved ? load_some(saved, own.b.channels) : set(0.f));
+                const float *saved = chunk ? scan.saved(block.b, chunk - 1, chunks) + (n + i) * s.dim : nullptr;
+                store(walk.states + i * LANES, saved ? load_some(saved, block.b.channels) : set(0.f));
             }
             SCAN_KERNEL(recompute_states, N, scan, within)
-            (steps, tiles.dt, tiles.input, B_here, C_here, own.A_log2 + n * LANES, walk.decays, walk.states,
-             s.z.data ? tiles.y : nullptr);
-            const auto backward = s.B.varies ? s.C.varies ? backward_states<N, true, true> : backward_states<N, true, false>
-                                  : s.C.varies ? backward_states<N, false, true>
-                                               : backward_states<N, false, false>;
-            backward(steps, tiles.dt, tiles.input, tiles.dy, B_here, C_here, own.A + n * LANES, walk.decays, walk.states,
-                     own.state + n * LANES, sums + (rows.dA + n) * LANES,
-                     s.B.varies ? walk.dB : sums + (rows.dB + n) * LANES,
-                     s.C.varies ? walk.dC : sums + (rows.dC + n) * LANES, tiles.input_grad, tiles.decay_grad);
+            (steps, own, B_here, C_here, block.A_log2 + n * LANES, walk.decays, walk.states, s.z.data != 0);
+            SCAN_KERNEL(backward_states, N, scan, index == first)
+            (steps, own, n == 0, B_here, C_here, block.A + n * LANES, walk.decays, walk.states, block.state + n * LANES,
+             sums + (rows.dA + n) * LANES, s.B.varies ? walk.dB : sums + (rows.dB + n) * LANES,
+             s.C.varies ? walk.dC : sums + (rows.dC + n) * LANES);
         }
         if (s.B.varies) add_rows<N>(steps, walk.dB, dB + n, row);
         if (s.C.varies) add_rows<N>(steps, walk.dC, dC + n, row);
     }
 };
 
-// A block's chunk before its states are walked: everything that its steps have in common. Returns the largest |dt|.
-inline V begin_chunk(const Scan &scan, const Channels &own, int64_t start, int64_t steps, const BackwardTiles &tiles) {
-    const ScanArgs &s = scan.s;
-    const int channels = own.b.channels;
-    const Steps u = read_steps(scan.plane(s.u, own.b).at(0, start), channels, steps, tiles.u);
-    const Steps delta = read_steps(scan.plane(s.delta, own.b).at(0, start), channels, steps, tiles.dt);
-    const Steps dout = read_steps(scan.plane(s.dout, own.b).at(0, start), channels, steps, tiles.dout);
-    const Steps z = s.z.data ? read_steps(scan.plane(s.z, own.b).at(0, start), channels, steps, tiles.z) : u;
-    const V share = set(s.share_value());
-    V largest = set(0.f);
-    for (int64_t t = 0; t < steps; ++t) {
-        const int64_t i = t * LANES;
-        const V raw = delta[t] + own.bias, x = u[t];
-        V step = raw, slope = set(1.f), grad = dout[t] * share;
-        if (s.softplus) {
+// Before the states of a chunk are walked: everything that the steps of a channel have in common; and the largest |dt|.
+template <bool SOFTPLUS, bool GATED>
+void begin_steps(const Band &band, Rows delta, Rows u, Rows dout, Rows z, V share, int64_t steps, StepRows own, V *largest) {
+    for (int i = 0; i < band.count; ++i) largest[i] = set(0.f);
+    each_row(band.count, steps, [&](int i, int64_t t) {
+        delta.expect(i, t), u.expect(i, t), dout.expect(i, t);
+        float *const to = own.at(i, t);
+        const V raw = delta.get(i, t) + band.channels[i].bias, x = u.get(i, t);
+        V step = raw, grad = dout.get(i, t) * share;
+        if (SOFTPLUS) {
             const auto both = shared_math::softplus_and_slope<Machine>(raw);
-            step = both.value, slope = both.slope;
+            step = both.value, put(to, SLOPE, both.slope);
         }
-        if (s.z.data) {
-            const V gate = shared_math::sigmoid<Machine>(z[t]);
-            grad = grad * z[t] * gate;
-            store(tiles.gate + i, gate), store(tiles.y + i, own.D * x);
+        if (GATED) {
+            z.expect(i, t);
+            const V gate = shared_math::sigmoid<Machine>(z.get(i, t));
+            grad = grad * z.get(i, t) * gate;
+            put(to, GATE, gate), put(to, Y, band.channels[i].D * x);
         }
-        largest = max(abs(step), largest);
-        store(tiles.dt + i, step), store(tiles.input + i, step * x), store(tiles.slope + i, slope);
-        store(tiles.dy + i, grad);
-        store(tiles.input_grad + i, set(0.f)), store(tiles.decay_grad + i, set(0.f));
-    }
-    return largest;
+        largest[i] = max(abs(step), largest[i]);
+        put(to, DT, step), put(to, INPUT, step * x), put(to, DY, grad);
+    });
 }
 
-// The same chunk after all its states.
-inline void end_chunk(const Scan &scan, const Channels &own, int64_t start, int64_t steps, const BackwardTiles &tiles,
-                      const ParameterSums &rows, float *sums) {
-    const ScanArgs &s = scan.s;
-    const int channels = own.b.channels;
-    const Plane du_plane = scan.plane(s.du, own.b).at(0, start), ddelta_plane = scan.plane(s.ddelta, own.b).at(0, start);
-    const Plane dz_plane = scan.plane(s.dz, own.b).at(0, start);
-    // Tiles that are not in memory were read by begin_chunk.
-    const Steps u = steps_in(scan.plane(s.u, own.b).at(0, start), channels, tiles.u);
-    const Steps dout = steps_in(scan.plane(s.dout, own.b).at(0, start), channels, tiles.dout);
-    const Steps z = s.z.data ? steps_in(scan.plane(s.z, own.b).at(0, start), channels, tiles.z) : u;
-    const Steps du = steps_in(du_plane, channels, tiles.input_grad);
-    const Steps ddelta = steps_in(ddelta_plane, channels, tiles.decay_grad);
-    const bool add = s.z.data && s.accumulate;
-    const Steps before = add ? read_steps(dz_plane, channels, steps, tiles.before) : u;
-    const Steps dz = s.z.data ? steps_in(dz_plane, channels, tiles.y) : u;
-    const V share = set(s.share_value());
-    V dD = load(sums + rows.dD * LANES), ddelta_bias = load(sums + rows.ddelta_bias * LANES);
-    for (int64_t t = 0; t < steps; ++t) {
-        const int64_t i = t * LANES;
-        const V grad = load(tiles.dy + i), x = u[t], in = load(tiles.input_grad + i);
-        const V grad_raw = fma(x, in, load(tiles.decay_grad + i)) * load(tiles.slope + i);
-        dD = fma(grad, x, dD), ddelta_bias = ddelta_bias + grad_raw;
-        du.put(t, fma(own.D, grad, load(tiles.dt + i) * in));
-        ddelta.put(t, grad_raw);
-        if (s.z.data) {
-            V grad_z = dout[t] * share * load(tiles.y + i) * shared_math::silu_grad<Machine>(z[t], load(tiles.gate + i));
-            if (add) grad_z = grad_z + before[t];
-            dz.put(t, grad_z);
-        }
+// The same chunk after all its states. before: what is there of dz.
+template <bool SOFTPLUS, bool GATED>
+void end_steps(const BackwardBand &band, const ParameterSums &rows, Rows u, Rows dout, Rows z, V share, int64_t steps,
+               StepRows own, Rows du, Rows ddelta, Rows dz, Rows before, bool add) {
+    V dD[BAND], ddelta_bias[BAND];
+    for (int i = 0; i < band.count; ++i) {
+        dD[i] = load(band.sums[i] + rows.dD * LANES);
+        ddelta_bias[i] = load(band.sums[i] + rows.ddelta_bias * LANES);
     }
-    store(sums + rows.dD * LANES, dD), store(sums + rows.ddelta_bias * LANES, ddelta_bias);
-    write_steps(du_plane, channels, steps, tiles.input_grad);
-    write_steps(ddelta_plane, channels, steps, tiles.decay_grad);
-    if (s.z.data) write_steps(dz_plane, channels, steps, tiles.y);
+    each_row(band.count, steps, [&](int i, int64_t t) {
+        du.expect(i, t), ddelta.expect(i, t);
+        const float *const of = own.at(i, t);
+        const V grad = get(of, DY), x = u.get(i, t), in = get(of, INPUT_GRAD);
+        V grad_raw = fma(x, in, get(of, DECAY_GRAD));
+        if (SOFTPLUS) grad_raw = grad_raw * get(of, SLOPE);
+        dD[i] = fma(grad, x, dD[i]), ddelta_bias[i] = ddelta_bias[i] + grad_raw;
+        du.put(i, t, fma(band.channels[i].D, grad, get(of, DT) * in));
+        ddelta.put(i, t, grad_raw);
+        if (GATED) {
+            dz.expect(i, t);
+            V grad_z = dout.get(i, t) * share * get(of, Y) * shared_math::silu_grad<Machine>(z.get(i, t), get(of, GATE));
+            if (add) grad_z = grad_z + before.get(i, t);
+            dz.put(i, t, grad_z);
+        }
+    });
+    for (int i = 0; i < band.count; ++i) {
+        store(band.sums[i] + rows.dD * LANES, dD[i]);
+        store(band.sums[i] + rows.ddelta_bias * LANES, ddelta_bias[i]);
+    }
+}
+
+inline Chunk begin_chunk(const Scan &scan, BackwardBand &band, int64_t start, int64_t steps) {
+    const ScanArgs &s = scan.s;
+    const BackwardTiles &tiles = band.tiles;
+    const StepRows own{tiles.own, StepRows::floats(steps)};
+    const Rows u = band.read(scan, s.u, start, steps, tiles.u), delta = band.read(scan, s.delta, start, steps, tiles.delta);
+    const Rows dout = band.read(scan, s.dout, start, steps, tiles.dout);
+    const Rows z = s.z.data ? band.read(scan, s.z, start, steps, tiles.z) : u;
+    const auto begin = s.softplus ? s.z.data ? begin_steps<true, true> : begin_steps<true, false>
+                       : s.z.data ? begin_steps<false, true>
+                                  : begin_steps<false, false>;
+    V largest[BAND];
+    begin(band, delta, u, dout, z, set(s.share_value()), steps, own, largest);
+    for (int i = 0; i < band.count; ++i) band.within[i] = band.channels[i].within(largest[i]);
+    return {u, dout, z, own};
+}
+
+inline void end_chunk(const Scan &scan, const BackwardBand &band, const ParameterSums &rows, const Chunk &chunk, int64_t start,
+                      int64_t steps) {
+    const ScanArgs &s = scan.s;
+    const BackwardTiles &tiles = band.tiles;
+    const bool add = s.z.data && s.accumulate;
+    const Rows du = band.rows(scan, s.du, start, steps, tiles.u);
+    const Rows ddelta = band.rows(scan, s.ddelta, start, steps, tiles.delta);
+    const Rows dz = s.z.data ? band.rows(scan, s.dz, start, steps, tiles.z) : du;
+    const Rows before = add ? band.read(scan, s.dz, start, steps, tiles.before) : du;
+    const auto end = s.softplus ? s.z.data ? end_steps<true, true> : end_steps<true, false>
+                     : s.z.data ? end_steps<false, true>
+                                : end_steps<false, false>;
+    end(band, rows, chunk.u, chunk.dout, chunk.z, set(s.share_value()), steps, chunk.own, du, ddelta, dz, before, add);
+    band.write(scan, s.du, start, steps, du, tiles.u);
+    band.write(scan, s.ddelta, start, steps, ddelta, tiles.delta);
+    if (s.z.data) band.write(scan, s.dz, start, steps, dz, tiles.z);
 }
 
 // dB, dC: (seqlen, pitch) rows of the band's (batch, group), in memory order.
@@ -246,21 +288,16 @@ inline void backward_band(const Scan &scan, BackwardBand &band, float *dB, float
         const int64_t first_row = (s.reverse ? s.seqlen - 1 - start : start) * scan.pitch;
         const States B_rows = read_states(scan, s.B, B.at(0, start), steps, band.B);
         const States C_rows = read_states(scan, s.C, C.at(0, start), steps, band.C);
-        for (int first = 0; first < band.count; first += TEAM) {
-            const int count = std::min(TEAM, band.count - first);
-            for (int i = 0; i < count; ++i) {
-                const Channels &own = band.channels[first + i];
-                band.within[i] = own.within(begin_chunk(scan, own, start, steps, band.tiles[i]));
-                for (const Signal *signal : {&s.du, &s.ddelta, &s.dz})  // written by end_chunk
-                    if (signal->data) prefetch(scan.plane(*signal, own.b).at(0, start), steps);
-                for (const Signal *signal : {&s.u, &s.delta, &s.dout, &s.z})
-                    if (chunk && signal->data) prefetch(scan.plane(*signal, own.b).at(0, start - s.interval), s.interval);
-            }
-            for_state_blocks<BACKWARD_STATES>(s.dstate, BackwardStates{scan, band, rows, first, count, B_rows, C_rows, steps,
-                                                                       chunk, chunks, row, dB + first_row, dC + first_row});
-            for (int i = 0; i < count; ++i)
-                end_chunk(scan, band.channels[first + i], start, steps, band.tiles[i], rows, band.sums[first + i]);
-        }
+        const Chunk of = begin_chunk(scan, band, start, steps);
+        const int64_t channels = band.count * LANES;
+        for (int64_t n = 0; chunk && n < s.dstate; ++n)
+            for (int64_t c = 0; c < channels; c += 16)
+                __builtin_prefetch(scan.saved(band.block(), chunk - 1, chunks) + n * s.dim + c);
+        for (int first = 0; first < band.count; first += TEAM)
+            for_state_blocks<BACKWARD_STATES>(
+                s.dstate, BackwardStates{scan, band, of, rows, first, std::min(TEAM, band.count - first), B_rows, C_rows, steps,
+                                         chunk, chunks, row, dB + first_row, dC + first_row});
+        end_chunk(scan, band, rows, of, start, steps);
     }
 }
 
@@ -281,6 +318,7 @@ inline int scan_backward(const ScanArgs &s) {
     const int64_t tasks = s.batch * scan.blocks, matrix = s.seqlen * scan.pitch;
     const int64_t sums_of_share = scan.blocks * rows.rows * LANES;
     const int shares = parallel::shares_for(s.threads, tasks, s.batch * s.dim * s.seqlen * s.dstate / LANES * 3);
+    const int most = scan.band(BAND * FORWARD_STEPS / s.interval);
     // dB then dC of every (batch, group), then of every share that may continue one.
     Scratch matrices((s.batch * s.groups + shares) * 2 * matrix), parameters(shares * sums_of_share);
     if (!matrices.ok() || !parameters.ok()) return 1;
@@ -288,9 +326,9 @@ inline int scan_backward(const ScanArgs &s) {
     float *const continued = whole + s.batch * s.groups * 2 * matrix, *const sums = parameters.take(shares * sums_of_share);
     std::atomic<int> failures{0};
     parallel::run(shares, [&](int share) {
-        Scratch scratch(BackwardBand::floats(scan, s.interval));
+        Scratch scratch(BackwardBand::floats(scan, s.interval, most));
         if (!scratch.ok()) return void(++failures);
-        BackwardBand band(scan, scratch, s.interval);
+        BackwardBand band(scan, scratch, s.interval, most);
         float *own = sums + share * sums_of_share, *pair = nullptr;
         std::memset(own, 0, sums_of_share * sizeof(float));
         const parallel::Range range = parallel::share_of(tasks, shares, share);

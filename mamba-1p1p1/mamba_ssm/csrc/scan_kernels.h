@@ -5,13 +5,15 @@
 #include "tile.h"
 
 // States that one walk over the steps holds, forward and backward.
-constexpr int64_t FORWARD_STATES = ISA_AVX512 ? 16 : 8;
+constexpr int64_t FORWARD_STATES = 16;
 constexpr int64_t BACKWARD_STATES = 4;
-// Steps of a tile, of all blocks of a band: so few that what they read and write stays in the second cache.
+// Steps of a tile, of all blocks of a band: so few that a band's tiles stay in the second cache.
 constexpr int64_t FORWARD_STEPS = 32;
-// Neighbouring blocks of channels that take a tile of steps in turns, so that memory is read and written in its own order:
-// one tile of 384 channels is a few whole pages where rows are no longer than that.
+// Neighbouring blocks of channels whose tiles of steps are read and written together, row by row, since memory that is
+// walked in its own order is there when it is wanted. Where no row is, each channel has a line of its own and few are
+// enough: what they share is B and C.
 constexpr int BAND = 384 / LANES;
+constexpr int BAND_WITHOUT_ROWS = 8;
 // Those of a band whose sums over channels leave the vectors once for all.
 constexpr int TEAM = 4;
 
@@ -41,6 +43,8 @@ struct Block {
     int channels;
 };
 
+VEC bool has_rows(const Signal &signal) { return !signal.data || (signal.dtype == FLOAT32 && signal.channel_stride == 1); }
+
 struct Scan {
     const ScanArgs &s;
     int64_t blocks_per_group, blocks, pitch;
@@ -55,6 +59,13 @@ struct Scan {
         int64_t index = task % blocks, group = index / blocks_per_group, inside = index % blocks_per_group;
         int64_t group_dim = s.dim / s.groups, left = group_dim - inside * LANES;
         return {task / blocks, group * group_dim + inside * LANES, group, inside, int(left < LANES ? left : LANES)};
+    }
+    // Blocks to a band: `most` if all signals have rows.
+    int band(int64_t most) const {
+        bool rows = true;
+        for (const Signal *signal : {&s.u, &s.delta, &s.z, &s.out, &s.dout, &s.du, &s.ddelta, &s.dz})
+            rows &= has_rows(*signal);
+        return int(std::max(std::min(most, rows ? int64_t(BAND) : int64_t(BAND_WITHOUT_ROWS)), int64_t(1)));
     }
     Plane plane(const Signal &x, const Block &b) const {
         Plane plane{reinterpret_cast<char *>(x.data), x.dtype, x.channel_stride, x.step_stride};
@@ -85,29 +96,25 @@ struct Scan {
     }
 };
 
-// Some steps of a block: rows of LANES channels, `stride` floats apart.
-struct Steps {
+// A signal of some blocks over some steps, in memory or in a tile: a row of LANES channels for each block and step.
+struct Rows {
     float *first;
-    int64_t stride;
+    int64_t block_stride, step_stride;  // in floats
 
-    VEC V operator[](int64_t t) const { return load(first + t * stride); }
-    VEC void put(int64_t t, V x) const { store(first + t * stride, x); }
-    VEC void add(int64_t t, V x) const { put(t, (*this)[t] + x); }
+    VEC float *at(int block, int64_t t) const { return first + block * block_stride + t * step_stride; }
+    VEC V get(int block, int64_t t) const { return load(at(block, t)); }
+    VEC void put(int block, int64_t t, V x) const { store(at(block, t), x); }
+    // Asks for what comes some rows later: processors look ahead by themselves, but not beyond a page.
+    VEC void expect(int block, int64_t t) const { __builtin_prefetch(at(block, t + 4)); }
 };
-VEC bool has_rows(const Plane &plane, int channels) {
-    return plane.dtype == FLOAT32 && plane.channel_stride == 1 && channels >= LANES;
-}
-// The plane's first steps where they lie in memory, if that has such rows, else their place in `tile`.
-VEC Steps steps_in(const Plane &plane, int channels, float *tile) {
-    if (has_rows(plane, channels)) return {reinterpret_cast<float *>(plane.data), plane.step_stride};
-    return {tile, LANES};
-}
-VEC Steps read_steps(const Plane &plane, int channels, int64_t steps, float *tile) {
-    if (!has_rows(plane, channels)) load_tile(plane, channels, steps, tile);
-    return steps_in(plane, channels, tile);
-}
-VEC void write_steps(const Plane &plane, int channels, int64_t steps, const float *tile) {
-    if (!has_rows(plane, channels)) store_tile(plane, channels, steps, tile);
+// A tile of scratch: its blocks' rows lie one after the other, and a cache line more keeps the blocks' beginnings from all
+// falling to the same few places of the first cache.
+VEC int64_t tile_floats(int64_t steps) { return round_up(steps * LANES, 16) + 16; }
+VEC Rows tile_rows(float *tile, int64_t steps) { return {tile, tile_floats(steps), LANES}; }
+// body(block, step) for all rows, in the order of memory.
+template <class Body> VEC void each_row(int blocks, int64_t steps, Body body) {
+    for (int64_t t = 0; t < steps; ++t)
+        for (int i = 0; i < blocks; ++i) body(i, t);
 }
 
 // B or C: state n of step t is at first[t * pitch + n]; or, where it does not vary, first[n * LANES + channel].
@@ -132,27 +139,41 @@ inline States read_states(const Scan &scan, const Matrix &matrix, const Plane &p
     return {tile, scan.pitch};
 }
 
-// WITHIN: |dt * A_log2| is known to be at most EXP2_WITHIN.
-template <bool WITHIN> VEC V decay(V dt, V A_log2) {
-    return WITHIN ? shared_math::decay_within<Machine>(dt, A_log2) : shared_math::decay<Machine>(dt, A_log2);
+// The decays of K states from A_log2 on. WITHIN: |dt * A_log2| is known to be at most EXP2_WITHIN.
+template <bool WITHIN, int K> VEC void find_decays(V dt, const float *A_log2, V (&a)[K]) {
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) a[k] = dt * load(A_log2 + k * LANES);
+    if constexpr (WITHIN) {
+        exp2_within(a);
+    } else {
+#pragma GCC unroll 16
+        for (int k = 0; k < K; ++k) a[k] = exp2(a[k]);
+    }
 }
+// States whose decays are found together: more would not fit in the registers.
+template <int N> constexpr int TOGETHER = N % 2 ? 1 : 2;
 
 // dt, input (dt * u), y: rows of LANES channels, one after the other. Adds to y.
 template <int N, bool VARIES_B, bool VARIES_C, bool WITHIN>
 void forward_states(int64_t steps, const float *dt, const float *input, States B, States C, const float *A_log2,
                     float *state, float *y) {
+    constexpr int K = TOGETHER<N>;
     V h[N];
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) h[n] = load(state + n * LANES);
     for (int64_t t = 0; t < steps; ++t) {
-        V step = load(dt + t * LANES), in = load(input + t * LANES), even = load(y + t * LANES), odd = set(0.f);
+        V step = load(dt + t * LANES), in = load(input + t * LANES), sum = load(y + t * LANES);
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) {
-            const V a = decay<WITHIN>(step, load(A_log2 + n * LANES));
-            h[n] = shared_math::next_state<Machine>(a, h[n], in, B.get<VARIES_B>(t, n));
-            (n % 2 ? odd : even) = fma(C.get<VARIES_C>(t, n), h[n], n % 2 ? odd : even);
+        for (int n = 0; n < N; n += K) {
+            V a[K];
+            find_decays<WITHIN>(step, A_log2 + n * LANES, a);
+#pragma GCC unroll 16
+            for (int k = n; k < n + K; ++k) {
+                h[k] = shared_math::next_state<Machine>(a[k - n], h[k], in, B.get<VARIES_B>(t, k));
+                sum = fma(C.get<VARIES_C>(t, k), h[k], sum);
+            }
         }
-        store(y + t * LANES, even + odd);
+        store(y + t * LANES, sum);
     }
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) store(state + n * LANES, h[n]);
@@ -208,22 +229,41 @@ struct Channels {
 struct Band {
     Channels channels[BAND];
     float *B, *C;
-    int count;
+    int most, count;
 
     static int64_t floats(const Scan &scan, int64_t steps) {
         return BAND * Channels::floats(scan) + 2 * (steps * scan.pitch + 16);
     }
-    Band(const Scan &scan, Scratch &scratch, int64_t steps) : count(0) {
-        for (Channels &each : channels) each.take(scan, scratch);
+    // At most `most` blocks at a time.
+    Band(const Scan &scan, Scratch &scratch, int64_t steps, int most) : most(most), count(0) {
+        for (int i = 0; i < most; ++i) channels[i].take(scan, scratch);
         B = scratch.take(steps * scan.pitch), C = scratch.take(steps * scan.pitch);
     }
     // The blocks of as many tasks from `task` on as fit and have one (batch, group).
     void begin(const Scan &scan, int64_t task, int64_t end) {
         const int64_t left = scan.blocks_per_group - scan.block(task).group_block;
-        count = int(std::min(std::min(end - task, left), int64_t(BAND)));
+        count = int(std::min(std::min(end - task, left), int64_t(most)));
         for (int i = 0; i < count; ++i) channels[i].begin(scan, scan.block(task + i));
     }
     const Block &block() const { return channels[0].b; }
+
+    // The signal's `steps` steps from `start` on where they lie in memory, if they have rows there, else in `tile`, which
+    // is for read() to fill or for write() to empty.
+    Rows rows(const Scan &scan, const Signal &signal, int64_t start, int64_t steps, float *tile) const {
+        const Plane plane = scan.plane(signal, block()).at(0, start);
+        if (!has_rows(signal) || channels[count - 1].b.channels < LANES) return tile_rows(tile, steps);
+        return {reinterpret_cast<float *>(plane.data), LANES, plane.step_stride};
+    }
+    Rows read(const Scan &scan, const Signal &signal, int64_t start, int64_t steps, float *tile) const {
+        const Rows rows = this->rows(scan, signal, start, steps, tile);
+        for (int i = 0; rows.first == tile && i < count; ++i)
+            load_tile(scan.plane(signal, channels[i].b).at(0, start), channels[i].b.channels, steps, rows.at(i, 0));
+        return rows;
+    }
+    void write(const Scan &scan, const Signal &signal, int64_t start, int64_t steps, const Rows &rows, float *tile) const {
+        for (int i = 0; rows.first == tile && i < count; ++i)
+            store_tile(scan.plane(signal, channels[i].b).at(0, start), channels[i].b.channels, steps, rows.at(i, 0));
+    }
 };
 
 // body(kernel<N, whether B varies, whether C varies, within>) where there is a kernel for it: bounds are for the usual case.
@@ -236,94 +276,97 @@ struct Band {
 struct ForwardTiles {
     float *u, *dt, *input, *y, *z;
 
-    ForwardTiles(Scratch &scratch, int64_t steps)
-        : u(scratch.take(steps * LANES)),
-          dt(scratch.take(steps * LANES)),
-          input(scratch.take(steps * LANES)),
-          y(scratch.take(steps * LANES)),
-          z(scratch.take(steps * LANES)) {}
-    static int64_t floats(int64_t steps) { return 5 * (steps * LANES + 16); }
+    ForwardTiles(Scratch &scratch, int64_t steps, int blocks) {
+        for (float **tile : {&u, &dt, &input, &y, &z}) *tile = scratch.take(blocks * tile_floats(steps));
+    }
+    static int64_t floats(int64_t steps, int blocks) { return 5 * (blocks * tile_floats(steps) + 16); }
 };
 
 struct ForwardStates {
     const Scan &scan;
     const Channels &channels;
-    const ForwardTiles &tiles;
     States B, C;
     int64_t first, steps;  // of the tile
+    const float *dt, *input;
+    float *y;
     bool within;
 
     template <int N> VEC void run(int64_t n) {
-        const int64_t tile = first * LANES;
         SCAN_KERNEL(forward_states, N, scan, within)
-        (steps, tiles.dt + tile, tiles.input + tile, channels.B_at(scan, B, first, n), channels.C_at(scan, C, first, n),
-         channels.A_log2 + n * LANES, channels.state + n * LANES, tiles.y + tile);
+        (steps, dt, input, channels.B_at(scan, B, first, n), channels.C_at(scan, C, first, n), channels.A_log2 + n * LANES,
+         channels.state + n * LANES, y);
     }
 };
 
-// Raw delta -> dt, dt * u, and D * u, to which y is added. Returns the largest |dt| of each channel.
+// Raw delta -> dt, dt * u, and D * u, to which y is added; and the largest |dt| of each channel.
 template <bool SOFTPLUS>
-VEC V step_sizes(const Channels &channels, const Steps &delta, const Steps &u, int64_t steps, const ForwardTiles &tiles) {
-    const V bias = channels.bias, D = channels.D;
-    V largest = set(0.f);
-    for (int64_t t = 0; t < steps; ++t) {
-        const V raw = delta[t] + bias, x = u[t], step = SOFTPLUS ? shared_math::softplus<Machine>(raw) : raw;
-        largest = max(abs(step), largest);
-        store(tiles.dt + t * LANES, step);
-        store(tiles.input + t * LANES, step * x);
-        store(tiles.y + t * LANES, D * x);
-    }
-    return largest;
+void step_sizes(const Band &band, Rows delta, Rows u, int64_t steps, Rows dt, Rows input, Rows y, V *largest) {
+    for (int i = 0; i < band.count; ++i) largest[i] = set(0.f);
+    each_row(band.count, steps, [&](int i, int64_t t) {
+        const Channels &own = band.channels[i];
+        delta.expect(i, t), u.expect(i, t);
+        const V raw = delta.get(i, t) + own.bias, x = u.get(i, t);
+        const V step = SOFTPLUS ? shared_math::softplus<Machine>(raw) : raw;
+        largest[i] = max(abs(step), largest[i]);
+        dt.put(i, t, step), input.put(i, t, step * x), y.put(i, t, own.D * x);
+    });
 }
 
-// One block's tile of steps.
-inline void forward_tile(const Scan &scan, const Channels &channels, const States &B, const States &C, int64_t start,
-                         int64_t steps, const ForwardTiles &tiles) {
+// Adds what is there already, applies the gate and the share.
+template <bool GATED>
+void finish(int count, Rows y, Rows z, Rows before, bool add, V share, int64_t steps, Rows out) {
+    each_row(count, steps, [&](int i, int64_t t) {
+        out.expect(i, t);
+        if (GATED) z.expect(i, t);
+        V sum = y.get(i, t);
+        if (add) sum = sum + before.get(i, t);
+        sum = sum * share;
+        out.put(i, t, GATED ? sum * shared_math::silu<Machine>(z.get(i, t)) : sum);
+    });
+}
+
+// One tile of steps of a band.
+inline void forward_tile(const Scan &scan, const Band &band, const States &B, const States &C, int64_t start, int64_t steps,
+                         const ForwardTiles &tiles) {
     const ScanArgs &s = scan.s;
-    const Block &b = channels.b;
     const int64_t chunks = (s.seqlen + s.interval - 1) / s.interval, stride = s.states ? s.interval : steps;
-    const Plane u_plane = scan.plane(s.u, b).at(0, start), delta_plane = scan.plane(s.delta, b).at(0, start);
-    const Plane out_plane = scan.plane(s.out, b).at(0, start), z_plane = scan.plane(s.z, b).at(0, start);
-    const Steps u = read_steps(u_plane, b.channels, steps, tiles.u);
-    const Steps delta = read_steps(delta_plane, b.channels, steps, tiles.dt);
-    const int64_t ahead = std::min(steps, s.seqlen - start - steps);
-    prefetch(u_plane.at(0, steps), ahead), prefetch(delta_plane.at(0, steps), ahead), prefetch(out_plane.at(0, steps), ahead);
-    if (s.z.data) prefetch(z_plane.at(0, steps), ahead);
-    const bool within = channels.within(s.softplus ? step_sizes<true>(channels, delta, u, steps, tiles)
-                                                   : step_sizes<false>(channels, delta, u, steps, tiles));
+    const Rows dt = tile_rows(tiles.dt, steps), input = tile_rows(tiles.input, steps), y = tile_rows(tiles.y, steps);
+    const Rows u = band.read(scan, s.u, start, steps, tiles.u), delta = band.read(scan, s.delta, start, steps, tiles.dt);
+    V largest[BAND];
+    (s.softplus ? step_sizes<true> : step_sizes<false>)(band, delta, u, steps, dt, input, y, largest);
     for (int64_t first = 0; first < steps; first += stride) {
         const int64_t chunk = (start + first) / s.interval;
-        for_state_blocks<FORWARD_STATES>(
-            s.dstate, ForwardStates{scan, channels, tiles, B, C, first, std::min(stride, steps - first), within});
-        if (s.states && chunk + 1 < chunks)
-            for (int64_t n = 0; n < s.dstate; ++n)
-                store_some(scan.saved(b, chunk, chunks) + n * s.dim, load(channels.state + n * LANES), b.channels);
+        for (int i = 0; i < band.count; ++i) {
+            const Channels &own = band.channels[i];
+            for_state_blocks<FORWARD_STATES>(s.dstate, ForwardStates{scan, own, B, C, first, std::min(stride, steps - first),
+                                                                     dt.at(i, first), input.at(i, first), y.at(i, first),
+                                                                     own.within(largest[i])});
+        }
+        for (int64_t n = 0; s.states && chunk + 1 < chunks && n < s.dstate; ++n)
+            for (int i = 0; i < band.count; ++i) {
+                const Channels &own = band.channels[i];
+                store_some(scan.saved(own.b, chunk, chunks) + n * s.dim, load(own.state + n * LANES), own.b.channels);
+            }
     }
-    // Adds what is there already, applies the gate and the share.
-    const V share = set(s.share_value());
-    const Steps z = s.z.data ? read_steps(z_plane, b.channels, steps, tiles.z) : Steps{tiles.z, LANES};
-    const Steps before = s.accumulate ? read_steps(out_plane, b.channels, steps, tiles.u) : Steps{tiles.u, LANES};
-    const Steps out = steps_in(out_plane, b.channels, tiles.y);
-    for (int64_t t = 0; t < steps; ++t) {
-        V y = load(tiles.y + t * LANES);
-        if (s.accumulate) y = y + before[t];
-        y = y * share;
-        out.put(t, s.z.data ? y * shared_math::silu<Machine>(z[t]) : y);
-    }
-    write_steps(out_plane, b.channels, steps, tiles.y);
+    const Rows z = s.z.data ? band.read(scan, s.z, start, steps, tiles.z) : y;
+    const Rows before = s.accumulate ? band.read(scan, s.out, start, steps, tiles.u) : y;
+    const Rows out = band.rows(scan, s.out, start, steps, tiles.y);
+    (s.z.data ? finish<true> : finish<false>)(band.count, y, z, before, s.accumulate, set(s.share_value()), steps, out);
+    band.write(scan, s.out, start, steps, out, tiles.y);
 }
 
 inline int scan_forward(const ScanArgs &s) {
     const Scan scan(s);
     const int64_t tasks = s.batch * scan.blocks;
     const int64_t tile_steps = s.states ? round_up(FORWARD_STEPS, s.interval) : FORWARD_STEPS;
+    const int most = scan.band(BAND * FORWARD_STEPS / tile_steps);
     const int shares = parallel::shares_for(s.threads, tasks, s.batch * s.dim * s.seqlen * s.dstate / LANES);
     std::atomic<int> failures{0};
     parallel::run(shares, [&](int share) {
-        Scratch scratch(Band::floats(scan, tile_steps) + ForwardTiles::floats(tile_steps));
+        Scratch scratch(Band::floats(scan, tile_steps) + ForwardTiles::floats(tile_steps, most));
         if (!scratch.ok()) return void(++failures);
-        Band band(scan, scratch, tile_steps);
-        const ForwardTiles tiles(scratch, tile_steps);
+        Band band(scan, scratch, tile_steps, most);
+        const ForwardTiles tiles(scratch, tile_steps, most);
         const parallel::Range range = parallel::share_of(tasks, shares, share);
         for (int64_t task = range.begin; task < range.end; task += band.count) {
             band.begin(scan, task, range.end);
@@ -332,8 +375,7 @@ inline int scan_forward(const ScanArgs &s) {
                 const int64_t steps = std::min(tile_steps, s.seqlen - start);
                 const States B_rows = read_states(scan, s.B, B.at(0, start), steps, band.B);
                 const States C_rows = read_states(scan, s.C, C.at(0, start), steps, band.C);
-                for (int i = 0; i < band.count; ++i)
-                    forward_tile(scan, band.channels[i], B_rows, C_rows, start, steps, tiles);
+                forward_tile(scan, band, B_rows, C_rows, start, steps, tiles);
             }
             for (int i = 0; s.last_state && i < band.count; ++i) {
                 const Channels &each = band.channels[i];

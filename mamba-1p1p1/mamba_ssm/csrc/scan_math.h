@@ -11,10 +11,6 @@ namespace shared_math {
 
 // a_t, with A given as A * log2(e) so that every step is one multiplication and one exp2.
 template <class M> SHARED_MATH typename M::V decay(typename M::V dt, typename M::V A_log2) { return M::exp2(dt * A_log2); }
-// The same where |dt * A_log2| is known to be at most EXP2_WITHIN (CPU vectors only).
-template <class M> SHARED_MATH typename M::V decay_within(typename M::V dt, typename M::V A_log2) {
-    return M::exp2_within(dt * A_log2);
-}
 
 // h_t. input = dt_t * u_t.
 template <class M>
