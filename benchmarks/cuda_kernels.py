@@ -70,11 +70,17 @@ def kernel_list(dtypes: Sequence[str] = tuple(DTYPES)) -> list[Job]:
         for backwards in ("false", "true"):
             jobs.append(Job(scan.STATES_SOURCE, f"{types},4,{backwards},4", scan.THREADS))
         for source in (norm.FORWARD_SOURCE, norm.BACKWARD_SOURCE):
-            jobs += [Job(source, f"{name},float,float,float,4,{rounds}", norm.THREADS) for rounds in (2, 6)]
+            jobs += [
+                Job(source, f"{name},float,float,float,{norm.layout_arguments(size, 4)}", norm.THREADS)
+                for size in (192, 768, 1280)
+            ]
         for source in (convolution.FORWARD_SOURCE, convolution.BACKWARD_SOURCE):
             jobs.append(Job(source, f"{name},float,4,4", convolution.THREADS))
         jobs.append(Job(pooled.CONV_SOURCE, f"{name},float,4,4", pooled.THREADS))
-        jobs += [Job(pooled.GATE_SOURCE, f"{name},float,4,{rounds}", pooled.THREADS) for rounds in (3, 20)]
+        jobs += [
+            Job(pooled.GATE_SOURCE, f"{name},float,{norm.layout_arguments(size, 4)}", pooled.THREADS)
+            for size in (384, 1536, 2560)
+        ]
     jobs += [Job(scan.CARRY_SOURCE, backwards, scan.THREADS) for backwards in ("false", "true")]
     return [*jobs, Job(REDUCE_SOURCE, "10", 256)]
 

@@ -10,13 +10,13 @@ import torch
 from causal_conv1d import _nvrtc
 from causal_conv1d._nvrtc import CPP_TYPES
 from causal_conv1d.layout import address, channel_last
+from mamba_ssm.kernels.cuda.norm import MAX_SIZE, layout_arguments, team_for
 from torch import Tensor
 
 _SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 CONV_SOURCE, GATE_SOURCE = _SOURCES / "pooled_conv.cu", _SOURCES / "pooled_gate.cu"
 # Of both.
-THREADS, _WARPS, _VECTOR = 128, 4, 4
-MAX_SIZE = 32 * 80  # elements of a token that a warp holds
+THREADS, _VECTOR = 128, 4
 _BLOCKS, _MAX_GRID = 16, 65535
 _LINES = "11i"
 _CONV = struct.Struct(f"3q3q6q{_LINES}2if")
@@ -109,7 +109,7 @@ def pooled_gate(
         *(*_lines(sizes, strides, pooled), batch * tokens, dim, eps, share),
     )
     own = torch.float32 if weight is None else weight.dtype
-    arguments = f"{CPP_TYPES[skip.dtype]},{CPP_TYPES[own]},{vector},{-(-dim // (32 * vector))}"
-    blocks = min(-(-batch * tokens // _WARPS), _BLOCKS * device.multiprocessors)
+    arguments = f"{CPP_TYPES[skip.dtype]},{CPP_TYPES[own]},{layout_arguments(dim, vector)}"
+    blocks = min(-(-batch * tokens // (THREADS // team_for(dim))), _BLOCKS * device.multiprocessors)
     device.kernel(GATE_SOURCE, arguments, THREADS)((blocks, 1, 1), params)
     return out
