@@ -20,7 +20,7 @@ from typing import NamedTuple
 from causal_conv1d import _nvrtc
 from causal_conv1d._reduce import SOURCE as REDUCE_SOURCE
 from causal_conv1d.kernels.cuda import convolution
-from mamba_ssm.kernels.cuda import norm, pooled, scan
+from mamba_ssm.kernels.cuda import merging, norm, pooled, scan
 
 from benchmarks.command import command, parser
 
@@ -81,8 +81,10 @@ def kernel_list(dtypes: Sequence[str] = tuple(DTYPES)) -> list[Job]:
             Job(pooled.GATE_SOURCE, f"{name},float,{norm.layout_arguments(size, 4)}", pooled.THREADS)
             for size in (384, 1536, 2560)
         ]
+        jobs.append(Job(merging.PAIRS_SOURCE, name, merging.THREADS))
+        jobs += [Job(each, f"{name},4", merging.THREADS) for each in (merging.FORWARD_SOURCE, merging.BACKWARD_SOURCE)]
     jobs += [Job(scan.CARRY_SOURCE, backwards, scan.THREADS) for backwards in ("false", "true")]
-    return [*jobs, Job(REDUCE_SOURCE, "10", 256)]
+    return [*jobs, Job(merging.ARRANGE_SOURCE, "", merging.THREADS), Job(REDUCE_SOURCE, "10", 256)]
 
 
 def blocks_per_multiprocessor(usage: _nvrtc.Usage, job: Job, target: str) -> int | None:

@@ -189,7 +189,7 @@ def _match(
     They go to `moved`, or if that is None keep their own places among the patch tokens left. Returns the matching and
     where class tokens went."""
     if r and merging.has_kernels(metric):
-        cls = index if isinstance(index, Tensor) else torch.tensor([index], dtype=torch.long)
+        cls = index if isinstance(index, Tensor) else _as_tensor(index, metric.device)
         slot, kept, count, places = merging.match_tokens_fn(
             metric.detach(),
             r,
@@ -204,6 +204,20 @@ def _match(
     slot, kept = _match_patches(patches, r, first, order, sort)
     places = _own_places(kept, index) if moved is None else moved
     return _with_cls(slot, kept, patches.shape[1] - r, index, places), places
+
+
+def _as_tensor(index: tuple[int, ...], device: torch.device) -> Tensor:
+    """Rising indices as a tensor (1, K), made on the device: a copy from the host would wait for all that it does."""
+    runs: list[range] = []
+    for at in index:
+        last = runs[-1] if runs else range(0)
+        step = at - last[-1] if last else 1
+        if last and (len(last) == 1 or step == last.step):
+            runs[-1] = range(last.start, at + 1, step)
+        else:
+            runs.append(range(at, at + 1))
+    parts = [torch.arange(run.start, run.stop, run.step, device=device) for run in runs]
+    return (torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=device)).unsqueeze(0)
 
 
 def _match_sources(
