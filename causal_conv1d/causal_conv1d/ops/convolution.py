@@ -138,6 +138,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, revers
 def _mask(x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
     check_tensor("mask", mask)
     check_shape("mask", mask, (x.shape[0], x.shape[2]), "(batch, seqlen)")
+    check_dtype("mask", mask, _DTYPES)
     check_device("mask", mask, x, "x")
     plain = weight.shape[1] not in WIDTHS or wants_reference(x, mask, weight, bias)
     if plain or not backends.has(x, "conv_forward_masked"):

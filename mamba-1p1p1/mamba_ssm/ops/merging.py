@@ -112,6 +112,38 @@ def merge_tokens_fn(x: Tensor, slot: Tensor, count: Tensor) -> Tensor:
     return torch.ops.mamba_ssm.merge_tokens(x, slot, count)
 
 
+def sum_tokens(x: Tensor, slot: Tensor, groups: int) -> Tensor:
+    """The sum of each group of tokens, added up in one order: x (batch, tokens, channels), slot (batch, tokens), long
+    -> (batch, groups, channels), zero for a group without tokens."""
+    if has_kernels(x):
+        return torch.ops.mamba_ssm.merge_tokens(x, slot, slot.new_ones(len(x), groups))
+    if x.is_cuda:
+        return _sums_in_order(x, slot, groups)
+    batch, _, channels = x.shape
+    # rows of a matrix instead of a batch of sequences: torch adds whole rows much faster
+    rows = (slot + groups * torch.arange(batch, device=x.device).unsqueeze(1)).reshape(-1, 1).expand(-1, channels)
+    total = x.new_zeros(batch * groups, channels).scatter_add(0, rows, x.reshape(-1, channels))
+    return total.view(batch, groups, channels)
+
+
+def _sums_in_order(x: Tensor, slot: Tensor, groups: int) -> Tensor:
+    """The same, where `scatter_add` adds as threads come along."""
+    order = slot.argsort(dim=1, stable=True).unsqueeze(-1).expand_as(x)
+    count = slot.new_zeros(len(x), groups).scatter_add_(1, slot, torch.ones_like(slot))
+    rows = x.gather(1, order).view(-1, x.shape[2])
+    # unsafe: lengths are not read back by the host to be checked
+    total = torch.segment_reduce(rows, "sum", lengths=count.view(-1), axis=0, unsafe=True)
+    return total.view(len(x), groups, x.shape[2])
+
+
+def spread_tokens(y: Tensor, slot: Tensor) -> Tensor:
+    """What each token's group has, y (batch, groups, channels), slot (batch, tokens), long -> (batch, tokens,
+    channels). With kernels, the gradient is added up in one order."""
+    if has_kernels(y):
+        return torch.ops.mamba_ssm.merge_tokens_backward(y, slot, slot.new_ones(y.shape[:2]))
+    return y.gather(1, slot.unsqueeze(-1).expand(-1, -1, y.shape[2]))
+
+
 # --- references ------------------------------------------------------------------------------------------------------
 
 
@@ -210,10 +242,11 @@ def _save_merge(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _differentiate_merge(ctx, dout: Tensor) -> tuple:
-    slot, count = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        return _merge_backward_reference(dout, slot, count), None, None
-    return torch.ops.mamba_ssm.merge_tokens_backward(dout, slot, count), None, None
+    return torch.ops.mamba_ssm.merge_tokens_backward(dout, *ctx.saved_tensors), None, None
+
+
+def _differentiate_merge_backward(ctx, ddx: Tensor) -> tuple:
+    return torch.ops.mamba_ssm.merge_tokens(ddx, *ctx.saved_tensors), None, None
 
 
 OPERATORS.register(
@@ -233,4 +266,6 @@ OPERATORS.register(
     "merge_tokens_backward(Tensor dout, Tensor slot, Tensor count) -> Tensor",
     _merge_backward,
     _fake_merge_backward,
+    save=_save_merge,
+    differentiate=_differentiate_merge_backward,
 )
