@@ -20,7 +20,7 @@ from typing import NamedTuple
 from causal_conv1d import _nvrtc
 from causal_conv1d._reduce import SOURCE as REDUCE_SOURCE
 from causal_conv1d.kernels.cuda import convolution
-from mamba_ssm.kernels.cuda import norm, pooled, scan
+from mamba_ssm.kernels.cuda import merging, norm, pooled, scan
 
 from benchmarks.command import command, parser
 
@@ -70,13 +70,21 @@ def kernel_list(dtypes: Sequence[str] = tuple(DTYPES)) -> list[Job]:
         for backwards in ("false", "true"):
             jobs.append(Job(scan.STATES_SOURCE, f"{types},4,{backwards},4", scan.THREADS))
         for source in (norm.FORWARD_SOURCE, norm.BACKWARD_SOURCE):
-            jobs += [Job(source, f"{name},float,float,float,4,{rounds}", norm.THREADS) for rounds in (2, 6)]
+            jobs += [
+                Job(source, f"{name},float,float,float,{norm.layout_arguments(size, 4)}", norm.THREADS)
+                for size in (192, 768, 1280)
+            ]
         for source in (convolution.FORWARD_SOURCE, convolution.BACKWARD_SOURCE):
             jobs.append(Job(source, f"{name},float,4,4", convolution.THREADS))
         jobs.append(Job(pooled.CONV_SOURCE, f"{name},float,4,4", pooled.THREADS))
-        jobs += [Job(pooled.GATE_SOURCE, f"{name},float,4,{rounds}", pooled.THREADS) for rounds in (3, 20)]
+        jobs += [
+            Job(pooled.GATE_SOURCE, f"{name},float,{norm.layout_arguments(size, 4)}", pooled.THREADS)
+            for size in (384, 1536, 2560)
+        ]
+        jobs.append(Job(merging.PAIRS_SOURCE, name, merging.THREADS))
+        jobs += [Job(each, f"{name},4", merging.THREADS) for each in (merging.FORWARD_SOURCE, merging.BACKWARD_SOURCE)]
     jobs += [Job(scan.CARRY_SOURCE, backwards, scan.THREADS) for backwards in ("false", "true")]
-    return [*jobs, Job(REDUCE_SOURCE, "10", 256)]
+    return [*jobs, Job(merging.ARRANGE_SOURCE, "", merging.THREADS), Job(REDUCE_SOURCE, "10", 256)]
 
 
 def blocks_per_multiprocessor(usage: _nvrtc.Usage, job: Job, target: str) -> int | None:

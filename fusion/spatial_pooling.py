@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from mamba_ssm.ops.merging import spread_tokens, sum_tokens
 from mamba_ssm.ops.pooled import Lines
 from mamba_ssm.ops.visible import VisibleLines
 from torch import Tensor, nn
@@ -186,15 +187,11 @@ class VisiblePooling:
     def reduce(self, x: Tensor) -> Tensor:
         """Tokens in walking order (B, V, C) -> groups (B, G, C), one for every row of the full grid."""
         lines, length = self.grid[::-1] if self.transposed else self.grid
-        groups = x.new_zeros(x.shape[0], lines, x.shape[2])
-        return groups.scatter_add(1, self._groups(x), x) * (self.scale / length)
+        return sum_tokens(x, self.group, lines) * (self.scale / length)
 
     def expand_add(self, x: Tensor, groups: Tensor) -> Tensor:
         """Tokens in walking order (B, V, C) plus the value of their group (B, G, C)."""
-        return x + groups.gather(1, self._groups(x))
-
-    def _groups(self, x: Tensor) -> Tensor:
-        return self.group.unsqueeze(-1).expand_as(x)
+        return x + spread_tokens(groups, self.group)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

@@ -189,7 +189,7 @@ def _match(
     They go to `moved`, or if that is None keep their own places among the patch tokens left. Returns the matching and
     where class tokens went."""
     if r and merging.has_kernels(metric):
-        cls = index if isinstance(index, Tensor) else torch.tensor([index], dtype=torch.long)
+        cls = index if isinstance(index, Tensor) else _as_tensor(index, metric.device)
         slot, kept, count, places = merging.match_tokens_fn(
             metric.detach(),
             r,
@@ -204,6 +204,20 @@ def _match(
     slot, kept = _match_patches(patches, r, first, order, sort)
     places = _own_places(kept, index) if moved is None else moved
     return _with_cls(slot, kept, patches.shape[1] - r, index, places), places
+
+
+def _as_tensor(index: tuple[int, ...], device: torch.device) -> Tensor:
+    """Rising indices as a tensor (1, K), made on the device: a copy from the host would wait for all that it does."""
+    runs: list[range] = []
+    for at in index:
+        last = runs[-1] if runs else range(0)
+        step = at - last[-1] if last else 1
+        if last and (len(last) == 1 or step == last.step):
+            runs[-1] = range(last.start, at + 1, step)
+        else:
+            runs.append(range(at, at + 1))
+    parts = [torch.arange(run.start, run.stop, run.step, device=device) for run in runs]
+    return (torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=device)).unsqueeze(0)
 
 
 def _match_sources(
@@ -299,30 +313,12 @@ def merge_sizes(sizes: Tensor, matching: Matching) -> Tensor:
 
 def _sums(x: Tensor, matching: Matching) -> Tensor:
     """The sum of each group: x (B, L, C) -> (B, L', C)."""
-    if x.is_cuda:
-        return _sums_in_order(x, matching)
-    batch, length, channels = x.shape
-    num_left = matching.count.shape[1]
-    # rows of a matrix instead of a batch of sequences: torch adds whole rows much faster
-    rows = matching.slot + num_left * torch.arange(batch, device=x.device).unsqueeze(1)
-    rows = rows.reshape(-1, 1).expand(-1, channels)
-    total = x.new_zeros(batch * num_left, channels).scatter_add_(0, rows, x.reshape(-1, channels))
-    return total.view(batch, num_left, channels)
-
-
-def _sums_in_order(x: Tensor, matching: Matching) -> Tensor:
-    """The same, in an order of additions that is always one: `scatter_add_` on CUDA adds as threads come along."""
-    batch, _, channels = x.shape
-    order = matching.slot.argsort(dim=1, stable=True).unsqueeze(-1).expand_as(x)
-    rows = x.gather(1, order).view(-1, channels)
-    # unsafe: lengths are not read back by the host to be checked
-    total = torch.segment_reduce(rows, "sum", lengths=matching.count.reshape(-1), axis=0, unsafe=True)
-    return total.view(batch, -1, channels)
+    return merging.sum_tokens(x, matching.slot, matching.count.shape[1])
 
 
 def unmerge(y: Tensor, matching: Matching) -> Tensor:
     """Give every token of the longer sequence its group's value: y (B, L', C) -> (B, L, C). Differentiable in y."""
-    return y.gather(1, matching.slot.unsqueeze(-1).expand(-1, -1, y.shape[-1]))
+    return merging.spread_tokens(y, matching.slot)
 
 
 def merge_tokens(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from mamba_ssm.ops.merging import spread_tokens
 from torch import Tensor
 
 # Where class tokens stand in a sequence, rising: indices shared by the batch, or long (B, K) once images differ.
@@ -175,7 +176,7 @@ def spread(patches: Tensor, state: TokenState) -> Tensor:
     """What the patch tokens of `state` have, (B, m, C) -> what all M places of their grid have, (B, M, C): merged
     patches (`groups`) their group's, absent ones zero."""
     if state.groups is not None:
-        patches = patches.gather(1, state.groups.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+        patches = spread_tokens(patches, state.groups)
     if state.positions is None:
         return patches
     index = state.positions.unsqueeze(-1).expand_as(patches)

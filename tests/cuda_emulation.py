@@ -37,6 +37,9 @@ FLAGS = (
 )
 # Misaligned vectors, out-of-range shifts and indices end in an error, without a sanitizer's runtime.
 TRAPS = ("-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fsanitize-undefined-trap-on-error")
+# With AddressSanitizer, whose library must be there before Python starts: scripts/asan_cuda.sh.
+SANITIZE_VARIABLE = "CUDA_EMULATOR_SANITIZE"
+SANITIZED = ("-g", "-fsanitize=address", "-fno-omit-frame-pointer") if os.environ.get(SANITIZE_VARIABLE) else ()
 
 
 @lru_cache(maxsize=1)
@@ -61,6 +64,7 @@ def _library(path: Path, arguments: str) -> ctypes.CDLL:
         "g++",
         *FLAGS,
         *TRAPS,
+        *SANITIZED,
         *include,
         f"-DKERNEL_ARGUMENTS={arguments}",
         "-x",
@@ -69,7 +73,9 @@ def _library(path: Path, arguments: str) -> ctypes.CDLL:
         "-o",
         str(built),
     ]
-    result = subprocess.run(command, capture_output=True, text=True)
+    # the compiler itself runs without what is loaded before Python
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode != 0:
         raise _nvrtc.CompileError(f"{path.name} <{arguments}> does not compile for the emulator:\n{result.stderr}")
     library = ctypes.CDLL(str(built))

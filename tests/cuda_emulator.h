@@ -19,6 +19,14 @@
 #include <cstring>
 #include <vector>
 
+// Under AddressSanitizer the fences between shared arrays are out of bounds for reads as well.
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(at, size) ((void)(at), (void)(size))
+#define ASAN_UNPOISON_MEMORY_REGION(at, size) ((void)(at), (void)(size))
+#endif
+
 #if !defined(__FLT16_MANT_DIG__)
 #error "the CUDA emulator needs a compiler with _Float16"
 #endif
@@ -78,9 +86,11 @@ inline void fence(size_t at) {
         if (known == at) return;
     block.fences.push_back(at);
     memset(block.arena.data() + at, FENCE_BYTE, FENCE);
+    ASAN_POISON_MEMORY_REGION(block.arena.data() + at, FENCE);
 }
 
 inline bool fences_stand() {
+    ASAN_UNPOISON_MEMORY_REGION(block.arena.data(), block.arena.size());
     for (size_t at : block.fences)
         for (size_t i = 0; i < FENCE; i++)
             if (block.arena[at + i] != FENCE_BYTE) return false;
@@ -153,6 +163,7 @@ inline void prepare(Fiber &fiber, char *stack) {
 
 inline void run_block(int order) {
     const int threads = static_cast<int>(block.fibers.size());
+    ASAN_UNPOISON_MEMORY_REGION(block.arena.data(), block.arena.size());
     memset(block.arena.data(), 0xff, block.arena.size());
     block.fences.clear();
     for (int i = 0; i < threads; i++) prepare(block.fibers[i], block.stacks.data() + i * STACK);
@@ -217,6 +228,24 @@ inline unsigned __float_as_uint(float x) {
 }
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
     return __uint_as_float(emulated::exchange(__float_as_uint(value), (threadIdx.x % emulated::WARP) ^ mask));
+}
+
+// One bit a lane.
+inline unsigned __ballot_sync(unsigned, bool mine) {
+    using emulated::block;
+    const size_t half = emulated::self().warp_operations % 2 * block.fibers.size();
+    emulated::exchange(mine, 0);
+    const uint32_t *warp = block.exchanged.data() + half + block.current / emulated::WARP * emulated::WARP;
+    unsigned bits = 0;
+    for (int lane = 0; lane < emulated::WARP; lane++) bits |= warp[lane] << lane;
+    return bits;
+}
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
+// Fibers take turns only where they wait.
+inline unsigned long long atomicAdd(unsigned long long *to, unsigned long long value) {
+    const unsigned long long before = *to;
+    *to += value;
+    return before;
 }
 
 inline int min(int a, int b) { return a < b ? a : b; }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 Slab = tuple[int, int, int, int]
+PACK = 4
 
 
 def address(x: Tensor | None) -> int:
@@ -21,6 +22,17 @@ def float32(x: Tensor | None) -> Tensor | None:
 def channel_last(x: Tensor) -> Tensor:
     """`x` (batch, tokens, dim) with stride 1 along dim, copied only if it has another."""
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+def pack_of(dim: int, *tensors: Tensor | None) -> int:
+    """How many neighbouring channels of all these tensors, whose last dimension is `dim`, can be moved at once: 4 or
+    1."""
+    for tensor in tensors:
+        if tensor is not None:
+            steps = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()) if size > 1]
+            if any(stride % PACK for stride in steps) or tensor.data_ptr() % (PACK * tensor.element_size()):
+                return 1
+    return PACK if dim % PACK == 0 else 1
 
 
 def rows(x: Tensor) -> Tensor:

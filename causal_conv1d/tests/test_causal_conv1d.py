@@ -345,3 +345,18 @@ def test_update_is_differentiated_where_that_is_wanted(kernels):
 def test_states_that_do_not_fit(change, message):
     with pytest.raises((ValueError, TypeError), match=message):
         causal_conv1d_fn(torch.zeros(2, 4, 5), torch.zeros(4, 4), **change)
+
+
+@pytest.mark.parametrize("width", [4, 5])
+def test_mask_is_a_factor_before_and_after(width, kernels):
+    x, weight, bias, mask = torch.randn(2, 6, 11), torch.randn(6, width), torch.randn(6), torch.rand(2, 11)
+    tensors = [tensor.requires_grad_() for tensor in (x, weight, bias, mask)]
+    out = causal_conv1d_fn(x, weight, bias, activation="silu", mask=mask)
+    wanted = causal_conv1d_ref(x * mask[:, None], weight, bias, "silu") * mask[:, None]
+    torch.testing.assert_close(out, wanted)
+    for grad, want in zip(*(torch.autograd.grad(one.square().sum(), tensors) for one in (out, wanted))):
+        torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 3\), wanted .* = \(2, 11\)"):
+        causal_conv1d_fn(x, weight, bias, mask=mask[:, :3])
+    with pytest.raises(ValueError, match="mask is given beside seq_idx or states"):
+        causal_conv1d_fn(x, weight, bias, mask=mask, return_final_states=True)

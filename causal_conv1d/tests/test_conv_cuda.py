@@ -18,6 +18,7 @@ import torch
 from causal_conv1d import _nvrtc, backend, causal_conv1d_fn, causal_conv1d_ref
 from causal_conv1d._reduce import Sum, add_up, dense_sum
 from causal_conv1d.kernels import cuda as cuda_kernels
+from causal_conv1d.kernels import registry
 from causal_conv1d.kernels import torch as torch_kernels
 from causal_conv1d.kernels.cuda import convolution as cuda
 
@@ -58,6 +59,7 @@ F, H, BF = "float", "Float16", "BFloat16"
 KERNELS = [
     *[("conv_forward", f"{types},4") for types in (f"{F},{F},4", f"{H},{F},4", f"{BF},{F},4", f"{F},{F},1")],
     *[("conv_backward", f"{types},4") for types in (f"{F},{F},4", f"{BF},{F},4", f"{F},{F},1")],
+    *[(f"conv_{way}", f"{BF},{F},4,4,true") for way in ("forward", "backward")],
     ("reduce", "5"),
 ]
 
@@ -379,6 +381,67 @@ def test_emulated_directions_share_a_launch(device):
     assert len(used.launched) == 1
     for conv, out in zip(convs, together):
         torch.testing.assert_close(out, cuda.conv_forward(*conv), rtol=0, atol=0)
+
+
+MASKED = {
+    "channel-last": ((2, 40, 37, 4), {}),
+    "several blocks, blocks share the batch": ((3, 136, 300, 4), {}),
+    "time-last, no bias": ((2, 12, 37, 2), {"channel_last": False, "bias": False}),
+    "odd dim, bfloat16": ((3, 37, 50, 3), {"dtype": torch.bfloat16}),
+}
+
+
+@emulated
+@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "reversed"])
+@pytest.mark.parametrize("case", MASKED)
+def test_emulated_masked_convolution(case, reverse, device, monkeypatch):
+    """Through the operator and autograd, against the reference in float64; factors of any size have gradients, too."""
+    (sizes, options), used = MASKED[case], device(1)
+    monkeypatch.setattr(registry.backends, "_loaded", {("cpu", None): cuda_kernels})
+    tensors = [None if t is None else t.detach().requires_grad_() for t in arguments(*sizes, **options)]
+    mask = (torch.rand(sizes[0], sizes[2]) < 0.6).float()
+    mask[0] *= torch.rand(sizes[2])
+    mask = torch.stack([mask, mask], 2)[..., 0].requires_grad_()
+    leaves = [tensors[0], mask, *tensors[1:]]
+    out = causal_conv1d_fn(*tensors, activation="silu", reverse=reverse, mask=mask)
+    dout, tolerance = torch.randn_like(out), 1e-2 if "dtype" in options else 3e-6
+    grads = torch.autograd.grad(out, [t for t in leaves if t is not None], dout)
+    x, factor, weight, bias = [None if t is None else t.requires_grad_() for t in widened(leaves)]
+    wanted = causal_conv1d_ref(x * factor[:, None], weight, bias, "silu", reverse=reverse) * factor[:, None]
+    wide = [t for t in (x, factor, weight, bias) if t is not None]
+    assert_near(out, wanted, tolerance, "out")
+    for number, (grad, want) in enumerate(zip(grads, torch.autograd.grad(wanted, wide, dout.double()))):
+        assert_near(grad, want, tolerance, f"gradient {number}")
+    assert [name for name, _ in used.launched] == ["conv_forward", "conv_backward", "reduce"]
+    assert all(kernel.endswith(",true") for name, kernel in used.launched if name != "reduce")
+
+
+@emulated
+def test_masked_operators_meet_torch_library(device, monkeypatch):
+    monkeypatch.setattr(registry.backends, "_loaded", {("cpu", None): cuda_kernels})
+    x, weight, bias = (t.detach().clone().requires_grad_() for t in arguments(2, 8, 9, 4))
+    mask = torch.rand(2, 9, requires_grad=True)
+    torch.library.opcheck(torch.ops.causal_conv1d.masked.default, (x, mask, weight, bias, True, True))
+    given = [t.detach() for t in (torch.randn_like(x), x, mask, weight, bias)]
+    torch.library.opcheck(torch.ops.causal_conv1d.masked_backward.default, (*given, True, True))
+
+
+@emulated
+def test_masked_convolution_that_is_refused_runs_on_torch(device, monkeypatch):
+    monkeypatch.setattr(backend, "_told", {"refused"})
+    monkeypatch.setattr(registry.backends, "_loaded", {("cpu", None): cuda_kernels})
+
+    def refuse(*job):
+        raise _nvrtc.KernelError("refused")
+
+    monkeypatch.setattr(device(), "kernel", refuse)
+    x, weight, bias = (t.detach().clone().requires_grad_() for t in arguments(2, 8, 9, 4))
+    mask = torch.rand(2, 9, requires_grad=True)
+    out = causal_conv1d_fn(x, weight, bias, mask=mask, activation="silu")
+    wanted = causal_conv1d_ref(x * mask[:, None], weight, bias, "silu") * mask[:, None]
+    torch.testing.assert_close(out, wanted)
+    for grad, want in zip(*(torch.autograd.grad(one.sum(), (x, mask, weight, bias)) for one in (out, wanted))):
+        torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-5)
 
 
 @emulated

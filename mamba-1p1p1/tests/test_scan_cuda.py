@@ -76,9 +76,9 @@ KERNELS = [
     *[("scan_backward", f"{F},{F},{F},{F},{more}") for more in ("4,2,1", "4,1,4", "16,2,4")],
     *[("scan_states", f"{F},{F},{F},{F},4,{back},4") for back in ("false", "true")],
     *[("scan_carry", back) for back in ("false", "true")],
-    *[("norm_forward", f"{t},{F},{F},{F},4,2") for t in (F, BF)],
-    *[("norm_backward", f"{t},{F},{F},{F},4,2") for t in (F, BF)],
-    ("norm_backward", f"{F},{F},{F},{F},4,10"),
+    *[(f"norm_{way}", f"{t},{F},{F},{F},4,2,32") for way in ("forward", "backward") for t in (F, BF)],
+    *[("norm_backward", f"{F},{F},{F},{F},{more}") for more in ("4,8,32", "4,3,128", "4,8,128")],
+    *[("pooled_gate", f"{BF},{F},{more}") for more in ("4,8,32", "4,5,128")],
 ]
 
 
@@ -452,15 +452,16 @@ NORMS = {
     "layer norm": ((3, 7, 40), torch.float32, torch.float32, torch.float32, True, False),
     "rms norm, half width": ((3, 7, 192), torch.bfloat16, torch.float32, torch.float32, False, True),
     "odd size": ((5, 77), torch.float16, None, torch.float32, True, False),
-    "largest": ((5, 1280), torch.float32, None, torch.float32, False, True),
+    "long rows": ((5, 1280), torch.bfloat16, torch.float32, torch.float32, False, False),
+    "long rows, odd size": ((3, 1031), torch.float32, None, torch.float32, True, True),
     "residual of x's dtype": ((9, 64), torch.bfloat16, torch.bfloat16, torch.bfloat16, True, True),
 }
 
 
 @emulated
-@pytest.mark.parametrize("shape", [(0, 16), (2, 1281)], ids=["no rows", "long rows"])
+@pytest.mark.parametrize("shape", [(0, 16), (2, 4097)], ids=["no rows", "long rows"])
 def test_norms_no_kernel_covers_run_on_torch(shape, device, monkeypatch):
-    monkeypatch.setattr(backend, "_told", {"a norm over more than 1,280 channels"})
+    monkeypatch.setattr(backend, "_told", {"a norm over more than 4,096 channels"})
     used, x, weight = device(), torch.randn(shape), torch.randn(shape[1])
     out, total, mean, scale = cuda_norm.norm_forward(x, None, weight, None, 1e-5, False, torch.float32)
     torch.testing.assert_close(out, torch.nn.functional.layer_norm(x, weight.shape, weight))

@@ -4,13 +4,19 @@
 // before the activation, and with the last WIDTH of those one dx. The gradients of weight and bias are added up per
 // thread and block; a later kernel adds up the blocks.
 //
-// KERNEL_ARGUMENTS: types of x and its gradients, weight and bias; channels per thread; width.
+// With a mask, the lanes of a warp have neighbouring channels, and leave the sum of its gradient over those.
+//
+// KERNEL_ARGUMENTS: types of x and its gradients, weight and bias; channels per thread; width; whether a mask is
+// multiplied into x, and into out (false where it is not given).
 #include "conv_tile.h"
 
 struct BackwardDirection {
     Slab x, dout, dx;
     const void *weight, *bias;
     float *sums;  // (blocks in z and y, dim, width + 1): weight, then bias
+    Mask mask;
+    float *mask_sums;  // (blocks in x, batch, seqlen), dense but for the order of steps, which is the mask's
+    int64 mask_time;   // 1, or -1 where the convolution runs against memory
 };
 
 // Two directions are of one x and one dx, to which the second adds; it runs against the first, or along with it.
@@ -25,7 +31,7 @@ struct BackwardParams {
 constexpr int COLUMNS = 32, STRIPS = THREADS / COLUMNS;
 
 // In both directions a thread holds the same places of memory, so that it adds to what it wrote itself.
-template <class T, class TW, int VEC, int WIDTH>
+template <class T, class TW, int VEC, int WIDTH, bool MASKED>
 DEVICE void differentiate(const BackwardParams &p, const int which, float *s_sums) {
     constexpr int VALUES = (WIDTH + 1) * VEC;
     const Sizes &sizes = p.sizes;
@@ -34,7 +40,9 @@ DEVICE void differentiate(const BackwardParams &p, const int which, float *s_sum
     const int across = sizes.time_fastest ? threadIdx.x / STRIPS : threadIdx.x % COLUMNS;
     const int along = sizes.time_fastest ? threadIdx.x % STRIPS : threadIdx.x / COLUMNS;
     const int column = blockIdx.x * COLUMNS + across, strip = blockIdx.z * STRIPS + along;
-    const bool works = column < columns && strip < sizes.strips;
+    // of a warp that adds up over its lanes, all must take part
+    const bool there = column < columns, works = (there || MASKED) && strip < sizes.strips;
+    const int channel0 = (there ? column : 0) * VEC;
     const int low = min(strip * p.strip, sizes.seqlen), high = min(low + p.strip, sizes.seqlen);
     const bool turned = which == 1 && p.opposed;
     const int begin = turned ? sizes.seqlen - high : low, end = turned ? sizes.seqlen - low : high;
@@ -42,29 +50,40 @@ DEVICE void differentiate(const BackwardParams &p, const int which, float *s_sum
 
     if (works) {
         Taps<VEC, WIDTH> taps;
-        taps.read(static_cast<const TW *>(d.weight), static_cast<const TW *>(d.bias), column * VEC);
+        taps.read(static_cast<const TW *>(d.weight), static_cast<const TW *>(d.bias), channel0);
         for (int b = blockIdx.y; b < sizes.batch; b += gridDim.y) {
-            const Column<T, VEC> x(d.x, b, column * VEC), dout(d.dout, b, column * VEC), dx(d.dx, b, column * VEC);
-            float window[WIDTH][VEC], grads[WIDTH][VEC] = {};
+            const Column<T, VEC> x(d.x, b, channel0), dout(d.dout, b, channel0), dx(d.dx, b, channel0);
+            float window[WIDTH][VEC], grads[WIDTH][VEC] = {}, mask_grads[WIDTH][1] = {};
 #pragma unroll
             for (int w = 1; w < WIDTH; w++) {
                 const int t = begin - WIDTH + w;
                 const Pack<T, VEC> pack = t >= 0 ? x.read(t) : zeros<T, VEC>();
 #pragma unroll
                 for (int i = 0; i < VEC; i++) window[w][i] = to_float(pack.v[i]);
+                if (MASKED && t >= 0) scale(window[w], d.mask.at(b, t));
             }
 #pragma unroll 4
             for (int t = begin; t < end + WIDTH - 1; t++) {
                 const bool inside = t < sizes.seqlen;
                 const Pack<T, VEC> input = inside ? x.read(t) : zeros<T, VEC>();
                 const Pack<T, VEC> given = inside ? dout.read(t) : zeros<T, VEC>();
+                const float mask = MASKED && inside ? d.mask.at(b, t) : 1.f;
                 float result[VEC];
                 shift<VEC, WIDTH>(window);
                 shift<VEC, WIDTH>(grads);
+                shift<1, WIDTH>(mask_grads);
+                unpack(input, window[WIDTH - 1]);
+                if (MASKED) scale(window[WIDTH - 1], mask);
+                mask_grads[WIDTH - 1][0] = 0.f;
 #pragma unroll
                 for (int i = 0; i < VEC; i++) {
-                    window[WIDTH - 1][i] = to_float(input.v[i]);
                     float grad = to_float(given.v[i]);
+                    if (MASKED) {
+                        const float before = taps.convolve(window, i);
+                        const float out = sizes.silu ? shared_math::silu<Thread>(before) : before;
+                        mask_grads[WIDTH - 1][0] = fmaf(grad, out, mask_grads[WIDTH - 1][0]);
+                        grad *= mask;
+                    }
                     if (sizes.silu) grad *= shared_math::silu_grad<Thread>(taps.convolve(window, i));
                     grads[WIDTH - 1][i] = grad;
                     const float counted = t < end ? grad : 0.f;  // the steps past the strip are the next one's
@@ -80,6 +99,18 @@ DEVICE void differentiate(const BackwardParams &p, const int which, float *s_sum
                 }
                 const int to = t - (WIDTH - 1);
                 if (to < begin) continue;
+                if (MASKED) {
+                    float inputs[VEC], sum[1] = {mask_grads[0][0]};
+                    unpack(x.read(to), inputs);
+#pragma unroll
+                    for (int i = 0; i < VEC; i++) sum[0] = fmaf(result[i], inputs[i], sum[0]);
+                    if (!there) sum[0] = 0.f;
+                    sum_over_lanes<1, 32, 1>(sum, threadIdx.x);
+                    const int64 row = (int64(blockIdx.x) * sizes.batch + b) * sizes.seqlen;
+                    if (across == 0) d.mask_sums[row + to * d.mask_time] = sum[0];
+                    if (!there) continue;
+                    scale(result, d.mask.at(b, to));
+                }
                 if (which == 1) {
                     const Pack<T, VEC> before = dx.read(to);
 #pragma unroll
@@ -106,12 +137,13 @@ DEVICE void differentiate(const BackwardParams &p, const int which, float *s_sum
     }
 }
 
-template <class T, class TW, int VEC, int WIDTH> DEVICE void differentiate_all(const BackwardParams &p) {
+template <class T, class TW, int VEC, int WIDTH, bool MASKED = false>
+DEVICE void differentiate_all(const BackwardParams &p) {
     SHARED_ARRAY(float, s_sums, THREADS * (WIDTH + 1) * VEC);
 #pragma unroll 1
     for (int which = 0; which < p.directions; which++) {
         __syncthreads();
-        differentiate<T, TW, VEC, WIDTH>(p, which, s_sums);
+        differentiate<T, TW, VEC, WIDTH, MASKED>(p, which, s_sums);
     }
 }
 

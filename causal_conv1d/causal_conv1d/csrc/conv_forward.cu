@@ -1,11 +1,13 @@
 // Causal depthwise convolution, forward.
 //
-// KERNEL_ARGUMENTS: types of x and out, weight and bias; channels per thread; width.
+// KERNEL_ARGUMENTS: types of x and out, weight and bias; channels per thread; width; whether a mask is multiplied into x,
+// and into out (false where it is not given).
 #include "conv_tile.h"
 
 struct ForwardDirection {
     Slab x, out;
     const void *weight, *bias;  // (dim, width) and (dim,), dense; bias may be null
+    Mask mask;
 };
 
 struct ForwardParams {
@@ -13,7 +15,7 @@ struct ForwardParams {
     Sizes sizes;
 };
 
-template <class T, class TW, int VEC, int WIDTH> DEVICE void convolve(const ForwardParams &p) {
+template <class T, class TW, int VEC, int WIDTH, bool MASKED = false> DEVICE void convolve(const ForwardParams &p) {
     constexpr int STRIP = 16, ROUND = 8;  // steps read at once
     const Sizes &sizes = p.sizes;
     const ForwardDirection &d = p.direction[blockIdx.z];
@@ -34,6 +36,7 @@ template <class T, class TW, int VEC, int WIDTH> DEVICE void convolve(const Forw
             const Pack<T, VEC> pack = t >= 0 ? x.read(t) : zeros<T, VEC>();
 #pragma unroll
             for (int i = 0; i < VEC; i++) window[w][i] = to_float(pack.v[i]);
+            if (MASKED && t >= 0) scale(window[w], d.mask.at(b, t));
         }
         for (int from = begin; from < end; from += ROUND) {
             Pack<T, VEC> round[ROUND];
@@ -43,12 +46,15 @@ template <class T, class TW, int VEC, int WIDTH> DEVICE void convolve(const Forw
             for (int j = 0; j < ROUND; j++) {
                 float result[VEC];
                 shift<VEC, WIDTH>(window);
+                unpack(round[j], window[WIDTH - 1]);
+                const float mask = MASKED && from + j < end ? d.mask.at(b, from + j) : 1.f;
+                if (MASKED) scale(window[WIDTH - 1], mask);
 #pragma unroll
                 for (int i = 0; i < VEC; i++) {
-                    window[WIDTH - 1][i] = to_float(round[j].v[i]);
                     result[i] = taps.convolve(window, i);
                     if (sizes.silu) result[i] = shared_math::silu<Thread>(result[i]);
                 }
+                if (MASKED) scale(result, mask);
                 if (from + j < end) out.write(from + j, result);
             }
         }

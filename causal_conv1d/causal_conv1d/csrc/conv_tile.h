@@ -16,6 +16,14 @@ struct Slab {
     int64 batch, channel, time;
 };
 
+// A factor of every step of every sequence, in the order the convolution runs in.
+struct Mask {
+    const float *data;
+    int64 batch, time;  // strides
+
+    DEVICE float at(int b, int t) const { return data[b * batch + t * time]; }
+};
+
 struct Sizes {
     int batch, dim, seqlen;
     int strips;        // pieces that a sequence is cut into
@@ -74,4 +82,9 @@ template <int VEC, int WIDTH> DEVICE void shift(float (&window)[WIDTH][VEC]) {
     for (int w = 0; w < WIDTH - 1; w++)
 #pragma unroll
         for (int i = 0; i < VEC; i++) window[w][i] = window[w + 1][i];
+}
+
+template <int VEC> DEVICE void scale(float (&values)[VEC], float factor) {
+#pragma unroll
+    for (int i = 0; i < VEC; i++) values[i] *= factor;
 }

@@ -4,6 +4,8 @@ A kernel set (see `causal_conv1d.backend`) has the functions of `kernels/torch`,
 `conv_backward`, `conv_update`. Tensors arrive checked, on one device, with any strides; `x`, `dout` and `conv_state`
 may differ in dtype from `weight` and `bias`. Results: `out` and `dx` like `torch.empty_like(x)`, `dweight` contiguous,
 in its parameter's dtype, `dbias` likewise, or empty where there is no bias.
+
+A set may also have `conv_forward_masked` and `conv_backward_masked`, with a mask (batch, seqlen) behind `x`.
 """
 
 from importlib import import_module

@@ -50,6 +50,7 @@ def causal_conv1d_fn(
     activation: str | None = None,
     *,
     reverse: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal depthwise convolution along the sequence, differentiable.
 
@@ -67,6 +68,8 @@ def causal_conv1d_fn(
         final_states_out: where to write those.
         activation: None, "silu" or "swish".
         reverse: run against the sequence, that is `flip(conv(flip(x)))`, without the flipped copies.
+        mask: (batch, seqlen), what x is multiplied with, and out after all else; differentiable. Not with states or
+            `seq_idx`.
 
     Returns:
         (batch, dim, seqlen) in the dtype and memory layout of `x`; sums are taken in float32 (float64 for float64 `x`).
@@ -84,7 +87,11 @@ def causal_conv1d_fn(
     check_parameters(x, weight, bias)
     silu = uses_silu(activation)
     if seq_idx is None and initial_states is None and not return_final_states:
-        return _convolve(x, weight, bias, silu, reverse)
+        return (
+            _convolve(x, weight, bias, silu, reverse) if mask is None else _mask(x, mask, weight, bias, silu, reverse)
+        )
+    if mask is not None:
+        raise ValueError("mask is given beside seq_idx or states, wanted one of them: states are of what is not masked")
     _check_states(x, weight, seq_idx, initial_states, return_final_states, reverse)
     if seq_idx is not None:
         return _convolve_packed(x, weight, bias, silu, seq_idx)
@@ -126,6 +133,18 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, revers
     if weight.shape[1] not in WIDTHS or wants_reference(x, weight, bias):
         return _reference(x, weight, bias, silu, reverse)
     return torch.ops.causal_conv1d.forward(x, weight, bias, silu, reverse)
+
+
+def _mask(x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
+    check_tensor("mask", mask)
+    check_shape("mask", mask, (x.shape[0], x.shape[2]), "(batch, seqlen)")
+    check_dtype("mask", mask, _DTYPES)
+    check_device("mask", mask, x, "x")
+    plain = weight.shape[1] not in WIDTHS or wants_reference(x, mask, weight, bias)
+    if plain or not backends.has(x, "conv_forward_masked"):
+        factor = mask.unsqueeze(1).to(x.dtype)
+        return _convolve(x * factor, weight, bias, silu, reverse) * factor
+    return torch.ops.causal_conv1d.masked(x, mask, weight, bias, silu, reverse)
 
 
 def _convolve_packed(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, seq_idx: Tensor) -> Tensor:
@@ -202,6 +221,51 @@ def _differentiate(ctx, dout: Tensor) -> tuple:
     return dx, dweight, None if bias is None else dbias, None, None
 
 
+def _masked_reference(
+    x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
+) -> Tensor:
+    factor = mask.unsqueeze(1).to(x.dtype)
+    return _reference(x * factor, weight, bias, silu, reverse) * factor
+
+
+def _masked(x: Tensor, *given) -> Tensor:
+    return getattr(backends.pick(x), "conv_forward_masked", _masked_reference)(x, *given)
+
+
+def _masked_backward(dout: Tensor, x: Tensor, *given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernels = backends.pick(x)
+    if hasattr(kernels, "conv_backward_masked"):
+        return kernels.conv_backward_masked(dout, x, *given)
+    grads = gradients_by_reference(_masked_reference, (x, *given), (dout,))[:4]
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _fake_masked(x: Tensor, *given) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_masked_backward(dout: Tensor, x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None, *_) -> tuple:
+    dbias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return torch.empty_like(x), mask.new_empty(mask.shape), weight.new_empty(weight.shape), dbias
+
+
+def _save_masked(ctx, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.silu, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_masked(ctx, dout: Tensor) -> tuple:
+    tensors = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return gradients_by_reference(_masked_reference, (*tensors, ctx.silu, ctx.reverse), (dout,))
+    grads = torch.ops.causal_conv1d.masked_backward(dout, *tensors, ctx.silu, ctx.reverse)
+    return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads)), None, None
+
+
+def _masked_flops(x: Sequence[int], mask: Sequence[int], weight: Sequence[int], *_) -> int:
+    return _flops(x, weight)
+
+
 OPERATORS = Operators("causal_conv1d")
 OPERATORS.register(
     "forward(Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse) -> Tensor",
@@ -215,4 +279,18 @@ OPERATORS.register(
     "backward(Tensor dout, Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
+)
+OPERATORS.register(
+    "masked(Tensor x, Tensor mask, Tensor weight, Tensor? bias, bool silu, bool reverse) -> Tensor",
+    _masked,
+    _fake_masked,
+    save=_save_masked,
+    differentiate=_differentiate_masked,
+    flops=_masked_flops,
+)
+OPERATORS.register(
+    "masked_backward(Tensor dout, Tensor x, Tensor mask, Tensor weight, Tensor? bias, bool silu, bool reverse)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _masked_backward,
+    _fake_masked_backward,
 )

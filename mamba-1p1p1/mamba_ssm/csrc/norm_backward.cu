@@ -1,7 +1,8 @@
-// Residual addition and LayerNorm or RMSNorm, backward. A warp walks many rows and keeps its sums for weight and bias;
-// a block adds up its warps', and a later kernel the blocks'.
+// Residual addition and LayerNorm or RMSNorm, backward. A team of threads walks many rows and keeps its sums for weight and
+// bias; a block adds up its teams', and a later kernel the blocks'.
 //
-// KERNEL_ARGUMENTS: types of dout and dx, dresidual, total, weight and bias; elements per pack; packs per lane.
+// KERNEL_ARGUMENTS: types of dout and dx, dresidual, total, weight and bias; elements per pack; packs per
+// thread; threads per row.
 #include "norm_tile.h"
 
 struct BackwardParams {
@@ -14,13 +15,16 @@ struct BackwardParams {
     int size, rms;
 };
 
-template <class TX, class TR, class TT, class TW, int VEC, int ROUNDS> DEVICE void differentiate(const BackwardParams &p) {
-    using Part = RowPart<VEC, ROUNDS>;
-    SHARED_ARRAY(float, s_sums, WARPS * 32 * VEC);
+template <class TX, class TR, class TT, class TW, int VEC, int ROUNDS, int TEAM>
+DEVICE void differentiate(const BackwardParams &p) {
+    using Part = RowPart<VEC, ROUNDS, TEAM>;
+    SHARED_ARRAY(float, s_sums, THREADS * VEC);
+    SHARED_ARRAY(float, s_parts, WARPS);
+    const RowTeam<TEAM> team{s_parts};
     Part weight, weight_sums{}, bias_sums{};
     weight.read(static_cast<const TW *>(p.weight), p.size);
 
-    for (int64 row = int64(blockIdx.x) * WARPS + threadIdx.x / 32; row < p.rows; row += int64(gridDim.x) * WARPS) {
+    for (int64 row = team.first_row(); row < p.rows; row += team.row_step()) {
         const float mean = p.mean[row], scale = p.scale[row];
         Part grad, normal;
         grad.read(static_cast<const TX *>(p.dout) + row * p.dout_row, p.size);
@@ -34,8 +38,8 @@ template <class TX, class TR, class TT, class TW, int VEC, int ROUNDS> DEVICE vo
             along = fmaf(grad.v[r][i], value, along);
             sum += grad.v[r][i];
         });
-        along = sum_over_warp(along) / p.size;
-        sum = p.rms ? 0.f : sum_over_warp(sum) / p.size;
+        along = team.sum(along) / p.size;
+        sum = p.rms ? 0.f : team.sum(sum) / p.size;
         grad.each(p.size, [&](float &value, int r, int i) { value = (value - sum - normal.v[r][i] * along) * scale; });
         if (p.dtotal != nullptr) {
             normal.read(static_cast<const TT *>(p.dtotal) + row * p.dtotal_row, p.size);
@@ -55,11 +59,11 @@ template <class TX, class TR, class TT, class TW, int VEC, int ROUNDS> DEVICE vo
                 s_sums[threadIdx.x * VEC + i] = which == 0 ? weight_sums.v[r][i] : bias_sums.v[r][i];
             }
             __syncthreads();
-            for (int i = threadIdx.x; i < 32 * VEC && r * 32 * VEC + i < p.size; i += THREADS) {
+            for (int i = threadIdx.x; i < TEAM * VEC && r * TEAM * VEC + i < p.size; i += THREADS) {
                 float total = 0.f;
 #pragma unroll
-                for (int warp = 0; warp < WARPS; warp++) total += s_sums[warp * 32 * VEC + i];
-                to[r * 32 * VEC + i] = total;
+                for (int row = 0; row < team.ROWS; row++) total += s_sums[row * TEAM * VEC + i];
+                to[r * TEAM * VEC + i] = total;
             }
         }
     }

@@ -1,7 +1,8 @@
 // Residual addition and LayerNorm (Ba et al. 2016, arXiv:1607.06450) or RMSNorm (Zhang and Sennrich 2019,
 // arXiv:1910.07467), forward: total = x + residual, out = (total - mean) / deviation * weight + bias, in float.
 //
-// KERNEL_ARGUMENTS: types of x and out, residual, total, weight and bias; elements per pack; packs per lane.
+// KERNEL_ARGUMENTS: types of x and out, residual, total, weight and bias; elements per pack; packs
+// per thread; threads per row.
 #include "norm_tile.h"
 
 struct ForwardParams {
@@ -14,9 +15,12 @@ struct ForwardParams {
     float eps;
 };
 
-template <class TX, class TR, class TT, class TW, int VEC, int ROUNDS> DEVICE void normalise(const ForwardParams &p) {
-    using Part = RowPart<VEC, ROUNDS>;
-    for (int64 row = int64(blockIdx.x) * WARPS + threadIdx.x / 32; row < p.rows; row += int64(gridDim.x) * WARPS) {
+template <class TX, class TR, class TT, class TW, int VEC, int ROUNDS, int TEAM>
+DEVICE void normalise(const ForwardParams &p) {
+    using Part = RowPart<VEC, ROUNDS, TEAM>;
+    SHARED_ARRAY(float, s_parts, WARPS);
+    const RowTeam<TEAM> team{s_parts};
+    for (int64 row = team.first_row(); row < p.rows; row += team.row_step()) {
         Part total, other;
         total.read(static_cast<const TX *>(p.x) + row * p.x_row, p.size);
         if (p.residual != nullptr) {
@@ -27,14 +31,14 @@ template <class TX, class TR, class TT, class TW, int VEC, int ROUNDS> DEVICE vo
         float sum = 0.f, squares = 0.f, mean = 0.f;
         if (!p.rms) {
             total.each(p.size, [&](float &value, int, int) { sum += value; });
-            mean = sum_over_warp(sum) / p.size;
+            mean = team.sum(sum) / p.size;
         }
         total.each(p.size, [&](float &value, int, int) {
             value -= mean;
             squares = fmaf(value, value, squares);
         });
-        const float scale = rsqrtf(sum_over_warp(squares) / p.size + p.eps);
-        if (p.scale != nullptr && threadIdx.x % 32 == 0) {
+        const float scale = rsqrtf(team.sum(squares) / p.size + p.eps);
+        if (p.scale != nullptr && threadIdx.x % TEAM == 0) {
             p.mean[row] = mean;
             p.scale[row] = scale;
         }

@@ -1,5 +1,6 @@
-// What the forward and the backward normalisation share: one warp takes one row, each lane ROUNDS packs of VEC
-// neighbouring elements, 32 * VEC apart, kept in registers from the first read to the last write.
+// What the forward and the backward normalisation share: TEAM threads take one row, a warp or, where rows are long, the
+// whole block. Each thread has ROUNDS packs of VEC neighbouring elements, TEAM * VEC apart, kept in registers from the
+// first read to the last write.
 #pragma once
 
 #include "device.h"
@@ -7,16 +8,33 @@
 constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / 32;
 
-DEVICE float sum_over_warp(float x) {
-    float one[1] = {x};
-    sum_over_lanes<1, 32, 1>(one, threadIdx.x);
-    return one[0];
-}
+template <int TEAM> struct RowTeam {
+    static constexpr int ROWS = THREADS / TEAM;  // that a block has at once
+    float *parts;                                // [WARPS], shared
 
-template <int VEC, int ROUNDS> struct RowPart {
+    static DEVICE int64 first_row() { return int64(blockIdx.x) * ROWS + threadIdx.x / TEAM; }
+    static DEVICE int64 row_step() { return int64(gridDim.x) * ROWS; }
+
+    // Over all that have the row, in one order.
+    DEVICE float sum(float x) const {
+        float one[1] = {x};
+        sum_over_lanes<1, 32, 1>(one, threadIdx.x);
+        if constexpr (TEAM > 32) {
+            __syncthreads();
+            if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = one[0];
+            __syncthreads();
+            one[0] = 0.f;
+#pragma unroll
+            for (int warp = 0; warp < WARPS; warp++) one[0] += parts[warp];
+        }
+        return one[0];
+    }
+};
+
+template <int VEC, int ROUNDS, int TEAM> struct RowPart {
     float v[ROUNDS][VEC];
 
-    static DEVICE int first(int round) { return (round * 32 + threadIdx.x % 32) * VEC; }
+    static DEVICE int first(int round) { return (round * TEAM + threadIdx.x % TEAM) * VEC; }
 
     template <class T> DEVICE void read(const T *row, int size) {
 #pragma unroll

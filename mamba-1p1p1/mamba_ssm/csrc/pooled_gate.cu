@@ -1,6 +1,7 @@
-// norm(share * (skip + the token's group)) * silu(z), with or without the LayerNorm (FastVim): a warp takes one token.
+// norm(share * (skip + the token's group)) * silu(z), with or without the LayerNorm (FastVim).
 //
-// KERNEL_ARGUMENTS: type of skip, groups, z and out; type of weight and bias; elements per pack; packs per lane.
+// KERNEL_ARGUMENTS: type of skip, groups, z and out; type of weight and bias; elements per pack; packs per thread;
+// threads per token.
 #include "activations.h"
 #include "norm_tile.h"
 #include "pooled_tile.h"
@@ -16,9 +17,11 @@ struct PooledGateParams {
     float eps, share;
 };
 
-template <class T, class TW, int VEC, int ROUNDS> DEVICE void gate(const PooledGateParams &p) {
-    using Part = RowPart<VEC, ROUNDS>;
-    for (int64 row = int64(blockIdx.x) * WARPS + threadIdx.x / 32; row < p.rows; row += int64(gridDim.x) * WARPS) {
+template <class T, class TW, int VEC, int ROUNDS, int TEAM> DEVICE void gate(const PooledGateParams &p) {
+    using Part = RowPart<VEC, ROUNDS, TEAM>;
+    SHARED_ARRAY(float, s_parts, WARPS);
+    const RowTeam<TEAM> team{s_parts};
+    for (int64 row = team.first_row(); row < p.rows; row += team.row_step()) {
         const int64 image = row / p.lines.tokens;
         const int token = int(row % p.lines.tokens);
         Part total, other;
@@ -29,12 +32,12 @@ template <class T, class TW, int VEC, int ROUNDS> DEVICE void gate(const PooledG
         if (p.weight != nullptr) {
             float sum = 0.f, squares = 0.f;
             total.each(p.size, [&](float &value, int, int) { sum += value; });
-            const float mean = sum_over_warp(sum) / p.size;
+            const float mean = team.sum(sum) / p.size;
             total.each(p.size, [&](float &value, int, int) {
                 value -= mean;
                 squares = fmaf(value, value, squares);
             });
-            const float scale = rsqrtf(sum_over_warp(squares) / p.size + p.eps);
+            const float scale = rsqrtf(team.sum(squares) / p.size + p.eps);
             other.read(static_cast<const TW *>(p.weight), p.size);
             total.each(p.size, [&](float &value, int r, int i) { value *= scale * other.v[r][i]; });
             if (p.bias != nullptr) {

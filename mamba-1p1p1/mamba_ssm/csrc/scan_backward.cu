@@ -79,8 +79,11 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT, int PA
         int batch, group, channel0, limit, step, times;  // times: steps of the tile inside the sequence
     };
 
-    DEVICE void load_tile(const BackwardDirection &d, const Sizes &sizes, const Rows &rows, const Entries &entries,
-                          const Place &at) {
+    DEVICE void load_tile(const BackwardDirection &d, const Sizes &sizes, const Place &at) {
+        // which units are this thread's is worked out anew in every tile: kept, it would cost registers between
+        const int thread = unhoisted(threadIdx.x);
+        const Rows rows(thread);
+        const Entries entries(sizes.state_fastest, thread);
         const Stream<TU, Rows> us(d.u, rows, at.batch, at.channel0, at.step);
         const Stream<TU, Rows> douts(d.dout, rows, at.batch, at.channel0, at.step);
         const Stream<TDelta, Rows> deltas(d.delta, rows, at.batch, at.channel0, at.step);
@@ -253,8 +256,8 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT, int PA
         }
     }
 
-    DEVICE void store_tile(const BackwardDirection &d, const Sizes &sizes, const Rows &rows, const Place &at,
-                           Carried &carried) {
+    DEVICE void store_tile(const BackwardDirection &d, const Sizes &sizes, const Place &at, Carried &carried) {
+        const Rows rows(unhoisted(threadIdx.x));
         const bool gated = d.z.data != nullptr;
         const Stream<TU, Rows> dus(d.du, rows, at.batch, at.channel0, at.step);
         const Stream<TU, Rows> douts(d.dout, rows, at.batch, at.channel0, at.step);
@@ -309,9 +312,6 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT, int PA
         const int group_size = sizes.dim / sizes.groups;
         const int slot = blockIdx.x % sizes.slots;
         const int begin = split * sizes.split_length, end = min(begin + sizes.split_length, sizes.seqlen);
-        const int64 row = int64(blockIdx.y) * sizes.splits + split;
-        const Rows rows;
-        const Entries entries(sizes.state_fastest);
         Place at;
         at.group = blockIdx.x / sizes.slots;
 
@@ -340,18 +340,19 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT, int PA
                     const BackwardDirection &d = p.direction[unhoisted(direction)];
                     at.times = end - at.step;
                     __syncthreads();
-                    load_tile(d, sizes, rows, entries, at);
+                    load_tile(d, sizes, at);
                     __syncthreads();
                     walk_tile(d, sizes, own, at, tile != slot, carried, slot);
-                    store_tile(d, sizes, rows, at, carried);
+                    store_tile(d, sizes, at, carried);
                 }
             }
-            write_sums(p.direction[unhoisted(direction)], sizes, own, at, row, carried);
+            write_sums(p.direction[unhoisted(direction)], sizes, own, at, carried);
         }
     }
 
-    DEVICE void write_sums(const BackwardDirection &d, const Sizes &sizes, const Own &own, const Place &at, int64 row,
+    DEVICE void write_sums(const BackwardDirection &d, const Sizes &sizes, const Own &own, const Place &at,
                            const Carried &carried) {
+        const int64 row = int64(unhoisted(blockIdx.y)) * sizes.splits + blockIdx.z % sizes.splits;
         float dA[CPT][STATES];
 #pragma unroll
         for (int c = 0; c < CPT; c++)

@@ -49,8 +49,8 @@ template <int TILE, int WIDTH, int PACK> struct RowMap {
     static constexpr int ACROSS = PACK == 0 ? TILE : WIDTH / VEC;
     int time, place;
 
-    DEVICE RowMap() {
-        const int inner = threadIdx.x % ACROSS, outer = threadIdx.x / ACROSS;
+    DEVICE explicit RowMap(int thread = threadIdx.x) {
+        const int inner = thread % ACROSS, outer = thread / ACROSS;
         time = PACK == 0 ? inner : outer;
         place = PACK == 0 ? outer : inner * VEC;
     }
@@ -72,8 +72,7 @@ template <int TILE, int WIDTH> struct MatrixMap {
     static constexpr int TIMES = TILE, SIZE = TILE * WIDTH, VEC = 1, COUNT = (SIZE + THREADS - 1) / THREADS;
     int time, place, time_step, place_step;
 
-    DEVICE explicit MatrixMap(bool state_fastest) {
-        const int thread = threadIdx.x;
+    DEVICE explicit MatrixMap(bool state_fastest, int thread = threadIdx.x) {
         time = state_fastest ? thread / WIDTH : thread % TILE;
         place = state_fastest ? thread % WIDTH : thread / TILE;
         time_step = state_fastest ? THREADS / WIDTH : 0;

@@ -18,7 +18,8 @@ dtype of `dout`), residual (in `residual_dtype`), weight and bias; (0,)-shaped w
 
 A set may have more, of which `has` tells: `scan_forward_both`, `scan_backward_both`, `directions_forward`,
 `directions_backward`, `pooled_conv`, `pooled_scan`, `pooled_gate`, `visible_conv`,
-`visible_conv_backward`, `visible_gate`, `visible_gate_backward`, `match_tokens`, `merge_tokens`, `linear`. What it
+`visible_conv_backward`, `visible_gate`, `visible_gate_backward`, `match_tokens`, `merge_tokens`,
+`merge_tokens_backward`, `linear`. What it
 lacks is put together from the others (`composed`), or not asked of it.
 """
 

@@ -58,14 +58,17 @@ class _Branch(NamedTuple):
     def D(self) -> Tensor:
         return _wide(self.skip)
 
-    def convolve(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         if not self.plain:
+            factor = None if token_mask is None else token_mask.unsqueeze(-1).to(x.dtype)
+            x = x if factor is None else x * factor
             seen = (x.flip(1) if self.reverse_conv else x).transpose(1, 2)
             u = F.silu(self.conv(seen)[..., : x.shape[1]]).transpose(1, 2)
-            return u.flip(1) if self.reverse_conv else u
+            u = u.flip(1) if self.reverse_conv else u
+            return u if factor is None else u * factor
         weight, bias = self.conv.weight.squeeze(1), self.conv.bias
-        u = causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu", reverse=self.reverse_conv)
-        return u.transpose(1, 2)
+        options = {"activation": "silu", "reverse": self.reverse_conv, "mask": token_mask}
+        return causal_conv1d_fn(x.transpose(1, 2), weight, bias, **options).transpose(1, 2)
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         dstate = self.A_log.shape[1]

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from causal_conv1d.backend import KERNEL_DTYPES
+from causal_conv1d._nvrtc import KernelError
+from causal_conv1d.backend import KERNEL_DTYPES, tell
 from causal_conv1d.checks import check_device, check_dtype, check_ndim, check_shape, check_tensor
 from causal_conv1d.derivatives import wants_reference
 from mamba_ssm.kernels.registry import backends
@@ -56,7 +57,7 @@ def match_tokens_fn(
 
     Raises:
         ValueError: a shape, number or device that does not fit. TypeError: not a tensor, or another dtype.
-        IndexError: `cls` holds other than rising indices.
+        IndexError: `cls` holds other than rising indices (where no GPU does the work: it tells nobody).
     """
     check_tensor("metric", metric)
     check_ndim("metric", metric, "(batch, tokens, channels)")
@@ -111,6 +112,38 @@ def merge_tokens_fn(x: Tensor, slot: Tensor, count: Tensor) -> Tensor:
     return torch.ops.mamba_ssm.merge_tokens(x, slot, count)
 
 
+def sum_tokens(x: Tensor, slot: Tensor, groups: int) -> Tensor:
+    """The sum of each group of tokens, added up in one order: x (batch, tokens, channels), slot (batch, tokens), long
+    -> (batch, groups, channels), zero for a group without tokens."""
+    if has_kernels(x):
+        return torch.ops.mamba_ssm.merge_tokens(x, slot, slot.new_ones(len(x), groups))
+    if x.is_cuda:
+        return _sums_in_order(x, slot, groups)
+    batch, _, channels = x.shape
+    # rows of a matrix instead of a batch of sequences: torch adds whole rows much faster
+    rows = (slot + groups * torch.arange(batch, device=x.device).unsqueeze(1)).reshape(-1, 1).expand(-1, channels)
+    total = x.new_zeros(batch * groups, channels).scatter_add(0, rows, x.reshape(-1, channels))
+    return total.view(batch, groups, channels)
+
+
+def _sums_in_order(x: Tensor, slot: Tensor, groups: int) -> Tensor:
+    """The same, where `scatter_add` adds as threads come along."""
+    order = slot.argsort(dim=1, stable=True).unsqueeze(-1).expand_as(x)
+    count = slot.new_zeros(len(x), groups).scatter_add_(1, slot, torch.ones_like(slot))
+    rows = x.gather(1, order).view(-1, x.shape[2])
+    # unsafe: lengths are not read back by the host to be checked
+    total = torch.segment_reduce(rows, "sum", lengths=count.view(-1), axis=0, unsafe=True)
+    return total.view(len(x), groups, x.shape[2])
+
+
+def spread_tokens(y: Tensor, slot: Tensor) -> Tensor:
+    """What each token's group has, y (batch, groups, channels), slot (batch, tokens), long -> (batch, tokens,
+    channels). With kernels, the gradient is added up in one order."""
+    if has_kernels(y):
+        return torch.ops.mamba_ssm.merge_tokens_backward(y, slot, slot.new_ones(y.shape[:2]))
+    return y.gather(1, slot.unsqueeze(-1).expand(-1, -1, y.shape[2]))
+
+
 # --- references ------------------------------------------------------------------------------------------------------
 
 
@@ -163,15 +196,31 @@ def merge_tokens_ref(x: Tensor, slot: Tensor, count: Tensor) -> Tensor:
 # --- registration ----------------------------------------------------------------------------------------------------
 
 
-def _match(metric, fused, cls, moved, odd_first, raster, sort):
-    kernels = backends.pick(metric)
-    match = kernels.match_tokens if hasattr(kernels, "match_tokens") else match_tokens_ref
-    return match(metric, fused, cls, moved, odd_first, raster, sort)
+def _match(metric, *given):
+    return _by_kernels("match_tokens", match_tokens_ref, metric, *given)
 
 
 def _merge(x, slot, count):
+    return _by_kernels("merge_tokens", merge_tokens_ref, x, slot, count)
+
+
+def _merge_backward(dout, slot, count):
+    return _by_kernels("merge_tokens_backward", _merge_backward_reference, dout, slot, count)
+
+
+def _by_kernels(name, reference, x, *given):
     kernels = backends.pick(x)
-    return (kernels.merge_tokens if hasattr(kernels, "merge_tokens") else merge_tokens_ref)(x, slot, count)
+    if hasattr(kernels, name):
+        try:
+            return getattr(kernels, name)(x, *given)
+        except KernelError as error:
+            tell("CUDA", error)
+    return reference(x, *given)
+
+
+def _merge_backward_reference(dout, slot, count):
+    dmean = (dout.to(torch.promote_types(dout.dtype, torch.float32)) / count.unsqueeze(-1)).to(dout.dtype)
+    return dmean.gather(1, slot.unsqueeze(-1).expand(-1, -1, dout.shape[2]))
 
 
 def _fake_match(metric, fused, cls, moved, odd_first, raster, sort):
@@ -184,14 +233,20 @@ def _fake_merge(x, slot, count):
     return x.new_empty(x.shape[0], count.shape[1], x.shape[2])
 
 
+def _fake_merge_backward(dout, slot, count):
+    return dout.new_empty(*slot.shape, dout.shape[2])
+
+
 def _save_merge(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
 def _differentiate_merge(ctx, dout: Tensor) -> tuple:
-    slot, count = ctx.saved_tensors
-    dmean = (dout.to(torch.promote_types(dout.dtype, torch.float32)) / count.unsqueeze(-1)).to(dout.dtype)
-    return dmean.gather(1, slot.unsqueeze(-1).expand(-1, -1, dout.shape[2])), None, None
+    return torch.ops.mamba_ssm.merge_tokens_backward(dout, *ctx.saved_tensors), None, None
+
+
+def _differentiate_merge_backward(ctx, ddx: Tensor) -> tuple:
+    return torch.ops.mamba_ssm.merge_tokens(ddx, *ctx.saved_tensors), None, None
 
 
 OPERATORS.register(
@@ -206,4 +261,11 @@ OPERATORS.register(
     _fake_merge,
     save=_save_merge,
     differentiate=_differentiate_merge,
+)
+OPERATORS.register(
+    "merge_tokens_backward(Tensor dout, Tensor slot, Tensor count) -> Tensor",
+    _merge_backward,
+    _fake_merge_backward,
+    save=_save_merge,
+    differentiate=_differentiate_merge_backward,
 )

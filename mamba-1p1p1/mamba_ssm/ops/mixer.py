@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from causal_conv1d.kernels.registry import backends as conv_backends
 from mamba_ssm.kernels.arguments import Direction, Lines, Projections, Taps, VisibleLines
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.bidirectional import bidirectional_scan_fn
@@ -38,8 +39,8 @@ class Branch(Protocol):
     def D(self) -> Tensor:
         """(d_inner,), in the dtype of `A`."""
 
-    def convolve(self, x: Tensor) -> Tensor:
-        """The causal convolution and silu of x (B, L, d_inner)."""
+    def convolve(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """The causal convolution and silu of x (B, L, d_inner), tokens zeroed by token_mask (B, L) before and after."""
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """u (B, L, d_inner) -> delta (B, L, d_inner), B and C (B, L, d_state), and delta's bias (d_inner,), or None
@@ -109,11 +110,10 @@ def mix(
     if whole and all(branch.plain for branch in branches) and _has_whole(xz):
         return directions_fn(xz, [branch.direction() for branch in branches], share, log_decay=True)
     x, z = xz.chunk(2, dim=-1)
-    x = _masked(x, token_mask)
-    inputs, scans = None, []
+    convolve, inputs, scans = _convolving(x, token_mask), None, []
     for branch in branches:
         if inputs is None or not shared:
-            u = _masked(branch.convolve(x), token_mask)
+            u = convolve(branch)
             inputs = u, *branch.project(u)
         u, delta, B, C, bias = inputs
         if observe is not None:
@@ -163,10 +163,10 @@ def mix_pooled(
         given = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
         return out_proj(gate_fn(skip, scanned, z, *given, lines, share))
     x, z = in_proj(pooling.order(hidden_states)).chunk(2, dim=-1)
-    x = _masked(x, token_mask)
-    u, skip, groups, maps = None, None, [], (pooling, pooling.backward or pooling)
+    convolve, u, skip, groups = _convolving(x, token_mask), None, None, []
+    maps = pooling, pooling.backward or pooling
     for branch, own in zip(branches, maps):
-        u = _masked(branch.convolve(x), token_mask) if u is None or not shared else u
+        u = convolve(branch) if u is None or not shared else u
         D = (branch.D if share == 1 else branch.D * share).to(u.dtype)
         skip = u * D if skip is None else torch.addcmul(skip, u, D)
         groups.append(own.reduce(u))
@@ -181,9 +181,14 @@ def mix_pooled(
     return pooling.restore(out_proj(y * F.silu(z)))
 
 
-def _masked(x: Tensor, token_mask: Tensor | None) -> Tensor:
-    """x (B, L, C), zero where token_mask (B, L) is."""
-    return x if token_mask is None else x * token_mask.unsqueeze(-1).to(x.dtype)
+def _convolving(x: Tensor, token_mask: Tensor | None) -> Callable[[Branch], Tensor]:
+    """The branches' convolutions of x (B, L, C), whose tokens are zero before and after where token_mask (B, L) is:
+    within them where there are kernels for that, else x is masked once for all."""
+    if token_mask is None or conv_backends.has(x, "conv_forward_masked"):
+        return lambda branch: branch.convolve(x, token_mask)
+    factor = token_mask.unsqueeze(-1).to(x.dtype)
+    masked = x * factor
+    return lambda branch: branch.convolve(masked) * factor
 
 
 def _scan(

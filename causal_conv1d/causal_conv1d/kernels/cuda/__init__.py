@@ -7,10 +7,15 @@ import sys
 from types import ModuleType
 
 from causal_conv1d import _nvrtc
-from causal_conv1d.kernels.cuda.convolution import conv_backward, conv_forward
+from causal_conv1d.kernels.cuda.convolution import (
+    conv_backward,
+    conv_backward_masked,
+    conv_forward,
+    conv_forward_masked,
+)
 from causal_conv1d.kernels.torch import conv_update
 
-__all__ = ["conv_backward", "conv_forward", "conv_update", "load"]
+__all__ = ["conv_backward", "conv_backward_masked", "conv_forward", "conv_forward_masked", "conv_update", "load"]
 
 
 def load(index: int | None = None) -> ModuleType:

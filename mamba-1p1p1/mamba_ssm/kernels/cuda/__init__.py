@@ -5,6 +5,7 @@ from types import ModuleType
 
 from causal_conv1d import _nvrtc
 from mamba_ssm.kernels.cuda.directions import can_stack, stacked_backward, stacked_forward, weights_size
+from mamba_ssm.kernels.cuda.merging import match_tokens, merge_tokens, merge_tokens_backward
 from mamba_ssm.kernels.cuda.norm import norm_backward, norm_forward
 from mamba_ssm.kernels.cuda.pooled import pooled_conv, pooled_gate
 from mamba_ssm.kernels.cuda.scan import (
@@ -18,6 +19,9 @@ from mamba_ssm.kernels.cuda.scan import (
 __all__ = [
     "can_stack",
     "load",
+    "match_tokens",
+    "merge_tokens",
+    "merge_tokens_backward",
     "norm_backward",
     "norm_forward",
     "pooled_conv",
@@ -35,7 +39,6 @@ __all__ = [
 # functions of other kernel sets that these lack, and what is put together from torch's operations for want of them
 MISSED = {
     "visible_conv": "the convolutions and gates of lines that are shown in part (FastVim's pretraining)",
-    "match_tokens": "matching and merging tokens (Famba-V)",
 }
 
 

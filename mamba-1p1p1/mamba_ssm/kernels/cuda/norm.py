@@ -16,9 +16,10 @@ from torch import Tensor
 
 _SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 FORWARD_SOURCE, BACKWARD_SOURCE = _SOURCES / "norm_forward.cu", _SOURCES / "norm_backward.cu"
-# A lane holds at most so many elements of a row.
-MAX_SIZE = 32 * 40
-THREADS, _WARPS = 128, 4  # of norm_tile.h
+THREADS, _WARP = 128, 32  # of norm_tile.h
+MAX_PER_THREAD = 32  # elements of a row, in registers
+# A warp has a row of up to 1,024 elements, a block a longer one.
+MAX_SIZE = THREADS * MAX_PER_THREAD
 _BLOCKS = 8  # per multiprocessor, at most
 _FORWARD = struct.Struct("4q2q2q2qq2if4x")
 _BACKWARD = struct.Struct("4q2q2qq3qq2i")
@@ -32,19 +33,29 @@ def _covers(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | N
     return known and 0 < x.shape[-1] <= MAX_SIZE and x.numel() > 0
 
 
+def team_for(size: int) -> int:
+    """Threads that share a row of `size` elements."""
+    return _WARP if size <= _WARP * MAX_PER_THREAD else THREADS
+
+
+def layout_arguments(size: int, vector: int) -> str:
+    """The kernels' last three arguments: elements per pack, packs per thread and threads per row."""
+    return f"{vector},{-(-size // (team_for(size) * vector))},{team_for(size)}"
+
+
 def _layout(size: int, *tensors: Tensor | None) -> str:
-    """The kernels' last two arguments: elements per pack and packs per lane."""
+    """The same, for rows of these tensors."""
     there = [tensor for tensor in tensors if tensor is not None]
     whole = size % 4 == 0 and all(t.data_ptr() % (4 * t.element_size()) == 0 for t in there)
     vector = 4 if whole and all(t.dim() == 1 or t.shape[0] == 1 or t.stride(0) % 4 == 0 for t in there) else 1
-    return f"{vector},{-(-size // (32 * vector))}"
+    return layout_arguments(size, vector)
 
 
 def kernels_for(dtype: torch.dtype, size: int, trains: bool) -> list[tuple[Path, str]]:
     """The kernels of a model's norms over `size` channels, with residuals and weights in float32."""
     if size % 4 or size > MAX_SIZE:
         return []
-    arguments = f"{CPP_TYPES[dtype]},float,float,float,4,{-(-size // 128)}"
+    arguments = f"{CPP_TYPES[dtype]},float,float,float,{layout_arguments(size, 4)}"
     return [(source, arguments) for source in (FORWARD_SOURCE, BACKWARD_SOURCE)[: 1 + trains]]
 
 
@@ -77,7 +88,7 @@ def norm_forward(
         *(x_rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), x_rows.shape[0]),
         *(size, is_rms_norm, eps),
     )
-    blocks = min(-(-x_rows.shape[0] // _WARPS), _BLOCKS * device.multiprocessors)
+    blocks = min(-(-x_rows.shape[0] // (THREADS // team_for(size))), _BLOCKS * device.multiprocessors)
     device.kernel(FORWARD_SOURCE, arguments, THREADS)((blocks, 1, 1), params)
     return out, total, mean, scale
 
@@ -110,7 +121,7 @@ def norm_backward(
     if residual_dtype is not None:
         dresidual = torch.empty_like(dout, dtype=residual_dtype, memory_format=torch.contiguous_format)
     device = _nvrtc.device(total.device.index)
-    blocks = min(-(-total_rows.shape[0] // _WARPS), _BLOCKS * device.multiprocessors)
+    blocks = min(-(-total_rows.shape[0] // (THREADS // team_for(size))), _BLOCKS * device.multiprocessors)
     sums = total.new_empty((blocks, 2, size), dtype=torch.float32)
     types = ",".join(CPP_TYPES[t] for t in (dout.dtype, residual_dtype or dout.dtype, total.dtype, scaling.dtype))
     arguments = f"{types},{_layout(size, dout_rows, dtotal_rows, total_rows, scaling, dx, dresidual)}"

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from causal_conv1d import _nvrtc
 from causal_conv1d._nvrtc import CPP_TYPES
-from causal_conv1d.layout import address, channel_last
+from causal_conv1d.layout import address, channel_last, pack_of
+from mamba_ssm.kernels.cuda.norm import MAX_SIZE, layout_arguments, team_for
 from torch import Tensor
 
 _SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 CONV_SOURCE, GATE_SOURCE = _SOURCES / "pooled_conv.cu", _SOURCES / "pooled_gate.cu"
 # Of both.
-THREADS, _WARPS, _VECTOR = 128, 4, 4
-MAX_SIZE = 32 * 80  # elements of a token that a warp holds
+THREADS = 128
 _BLOCKS, _MAX_GRID = 16, 65535
 _LINES = "11i"
 _CONV = struct.Struct(f"3q3q6q{_LINES}2if")
@@ -37,16 +37,6 @@ def _alike(*parameters: Tensor | None) -> list[Tensor | None]:
     dtypes = {parameter.dtype for parameter in parameters if parameter is not None}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     return [None if parameter is None else parameter.to(dtype).contiguous() for parameter in parameters]
-
-
-def _vector(dim: int, *tensors: Tensor | None) -> int:
-    """How many neighbouring channels of all these tensors, whose last dimension is `dim`, can be moved at once."""
-    for tensor in tensors:
-        if tensor is not None:
-            steps = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()) if size > 1]
-            if any(stride % _VECTOR for stride in steps) or tensor.data_ptr() % (_VECTOR * tensor.element_size()):
-                return 1
-    return _VECTOR if dim % _VECTOR == 0 else 1
 
 
 def pooled_conv(
@@ -70,7 +60,7 @@ def pooled_conv(
         return skip, means, means_b
     x = channel_last(x)
     taps = _alike(weight, bias, D, weight_b, bias_b, D_b)
-    vector, device = _vector(dim, x), _nvrtc.device(x.device.index)
+    vector, device = pack_of(dim, x), _nvrtc.device(x.device.index)
     params = _CONV.pack(
         *(address(x), x.stride(0), x.stride(1)),
         *(address(each) for each in (skip, means, means_b, *taps)),
@@ -102,14 +92,14 @@ def pooled_gate(
         return out
     skip, groups, z = skip.contiguous(), groups.contiguous(), channel_last(z)
     weight, bias = _alike(weight, bias)
-    device, vector = _nvrtc.device(skip.device.index), _vector(dim, skip, groups, z, weight, bias)
+    device, vector = _nvrtc.device(skip.device.index), pack_of(dim, skip, groups, z, weight, bias)
     params = _GATE.pack(
         *(address(each) for each in (skip, groups, z, weight, bias, out)),
         *(z.stride(0), z.stride(1)),
         *(*_lines(sizes, strides, pooled), batch * tokens, dim, eps, share),
     )
     own = torch.float32 if weight is None else weight.dtype
-    arguments = f"{CPP_TYPES[skip.dtype]},{CPP_TYPES[own]},{vector},{-(-dim // (32 * vector))}"
-    blocks = min(-(-batch * tokens // _WARPS), _BLOCKS * device.multiprocessors)
+    arguments = f"{CPP_TYPES[skip.dtype]},{CPP_TYPES[own]},{layout_arguments(dim, vector)}"
+    blocks = min(-(-batch * tokens // (THREADS // team_for(dim))), _BLOCKS * device.multiprocessors)
     device.kernel(GATE_SOURCE, arguments, THREADS)((blocks, 1, 1), params)
     return out
