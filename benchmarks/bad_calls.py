@@ -19,6 +19,7 @@ from mamba_ssm.ops.directions import Direction, directions_fn
 from mamba_ssm.ops.merging import match_tokens_fn, merge_tokens_fn
 from mamba_ssm.ops.pooled import Lines, Projections, Taps, pooled_conv_fn, pooled_gate_fn, pooled_scan_fn
 from mamba_ssm.ops.selective_scan_interface import (
+    FastVim_mamba_inner_fn_no_out_proj_withoutZ,
     bimamba_inner_fn,
     mamba_inner_fn,
     mamba_inner_fn_no_out_proj,
@@ -26,12 +27,14 @@ from mamba_ssm.ops.selective_scan_interface import (
     selective_scan_fn,
 )
 from mamba_ssm.ops.triton.layernorm import layer_norm_fn, rms_norm_fn
+from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+from mamba_ssm.ops.visible import VisibleLines, visible_conv_fn, visible_gate_fn
 from torch import Tensor
 
 from benchmarks.bad_inputs import ACCEPTED, REFUSED, SECONDS, alarm
 
-# letters are sizes: batch, dim, seqlen l, L = a multiple of it, n = dstate, width, rank of dt, E = 2*dim, p = r + 2n,
-# model; "?" marks what may be None; "/" parts layouts that are alike good
+# letters are sizes: batch, dim, seqlen l, L = a multiple of it, n = dstate, width, v = w - 1, rank of dt, E = 2*dim,
+# p = r + 2n, model, groups, a = g - 1; "?" marks what may be None; "/" parts layouts that are alike good
 _SCAN = dict(u="bdl", delta="bdl", A="dn", B="bnl/bgnl/dn", C="bnl/bgnl/dn", D="?d", z="?bdl", delta_bias="?d")
 _DIRECTION = {
     **dict(conv_weight="dw", conv_bias="?d", x_proj_weight="pd", dt_proj_weight="dr", dt_bias="?d"),
@@ -87,6 +90,40 @@ def _pooled_gate(skip: Any, groups: Any, z: Any, weight: Any, bias: Any, count: 
     return pooled_gate_fn(skip, groups, z, weight, bias, 1e-5, _lines(skip, count, across), 0.5)
 
 
+def _whole(numbers: Any) -> Any:
+    """Whole numbers of 0 and more out of what was drawn, where it is a tensor that has some."""
+    return numbers.abs().long() if isinstance(numbers, Tensor) and not numbers.is_complex() else numbers
+
+
+def _visible(order: Any, starts: Any, is_right: bool) -> VisibleLines:
+    """Lines as drawn, or right ones of that shape."""
+    order, starts = _whole(order), _whole(starts)
+    if is_right and all(isinstance(each, Tensor) and each.dim() == 2 for each in (order, starts)):
+        order = torch.arange(order.shape[1], device=order.device).flip(0).expand(order.shape).contiguous()
+        starts = torch.zeros_like(starts)
+        starts[:, -1:] = order.shape[1]
+    return VisibleLines(order, starts, 0.5)
+
+
+def _visible_conv(x: Any, order: Any, starts: Any, is_right: bool, **taps: Any) -> tuple[Tensor, ...]:
+    given = list(taps.values())
+    return visible_conv_fn(x, Taps(*given[:3]), Taps(*given[3:]), _visible(order, starts, is_right))
+
+
+def _visible_gate(order: Any, starts: Any, is_right: bool, **given: Any) -> Tensor:
+    return visible_gate_fn(**given, eps=1e-5, lines=_visible(order, starts, is_right), share=0.5)
+
+
+def _conv_with_states(seq_idx: Any, **given: Any) -> Any:
+    return causal_conv1d_fn(**given, seq_idx=_whole(seq_idx))
+
+
+def _update_at(cache_seqlens: Any, conv_state_indices: Any, **given: Any) -> Tensor:
+    return causal_conv1d_update(
+        **given, cache_seqlens=_whole(cache_seqlens), conv_state_indices=_whole(conv_state_indices)
+    )
+
+
 def _match(metric: Any, fused: Any, places: list[int], moved: list[int]) -> tuple[Tensor, ...]:
     return match_tokens_fn(metric, fused, torch.tensor(places, dtype=torch.long).view(1, -1), moved)
 
@@ -99,6 +136,26 @@ def _merge(x: Any, slot: Any, count: Any) -> Tensor:
 OPERATORS: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
     "causal_conv1d_fn": (causal_conv1d_fn, {"x": "bdl", "weight": "dw", "bias": "?d"}),
     "causal_conv1d_update": (causal_conv1d_update, {"x": "bd", "conv_state": "bdw", "weight": "dw", "bias": "?d"}),
+    "causal_conv1d_fn with states": (
+        _conv_with_states,
+        {"x": "bdl", "weight": "dw", "bias": "?d", "seq_idx": "?bl", "initial_states": "?bdv"},
+    ),
+    "causal_conv1d_update of a ring": (
+        _update_at,
+        dict(x="bd/bdl", conv_state="bdw/bdv", weight="dw", bias="?d", cache_seqlens="?b", conv_state_indices="?b"),
+    ),
+    "selective_state_update": (
+        selective_state_update,
+        {
+            **dict(state="bdn/bgdn", x="bd/bgd", dt="bd/bgd", A="dn/gdn", B="bn/bgn", C="bn/bgn", D="?d/gd"),
+            **dict(z="?bd/bgd", dt_bias="?d/gd"),
+        },
+    ),
+    "visible_conv_fn": (_visible_conv, {"x": "bld", "order": "bl", "starts": "bg"} | _twice(_TAPS)),
+    "visible_gate_fn": (
+        _visible_gate,
+        dict(skip="bld", groups="bad", z="bld", weight="?d", bias="?d", order="bl", starts="bg"),
+    ),
     "linear": (_own_linear, {"x": "bld/ld/d", "weight": "md", "bias": "?m"}),
     "bidirectional_scan_fn": (_both_scans, _twice(_SCAN)),
     "directions_fn": (_both_directions, {"xz": "blE"} | _twice(_DIRECTION)),
@@ -130,11 +187,28 @@ OPERATORS["mamba_inner_fn_no_out_proj"] = (
     mamba_inner_fn_no_out_proj,
     {name: layout for name, layout in OPERATORS["mamba_inner_fn"][1].items() if not name.startswith("out_proj")},
 )
+OPERATORS["FastVim_mamba_inner_fn_no_out_proj_withoutZ"] = (
+    FastVim_mamba_inner_fn_no_out_proj_withoutZ,
+    dict(
+        **dict(x="bdL", conv1d_weight="d1w", conv1d_bias="?d", x_proj_weight="pd", delta_proj_weight="dr"),
+        **dict(A="dn", B="?bnl", C="?bnl", D="?d", delta_bias="?d"),
+    ),
+)
 OPERATORS["bimamba_inner_fn"] = (bimamba_inner_fn, OPERATORS["mamba_inner_fn"][1] | {"A_b": "dn"})
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.complex64)
 OPTIONS: dict[str, dict[str, list[Any]]] = {
     "causal_conv1d_fn": {"activation": [None, "silu", "swish", "relu", 1], "reverse": [False, True]},
     "causal_conv1d_update": {"activation": [None, "silu", "relu"]},
+    "causal_conv1d_fn with states": {
+        "activation": [None, "silu", "relu"],
+        "return_final_states": [False, True],
+        "reverse": [False, False, True],
+    },
+    "causal_conv1d_update of a ring": {"activation": [None, "silu"]},
+    "selective_state_update": {"dt_softplus": [False, True]},
+    "visible_conv_fn": {"is_right": [False, True, True]},
+    "visible_gate_fn": {"is_right": [False, True, True]},
+    "FastVim_mamba_inner_fn_no_out_proj_withoutZ": {"line": [1, 2, 3, 0, -1, 10**9, 1.5], "scale": [1.0, 0.5]},
     "linear": {},
     "bidirectional_scan_fn": {},
     "directions_fn": {},
@@ -195,8 +269,9 @@ def calls(draw: st.DrawFn, operator: str | None = None) -> Call:
     sizes = {letter: draw(size) for letter in "bdlnrm"} | {
         "w": draw(st.integers(1, 5)),
         "1": 1,
-        "g": draw(st.integers(1, 2)),
+        "g": draw(st.integers(1, 3)),
     }
+    sizes |= {"a": max(sizes["g"] - 1, 0), "v": sizes["w"] - 1}
     sizes |= {"L": sizes["l"] * draw(st.integers(1, 3)), "E": 2 * sizes["d"], "p": sizes["r"] + 2 * sizes["n"]}
     signal_dtype = draw(st.sampled_from(DTYPES[:4]))
     grad = draw(st.booleans())

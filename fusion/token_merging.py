@@ -283,7 +283,8 @@ def _match_patches(metric: Tensor, r: int, first: int, order: str, sort: bool) -
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    if torch.amp.is_autocast_available(device_type):
+    # which Dynamo before torch 2.12 cannot follow; what is compiled has a device that knows autocast
+    if torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

@@ -22,5 +22,6 @@ done
 [ $# -gt 0 ] || set -- "$root/tests/test_fuzz.py" -k operators
 # Python itself is built without, so that the library comes first by force; what Python keeps to the end is no leak
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
-export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=99 PYTHONPATH="$folder/causal_conv1d:$folder/mamba-1p1p1:$root"
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=99 FUZZED_CALLS=${FUZZED_CALLS:-300}
+export PYTHONPATH="$folder/causal_conv1d:$folder/mamba-1p1p1:$root"
 exec "$PYTHON" -m pytest -q -p no:cacheprovider -s "$@"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_images(data: Any, one_thread: None, images: Place) -> None:
 
 
 @pytest.mark.parametrize("operator", bad_calls.OPERATORS)
-@bounded(100)
+@bounded(int(os.environ.get("FUZZED_CALLS", "70")))
 @given(data=st.data())
 def test_operators(operator: str, data: Any, one_thread: None) -> None:
     call: bad_calls.Call = data.draw(bad_calls.calls(operator))

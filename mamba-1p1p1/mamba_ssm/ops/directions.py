@@ -57,7 +57,8 @@ def directions_fn(
     if wants_reference(xz, *(tensor for direction in directions for tensor in direction)):
         return directions_ref(xz, directions, share, log_decay=log_decay)
     xz = xz if xz.stride(-1) == 1 else xz.contiguous()
-    parameters = [tensor for direction in directions for tensor in direction[:DIRECTION_TENSORS]]
+    # a named tuple's slice is more than Dynamo before torch 2.12 can follow
+    parameters = [tensor for direction in directions for tensor in tuple(direction)[:DIRECTION_TENSORS]]
     parameters += [None] * (2 * DIRECTION_TENSORS - len(parameters))
     reverse = [direction.reverse for direction in directions]
     wanted = any(tensor is not None and tensor.requires_grad for tensor in (xz, *parameters))
