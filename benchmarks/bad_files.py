@@ -25,14 +25,15 @@ from benchmarks.jobs import Job
 from benchmarks.program import EPOCH
 from benchmarks.small_cells import cells, write_cell, write_folder, write_index
 from benchmarks.small_data import pictures, write_image_folder, write_shapes
+from tasks.dense.shapes import SIDE
 
 SUFFIXES = (".JPEG", ".jpg", ".png", ".webp", ".bmp", ".tiff", ".ppm", ".pgm")
 
 
-def _encoded() -> dict[str, bytes]:
-    """An image in every format that is likely to be met, and in odd modes."""
-    picture = Image.fromarray(pictures(1, 24)[0])
-    grey16 = Image.fromarray(np.arange(576, dtype=np.uint16).reshape(24, 24) * 100)
+def _encoded(side: int = 24) -> dict[str, bytes]:
+    """An image of `side` x `side` pixels in every format that is likely to be met, and in odd modes."""
+    picture = Image.fromarray(pictures(1, side)[0])
+    grey16 = Image.fromarray((np.arange(side**2).reshape(side, side) * 100).astype(np.uint16))
     modes = {
         "": picture,
         "_grey": picture.convert("L"),
@@ -139,10 +140,10 @@ def _segments(job: Job, folder: Path) -> list[Place]:
     flags = _flags(job, "--data-set", "SHAPES", "--data-path", root)
     maps = root / "annotations" / "training"
     return [
-        Place("image files", flags, root / "images" / "training", ("shapes_0002.jpg",), _encoded() | _sized()),
+        Place("image files", flags, root / "images" / "training", ("shapes_0002.jpg",), _encoded(SIDE)),
         Place(
             *("annotations of pixels", flags, maps, ("shapes_0002.png",)),
-            _encoded() | _sized() | {"own": (maps / "shapes_0003.png").read_bytes()},
+            _encoded(SIDE) | {"own": (maps / "shapes_0003.png").read_bytes()},
         ),
     ]
 
@@ -153,24 +154,12 @@ def _objects(job: Job, folder: Path) -> list[Place]:
     name = "instances_train2017.json"
     whole = (root / "annotations" / name).read_bytes()
     return [
-        Place("image files", flags, root / "train2017", ("shapes_0002.jpg",), _encoded() | _sized()),
+        Place("image files", flags, root / "train2017", ("shapes_0002.jpg",), _encoded(SIDE)),
         Place(
             *("annotations of objects", flags, root / "annotations", (name,), {"own": whole}),
             (odd_json(whole), odd_json(whole), odd_json(whole)),
         ),
     ]
-
-
-def _sized() -> dict[str, bytes]:
-    """Images of the size of a canvas of SHAPES, grey and in colour, as JPEG and as PNG."""
-    found = {}
-    for mode in ("L", "RGB"):
-        image = Image.fromarray(pictures(1, 64)[0]).convert(mode)
-        for form in ("JPEG", "PNG"):
-            stream = io.BytesIO()
-            image.save(stream, form)
-            found[f"{form}_{mode}_64"] = stream.getvalue()
-    return found
 
 
 PLACES: dict[str, Callable[[Job, Path], list[Place]]] = {

@@ -200,7 +200,8 @@ def preempt(job: Job, folder: Path, chance: random.Random) -> list[Tally]:
                 output = folder / f"{number.name}_{processes}"
                 process = launch(processes, *own, "--output_dir", output)
                 wait_until(lambda output=output: epochs_in(output) > 0, process, "epoch")
-                time.sleep(chance.uniform(0.1, 0.4))
+                # in the midst of the next one, however slow the machine is
+                time.sleep(chance.uniform(0.2, 0.7) * lines(output)[0]["seconds"])
                 os.kill(ranks_of(process)[-1] if processes > 1 else process.pid, number)
                 told = succeed(process, 60)
                 expect(told.count("Stopped by") == 1, f"no note: {told}")

@@ -44,6 +44,7 @@ FAULTS = {
     "survived": "{survived}",
     "lost": "{lost}",
     "notes": "{notes}",
+    "measured": "{day}",
 }
 SWEEPS = {
     "task": "{task}",
@@ -52,6 +53,7 @@ SWEEPS = {
     "accepted": "{accepted}",
     "refused cleanly": "{refused}",
     "crashed": "{crashed}",
+    "measured": "{day}",
 }
 RUNS = {
     "task": "{task}",
@@ -62,6 +64,7 @@ RUNS = {
     "steps that the scaler left out": "{scaled}",
     "first and last fifth's loss": "{first:.4f}, {last:.4f}",
     "finite": "{finite}",
+    "measured": "{day}",
 }
 # a section's kind says which table it is in
 SECTIONS = {
@@ -131,8 +134,8 @@ def run_section(name: str, job: Job, folder: Path, args: Any) -> dict[str, Any]:
     rows = [each if isinstance(each, dict) else dict(task=job.name) | each.row() for each in found]
     failures = [text for each in found if not isinstance(each, dict) for text in each.failures]
     seconds = round(time.monotonic() - began)
-    about = f"{in_words(machine(torch.device('cpu')))}, {date.today()}"
-    return dict(rows=rows, failures=failures, seconds=seconds, machine=about)
+    about = in_words(machine(torch.device("cpu")))
+    return dict(rows=rows, failures=failures, seconds=seconds, machine=about, day=str(date.today()))
 
 
 def is_bad(results: dict[str, dict[str, Any]]) -> bool:
@@ -154,7 +157,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     for task in (name for name in JOBS if name in results):
         for name in (name for name in SECTIONS if name in results[task]):
             entry = results[task][name]
-            tables[SECTIONS[name]] += entry["rows"]
+            tables[SECTIONS[name]] += [row | {"day": entry["day"]} for row in entry["rows"]]
             failures += [f"{task}, {text}" for text in entry["failures"]]
             seconds[name] += entry["seconds"]
             machines[entry["machine"]] = None
@@ -210,7 +213,7 @@ TABLES = {
         "`python -m benchmarks.soak`: one process, thirty evaluations and checkpoints on the way, after each of which"
         " it was looked at from outside; a figure is the median of five looks. Flat: at most 3 % more memory at the end"
         " than after the first third, and no more open files.",
-        SOAKS,
+        SOAKS | {"measured": "{day}"},
     ),
 }
 

@@ -182,7 +182,7 @@ def test_one_epoch_comparison(one_epoch: list[str], tmp_path: Path, capsys: pyte
     assert compare.main([*one_epoch, "--seeds", "0", "1"], launch=in_process) == 0
     output = tmp_path / "compare"
     rows = {row["method"]: row for row in csv.DictReader((output / "table.csv").open())}
-    assert list(rows) == ["none", "upper", "fastvim", "dyvm-token", "dyvm-block", "dyvm-both", "deit"]
+    assert list(rows) == ["none", "upper", "fastvim", "dyvm-token", "dyvm-block", "dyvm-both", "deit", "mambareg"]
     table = (output / "table.md").read_text()
     assert table in capsys.readouterr().out
     assert "mean ± standard deviation over 2 seeds" in table
@@ -205,7 +205,7 @@ def test_one_epoch_comparison(one_epoch: list[str], tmp_path: Path, capsys: pyte
     assert float(rows["dyvm-both"]["train_peak_bytes"]) > float(rows["none"]["train_peak_bytes"]), "the teacher counts"
 
     found = json.loads((output / "results.json").read_text())
-    assert len(found["runs"]) == 14
+    assert len(found["runs"]) == 16
     by_name = {entry["run"]: entry for entry in found["runs"]}
     for name in ("none-seed0", "dyvm-token-seed1"):
         (line,) = summary.read_log(output / name)

@@ -51,7 +51,7 @@ def test_page(tmp_path: Path) -> None:
     tally, file = faults.Tally("a fault"), tmp_path / "results.json"
     with tally.trial():
         raise faults.Lost("weights")
-    common = dict(failures=[], seconds=1, machine="a machine")
+    common = dict(failures=[], seconds=1, machine="a machine", day="today")
     lost = common | dict(rows=[dict(task="segment") | tally.row()], failures=tally.failures)
     reliability.keep(file, "segment", "kills", lost)
     inputs = sweeps.Sweep("an input", accepted=1, refused=2)
@@ -68,7 +68,7 @@ def test_page(tmp_path: Path) -> None:
         "Mixed precision: 1 runs, 1 finite, 0 not. Long runs: 1, 1 flat.",
         "- segment, a fault: Lost: weights",
         "| cells | Vim | float16 |",
-        "| cells | 30 | 100.0, 100.0, 100.0 | +0.0 | 5 to 5 | yes |",
+        "| cells | 30 | 100.0, 100.0, 100.0 | +0.0 | 5 to 5 | yes | today |",
     ):
         assert told in page
     assert reliability.is_bad(results)
