@@ -129,6 +129,10 @@ class ChannelPatchEmbed(PatchEmbed):
         x = x.permute(0, 3, 4, 2, 1) if self.channel_axis == 2 else x.permute(0, 2, 3, 4, 1)
         return x.flatten(1, 3), tuple(x.shape[1:4])
 
+    def varies(self, training: bool) -> str:
+        """What differs from pass to pass beside numbers on the device (`fusion.varies`)."""
+        return "the host draws which channels are seen" if training and self.hcs else ""
+
     def _choose(self, x: Tensor, channels: Any) -> tuple[Tensor, Tensor | None]:
         """The channels that are embedded, and their indices, (n,) or (B, n); None for 0 to n - 1."""
         if channels is None and not (self.training and self.hcs):

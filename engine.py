@@ -8,14 +8,14 @@ import logging
 import math
 import re
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.optim import create_optimizer, create_optimizer_v2, get_optimizer_info, list_optimizers, optimizer_kwargs
-from timm.optim._param_groups import param_groups_layer_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.scheduler_factory import scheduler_kwargs
@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from loading import EvalBatches, TrainBatches
 from run import Run
 from tasks.task import Meter, Task
-from utils import PeerError, RunError, UsageError, first_line, nearest
+from utils import PeerError, RunError, UsageError, first_line, graphs, nearest
 from utils.flags import add_switch, number
+from utils.groups import layer_scales, parameter_groups
 from utils.memory import reset_peak_memory
 from utils.processes import any_process, rank, sum_over_processes, world_size
 from utils.signals import StopRequest, StopWaiting
@@ -40,6 +42,8 @@ _logger = logging.getLogger(__name__)
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "wsd", "rsqrt", "constant", "none")
 MOST_BATCHES_KEPT = 3  # of a diverging run, for inspection
 MOST_SKIPPED = 50  # steps without a finite loss in a row, after which a run has diverged
+# How many steps later a step's numbers are looked at, by device: a GPU has the next steps to do while they arrive.
+LATE = {"cpu": 0, "cuda": 2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ["--no-train-mode"],
         default=True,
         help="train in training mode, with drop-path and so on",
+    )
+
+    group.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="replay forward and backward pass from a CUDA graph, where all batches have one shape",
     )
 
     group = parser.add_argument_group("optimiser")
@@ -169,6 +179,8 @@ def check(args: argparse.Namespace, typed: set[str]) -> None:
         raise UsageError("--sched-on-updates contradicts --sched plateau, which waits for evaluations.")
     if args.warmup_iters is not None and not args.sched_on_updates:
         raise UsageError("--warmup-iters wants --sched-on-updates.")
+    if args.cuda_graph and not graphs.available(args.device):
+        raise UsageError("--cuda-graph wants a CUDA device, and this run is on the CPU; wanted it without.")
     args.steps_per_epoch = None
     if args.iterations is None:
         if args.eval_interval is not None:
@@ -180,6 +192,32 @@ def check(args: argparse.Namespace, typed: set[str]) -> None:
     if args.iterations % interval:
         raise UsageError(f"--eval-interval {interval} does not divide --iterations {args.iterations}.")
     args.epochs, args.steps_per_epoch = args.iterations // interval, interval * args.accum_iter
+
+
+def check_replay(task: type[Task], model: nn.Module, args: argparse.Namespace) -> None:
+    """Refuse --cuda-graph where the task or the `model` varies from batch to batch; where evaluation alone does, a
+    training says so, and `args.replay_eval` is False."""
+    args.replay_eval = args.cuda_graph
+    if not args.cuda_graph:
+        return
+    if args.fsdp:
+        raise UsageError("--cuda-graph contradicts --fsdp, which gathers parameters in the middle of a pass.")
+    reason = task.varies(model, args, training=not args.eval)
+    if reason:
+        raise UsageError(f"--cuda-graph replays one pass over a batch, but {reason}; wanted it without.")
+    reason = task.varies(model, args, training=False)
+    if reason:
+        args.replay_eval = False
+        _logger.info("Evaluations are not replayed from a CUDA graph: %s.", reason)
+
+
+def check_processes(args: argparse.Namespace) -> None:
+    """Refuse to train from a graph where gradients are shared, once the processes have met."""
+    if args.cuda_graph and args.distributed and not args.eval:
+        raise UsageError(
+            "--cuda-graph trains in one process, since several share gradients in the middle of a backward pass; "
+            "wanted one of --cuda-graph and a launcher."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,44 +254,6 @@ def shard(model: nn.Module, device: torch.device) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
-    """The factor on the learning rate of every parameter of `model`, by name, so that layers near the image learn less.
-
-    A Vision Mamba of `depth` layers has n = depth + 1 steps: positions, class tokens and patch embedding stand at 0,
-    `layers.i` at i + 1, all else at n, and two layers share a rate, decay^ceil((n - step) / 2), as FastVim's
-    fine-tuning has it. Other models follow timm's grouping.
-    """
-    if hasattr(model, "layers") and hasattr(model, "depth"):
-        last = model.depth + 1
-        places = {}
-        for name, _ in model.named_parameters():
-            first, _, rest = name.partition(".")
-            if first == "layers":
-                places[name] = int(rest.partition(".")[0]) + 1
-            elif first.startswith(("pos_embed", "cls_token", "patch_embed")):
-                places[name] = 0
-            else:
-                places[name] = last
-        return {name: decay ** math.ceil((last - place) / 2) for name, place in places.items()}
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = param_groups_layer_decay(model, layer_decay=decay)
-    return {names[id(parameter)]: group["lr_scale"] for group in groups for parameter in group["params"]}
-
-
-def _parameter_groups(model: nn.Module, weight_decay: float, scales: dict[str, float]) -> list[dict[str, Any]]:
-    """The parameters of `model` that are trained, by their share of the learning rate and whether they decay."""
-    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decays = parameter.ndim > 1 and name not in spared and not name.endswith(".bias")
-            groups.setdefault((scales.get(name, 1.0), weight_decay if decays else 0.0), []).append(parameter)
-    return [
-        {"params": parameters, "lr_scale": scale, "weight_decay": decay}
-        for (scale, decay), parameters in groups.items()
-    ]
-
-
 def learning_rate(args: argparse.Namespace, total_batch: int) -> float:
     """The learning rate of the flags, linear in `total_batch` / 512, or / 256 for --blr, unless --unscale-lr."""
     if args.blr is not None:
@@ -274,7 +274,7 @@ def build_optimizer(
             optimizer = create_optimizer(settings, task.model)
         else:
             scales = task.layer_scales(args.layer_decay) or layer_scales(task.model, args.layer_decay)
-            groups = _parameter_groups(task.model, args.weight_decay, scales)
+            groups = parameter_groups(task.model, args.weight_decay, scales)
             # timm's own layer decay is of its models' grouping alone
             keywords = {name: value for name, value in optimizer_kwargs(settings).items() if name != "layer_decay"}
             optimizer = create_optimizer_v2(groups, **keywords)
@@ -338,7 +338,7 @@ def train_one_epoch(
     before that.
 
     Either way `run` stands where an optimiser's step ended. Raises RunError, with the step named and the batch saved,
-    for a non-finite loss, unless `--if_continue_inf` skips such steps.
+    for a non-finite loss, unless `--if_continue_inf` skips such steps; on a GPU that is found `LATE` steps on.
     """
     task = run.task
     task.train(args.train_mode)
@@ -346,51 +346,105 @@ def train_one_epoch(
     source = batches.epoch(run.epoch, run.step)
     before = run.seconds
     reset_peak_memory(run.device)
-    skipped, is_whole, meters = 0, True, task.meters()
+    is_whole, passes = True, _Passes(run, args)
+    waiting: deque[_Late] = deque()
+    # a step is only left out by who knows its loss
+    late = 0 if args.if_continue_inf else LATE[run.device.type]
     while batches.steps is None or run.step < batches.steps:
         place = run.step % args.accum_iter  # in the group of batches that make one step
         batch, stops = _fetch(source, stop, place == 0)
         if stops:
             stop.name = stop.name or "a signal to another process"
+            while waiting:
+                passes.look_at(waiting.popleft(), board)
             progress.close()
             return None
         if batch is None:
             break
         inputs, targets, count = task.prepare(batch, training=True)
-        for meter in meters:  # a batch's own shares join the epoch's figures, which outlive an interruption
-            meter.sums.zero_()
-        with run.autocast(), _active(meters):
-            result = task(inputs, targets)
-        loss = result["loss"]
-        values = _read({name: part for name, part in result.items() if name != "output"})
-        value = values.pop("loss")
-        run.step += 1
         group = args.accum_iter
         if batches.steps is not None:
-            group = min(group, batches.steps - (run.step - 1 - place))
+            group = min(group, batches.steps - (run.step - place))
         is_last = place + 1 == group
         if place == 0:
-            run.optimizer.zero_grad()
+            run.optimizer.zero_grad(set_to_none=not args.cuda_graph)  # a graph adds to what it was recorded with
             is_whole = True
-        if any_process(not math.isfinite(value))[0]:
-            skipped, is_whole = skipped + 1, False
-            _skip_or_stop(run, args, value, skipped, inputs, targets)
-        else:
-            skipped = 0
-            with contextlib.nullcontext() if is_last else task.no_sync():
-                run.scaler.scale(loss / group if group > 1 else loss).backward()
-            for meter in meters:
-                values |= meter.shares()
-            run.meters.update(count, loss=value, **values)
-            run.meters.update(lr=_rate(run.optimizer))
+        with contextlib.nullcontext() if is_last else task.no_sync():
+            reading = passes(inputs, targets, group)
+        point = run.updates + 1 if is_last else 0
+        waiting.append(_Late(run.step, inputs, targets, count, reading, _rate(run.optimizer), point))
+        run.step += 1
+        while len(waiting) > late:
+            is_whole = passes.look_at(waiting.popleft(), board) and is_whole
         if is_last and is_whole:
             _update(run, args, batches.steps)
         run.seconds = before + progress.elapsed()
-        progress.step(run.step, count * world_size(), str(run.meters))
-        if is_last and run.updates % Board.every == 1:
-            board.add({"train/step_loss": value, "train/step_lr": _rate(run.optimizer)}, run.updates)
+        progress.step(run.step, count * world_size(), lambda: str(run.meters))
+    while waiting:
+        passes.look_at(waiting.popleft(), board)
     progress.close()
     return run.meters.averages()
+
+
+class _Late(NamedTuple):
+    """A step whose numbers are still to be looked at; `point` is the update that it ends, 0 for none."""
+
+    step: int
+    inputs: Any
+    targets: Any
+    count: int
+    reading: graphs.Reading
+    rate: float
+    point: int
+
+
+class _Passes:
+    """The forward and backward passes of an epoch, and what is read of them.
+
+    A graph of them, with `--cuda-graph`, is of this epoch alone: what `begin_epoch` changes is recorded anew.
+    """
+
+    def __init__(self, run: Run, args: argparse.Namespace) -> None:
+        self.run, self.args, self.skipped, self.meters = run, args, 0, run.task.meters()
+        self.names: list[str] = []  # of what a pass returns, the same every time
+        self._pass = graphs.Replayed(self._plainly, graphs.Recorder(run.device)) if args.cuda_graph else self._plainly
+
+    def __call__(self, inputs: Any, targets: Any, group: int) -> graphs.Reading:
+        """Add the gradients of a batch, of `group` that make one step, to the others'."""
+        for meter in self.meters:  # a batch's own shares join the epoch's figures, which outlive an interruption
+            meter.sums.zero_()
+        return graphs.Reading([*self._pass(inputs, targets, group), *(meter.sums for meter in self.meters)])
+
+    def _plainly(self, inputs: Any, targets: Any, group: int) -> list[Tensor]:
+        with self.run.autocast(), _active(self.meters):
+            result = self.run.task(inputs, targets)
+        loss = result["loss"]
+        self.run.scaler.scale(loss / group if group > 1 else loss).backward()
+        parts = {name: part for name, part in result.items() if name != "output"}
+        self.names = list(parts)
+        return [
+            part.detach() if isinstance(part, Tensor) else torch.full((), part, device=loss.device, dtype=torch.double)
+            for part in parts.values()
+        ]
+
+    def look_at(self, late: _Late, board: Board) -> bool:
+        """Add the numbers of a step to the run's; whether its loss is finite, on all processes, or else as
+        `_skip_or_stop`."""
+        run, numbers = self.run, late.reading.arrived()
+        values = {name: float(number) for name, number in zip(self.names, numbers)}
+        value = values.pop("loss")
+        if late.point and late.point % Board.every == 1:
+            board.add({"train/step_loss": value, "train/step_lr": late.rate}, late.point)
+        if any_process(not math.isfinite(value))[0]:
+            self.skipped += 1
+            _skip_or_stop(run, self.args, value, self.skipped, late)
+            return False
+        self.skipped = 0
+        for meter, sums in zip(self.meters, numbers[len(self.names) :]):
+            values |= meter.with_sums(sums).shares()
+        run.meters.update(late.count, loss=value, **values)
+        run.meters.update(lr=late.rate)
+        return True
 
 
 @contextlib.contextmanager
@@ -400,13 +454,6 @@ def _active(meters: Sequence[Meter]) -> Iterator[None]:
         for meter in meters:
             entered.enter_context(meter)
         yield
-
-
-def _read(parts: dict[str, Tensor | float]) -> dict[str, float]:
-    """The parts of a loss as numbers, read from the device in one go, before a backward pass stands in its way."""
-    tensors = {name: part.detach().double() for name, part in parts.items() if isinstance(part, Tensor)}
-    numbers = torch.stack([part.reshape(()) for part in tensors.values()]).tolist()
-    return parts | dict(zip(tensors, numbers))
 
 
 def _rate(optimizer: Optimizer) -> float:
@@ -432,14 +479,14 @@ def _update(run: Run, args: argparse.Namespace, steps: int | None) -> None:
     run.task.update_ema()
 
 
-def _skip_or_stop(run: Run, args: argparse.Namespace, value: float, skipped: int, inputs: Any, targets: Any) -> None:
+def _skip_or_stop(run: Run, args: argparse.Namespace, value: float, skipped: int, late: _Late) -> None:
     """Keep the batch of a non-finite loss for inspection; then go on without it, or end the run."""
-    place = f"epoch {run.epoch} step {run.step - 1}"
+    place = f"epoch {run.epoch} step {late.step}"
     kept = ""
     folder = Path(args.output_dir) if args.output_dir else None
     if folder and not math.isfinite(value) and len([*folder.glob("nonfinite_*.pt")]) < MOST_BATCHES_KEPT * world_size():
-        file = folder / f"nonfinite_epoch{run.epoch}_step{run.step - 1}_rank{rank()}.pt"
-        batch = {"samples": _on_cpu(inputs), "targets": _on_cpu(targets), "loss": value}
+        file = folder / f"nonfinite_epoch{run.epoch}_step{late.step}_rank{rank()}.pt"
+        batch = {"samples": _on_cpu(late.inputs), "targets": _on_cpu(late.targets), "loss": value}
         with contextlib.suppress(OSError, RuntimeError):
             torch.save(batch, file)
             kept = f"; its batch is in {file}"
@@ -468,9 +515,10 @@ def evaluate(
     autocast: Callable[[], contextlib.AbstractContextManager],
     stop: StopRequest | None = None,
     meters: Sequence[Meter] = (),
+    replayed: bool = False,
 ) -> dict[str, float] | None:
     """The figures of the task's evaluator over all of `batches`, exact for any number of processes, and those of the
-    `meters` of its methods.
+    `meters` of its methods; passes are `replayed` from a CUDA graph where that is asked for.
 
     Returns None if a signal stopped it. Every process must call this together.
     """
@@ -479,6 +527,12 @@ def evaluate(
     progress = Progress("Test", batches.steps, task.device)
     source = iter(batches)
     step = 0
+
+    def predict(inputs: Any) -> Any:
+        with autocast():
+            return task.predict(inputs)
+
+    replay = graphs.Replayed(predict, graphs.Recorder(task.device)) if replayed else None
     with _active(meters):
         # a stream does not know its steps, and its processes may not have equally many: no talk among them then
         while batches.steps is None or step < batches.steps:
@@ -496,17 +550,23 @@ def evaluate(
                     task.predict(task.filler())
                 continue
             inputs, targets, count = task.prepare(batch, training=False)
-            with autocast():
-                output = task.predict(inputs)
+            # an evaluator may keep what the next replay overwrites
+            output = predict(inputs) if replay is None else tree_map(_cloned, replay(inputs))
             evaluator.update(output, targets)
-            shares = world_size() if batches.shared else 1
-            told = "  ".join(f"{name}: {value:.4f}" for name, value in evaluator.summary().items())
-            progress.step(step, count * shares, told)
+            progress.step(step, count * (world_size() if batches.shared else 1), lambda: _told(evaluator.summary()))
     progress.close()
-    if batches.shared:
-        for meter in meters:
-            meter.sums = torch.tensor(sum_over_processes(meter.sums.tolist()), dtype=torch.float64)
+    for meter in meters:
+        sums = meter.sums.tolist()
+        meter.sums = torch.tensor(sum_over_processes(sums) if batches.shared else sums, dtype=torch.float64)
     stats = dict(evaluator.compute(distributed=batches.shared and world_size() > 1))
     for meter in meters:
         stats |= meter.shares()
     return stats
+
+
+def _cloned(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _told(figures: dict[str, float]) -> str:
+    return "  ".join(f"{name}: {value:.4f}" for name, value in figures.items())

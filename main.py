@@ -122,6 +122,7 @@ def _check_model(task: type[Task], model: nn.Module, args: argparse.Namespace, t
             method.check(args, typed)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    engine.check_replay(task, model, args)
 
 
 def load_weights(args: argparse.Namespace, task: type[Task], model: nn.Module, data: Data) -> nn.Module | None:
@@ -184,14 +185,14 @@ def evaluate_only(args: argparse.Namespace, task: Task, batches: EvalBatches) ->
                 versions.append((", moving average", checkpoints.find_weights(checkpoint, path, ema=True)[0]))
     if task.teacher is not None:
         plain = type(task)(args, task.teacher.to(task.device), task.data, task.device)
-        stats = engine.evaluate(plain, batches, autocast)
+        stats = engine.evaluate(plain, batches, autocast, replayed=args.replay_eval)
         title = next(method.teacher_title for method in task.methods if method.needs_teacher)
         _logger.info("%s (%s): %s", title, args.model_path, task.tell(stats))
     for title, weights in versions:
         if weights is not None:
             checkpoints.load_strictly(task.model, weights, path, args.model)
         meters = task.meters()
-        stats = engine.evaluate(task, batches, autocast, meters=meters)
+        stats = engine.evaluate(task, batches, autocast, meters=meters, replayed=args.replay_eval)
         _logger.info("%s on the %d test images%s: %s", task.title, len(batches.dataset), title, task.tell(stats))
         if is_main_process():
             for line in task.report(batches, meters, autocast):
@@ -215,7 +216,7 @@ def train(args: argparse.Namespace, run: Run, batches: TrainBatches, tests: Eval
             tested = None
             if trained is not None:
                 memory = peak_memory_mib(run.device)
-                tested = engine.evaluate(task, tests, run.autocast, stop, task.meters())
+                tested = engine.evaluate(task, tests, run.autocast, stop, task.meters(), args.replay_eval)
             if tested is None:
                 break
             value = tested[metric.name]
@@ -261,6 +262,7 @@ def draw(args: argparse.Namespace, task: Task, batches: EvalBatches, meters: lis
 def work(args: argparse.Namespace, stop: StopRequest) -> None:
     """Everything after the flags are read: processes, data, model, weights, then training or evaluation."""
     device = init_processes(args)
+    engine.check_processes(args)
     if args.deterministic:
         use_deterministic_algorithms()
     seed_everything(args.seed)

@@ -311,6 +311,10 @@ class VisionMamba(nn.Module):
             state = reorder(state, torch.arange(state.num_tokens - 1, -1, -1))
         return state
 
+    def varies(self, training: bool) -> str:
+        """What differs from pass to pass beside numbers on the device (`fusion.varies`)."""
+        return "the host draws which sequences are reversed" if training and self.flip_img_sequences_ratio > 0 else ""
+
     def position_rows(self, grid: tuple[int, ...], index: ClassIndex) -> tuple[Tensor | None, Tensor | None]:
         """The position embeddings of the class tokens (1, K, D), which stand at `index` of the full sequence, and of
         the patch tokens of `grid` (1, M, D); None where there are none."""

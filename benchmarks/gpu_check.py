@@ -3,12 +3,12 @@
     benchmarks/gpu_check.sh                                  # the GPU tests first, then this
     python -m benchmarks.gpu_check --output output/gpu.json
 
-Times are medians of CUDA events around calls replayed from CUDA graphs, so that the time Python takes to launch is left
-out, over several sets of inputs where one would fit the cache. *Copy* is
-the share of the device's measured copy bandwidth that an operator reaches when each argument is counted as read once
-and each result as written once. *Error* is the largest difference from the torch path in float32, relative to the
-largest value. With `--published NAME` the published build's extension of that name, if it can be imported, is timed on
-the same sizes.
+What there is no time for (`--budget`) is told as NOT MEASURED; the most wanted comes first. Times are medians of CUDA
+events around calls replayed from CUDA graphs, so that the time Python takes to launch is left out, over several sets of
+inputs where one would fit the cache. *Copy* is the share of the device's measured copy bandwidth that an operator
+reaches when each argument is counted as read once and each result as written once. *Error* is the largest difference
+from the torch path in float32, relative to the largest value. With `--published NAME` the published build's extension
+of that name, if it can be imported, is timed on the same sizes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from typing import NamedTuple
 import torch
 from causal_conv1d import _nvrtc, backend
 from torch import Tensor
+from torch.autograd import DeviceType
 
+import fusion
 from benchmarks.cases import build, model_spec, own_size
 from benchmarks.command import command, device_name, parser, size, write_json
 from benchmarks.cuda_kernels import resources
@@ -44,6 +46,12 @@ SIZES = (
 DSTATE, WIDTH = 16, 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CACHE_BYTES = 256 << 20
+# The most wanted first.
+MODELS = (
+    *("vim_tiny_patch16_224", "deit_tiny_patch16_224", "vim_small_patch16_224", "fastvim_tiny_patch16_224"),
+    *("fambav_tiny_patch16_224", "dyvm_tiny_patch16_224", "vim_base_patch16_224", "mae_vim_base_patch16_224"),
+)
+MODEL_DTYPES = ("bfloat16", "float16", "float32")
 
 
 class Row(NamedTuple):
@@ -75,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     if options.device is None and not torch.cuda.is_available():
         raise UsageError("No CUDA device is at hand; wanted one, or --device cpu.")
-    device = torch.device(options.device or "cuda")
+    device, end = torch.device(options.device or "cuda"), time.perf_counter() + options.budget
     published = _published(options.published)
     copy = copy_bandwidth(device, options.seconds)
     rows = []
@@ -91,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "operators": [row._asdict() for row in rows],
         "host_us_per_call": host_time(device),
         "extra_memory": {",".join(map(str, each)): extra_memory(each, device) for each in options.sizes},
-        "models": model_steps(options, device) if options.batch else [],
+        "models": model_steps(options, device, end) if options.batch else [],
         "kernels": resources([_nvrtc.device(device.index or 0).target], options.dtypes)
         if device.type == "cuda"
         else [],
@@ -112,7 +120,15 @@ def _parser() -> argparse.ArgumentParser:
         "--models",
         nargs="+",
         type=model_spec,
-        default=["vim_tiny_patch16_224", "vim_small_patch16_224", "fastvim_tiny_patch16_224", "deit_tiny_patch16_224"],
+        default=list(MODELS),
+    )
+    found.add_argument("--model-dtypes", nargs="+", choices=DTYPES, default=list(MODEL_DTYPES), help="first ones first")
+    found.add_argument(
+        "--budget",
+        type=number(float, 0),
+        default=240.0,
+        metavar="SECONDS",
+        help="no model is begun after so long (default: 240)",
     )
     found.add_argument(
         "--batch", type=number(int, 1), nargs="*", default=[1, 32, 128], help="images in a step; none leaves models out"
@@ -364,32 +380,52 @@ def extra_memory(size: tuple[int, int, int], device: torch.device) -> float | No
 # --- a training step -------------------------------------------------------------------------------------------------
 
 
-def model_steps(options: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
-    """Images per second and peak memory of evaluation and of a training step (AdamW), by model, batch and dtype: as
-    Python calls it, from a CUDA graph, compiled, and with torch's operations in the place of kernels."""
+def model_steps(options: argparse.Namespace, device: torch.device, end: float) -> list[dict[str, object]]:
+    """Images per second, peak memory, time of the host and launches of evaluation and of a training step (AdamW), by
+    model, batch and dtype: as Python calls it, from a CUDA graph, compiled, and with torch's operations in the place of
+    kernels. After `end`, of `time.perf_counter`, what is left is named alone."""
     rows = []
-    ways = ("eager", "graph", "compiled", "torch") if device.type == "cuda" else ("eager", "torch")
-    for name in options.models:
-        for batch in options.batch:
-            for way in ways:
-                if way == "torch" and (batch != max(options.batch) or not name.startswith(("vim", "fastvim"))):
-                    continue
-                if way == "compiled" and batch != max(options.batch):
-                    continue
-                for dtype in options.dtypes[: 1 if way in ("torch", "compiled") else None]:
-                    about = {"model": name, "batch": batch, "way": way, "dtype": dtype}
-                    try:
-                        rows.append(about | _step(name, batch, way, DTYPES[dtype], options, device))
-                    except (RuntimeError, torch.OutOfMemoryError) as error:
-                        rows.append(about | {"failed": first_line(error)})
+    for name, batch, way, dtype in settings_of(options, device):
+        about = {"model": name, "batch": batch, "way": way, "dtype": dtype}
+        if time.perf_counter() > end:
+            rows.append(about | {"failed": "NOT MEASURED: no time was left"})
+            continue
+        try:
+            rows.append(about | _step(name, batch, way, DTYPES[dtype], options, device))
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            rows.append(about | {"failed": first_line(error)})
     return rows
+
+
+def settings_of(options: argparse.Namespace, device: torch.device) -> list[tuple[str, int, str, str]]:
+    """(model, batch, way, dtype) of all that is timed: the largest batch of the first dtype before the others, eager
+    and graph before the rest."""
+    graph = ("graph",) if device.type == "cuda" else ()
+    largest, (first, *others) = max(options.batch), options.model_dtypes
+    ours = [name for name in options.models if not name.startswith("deit")]
+    rounds = [
+        (options.models, [largest], ("eager", *graph), [first]),
+        (options.models, [batch for batch in options.batch if batch != largest], ("eager", *graph), [first]),
+        (options.models, [largest], graph or ("eager",), others),
+        (ours[:1], [largest], ("torch",), [first]),
+        (options.models, [largest], ("compiled",) if graph else (), [first]),
+        (ours[1:], [largest], ("torch",), [first]),
+    ]
+    return [
+        (name, batch, way, dtype)
+        for names, batches, ways, dtypes in rounds
+        for dtype in dtypes
+        for batch in batches
+        for name in names
+        for way in ways
+    ]
 
 
 def _step(
     name: str, batch: int, way: str, dtype: torch.dtype, options: argparse.Namespace, device: torch.device
 ) -> dict[str, float | None]:
     torch.manual_seed(0)
-    model = build(name, None, num_classes=1000).to(device)
+    model = build(name, None, **({} if name.startswith("mae_") else {"num_classes": 1000})).to(device)
     side = own_size(model)
     images = torch.randn(batch, 3, side, side, device=device)
     targets = torch.randint(1000, (batch,), device=device)
@@ -405,23 +441,41 @@ def _step(
 
     def step():
         with half():
-            loss = torch.nn.functional.cross_entropy(called(images), targets)
+            output = called(images)
+            output = getattr(output, "logits", output)
+            # a masked autoencoder gives its loss
+            loss = output[0] if isinstance(output, tuple) else torch.nn.functional.cross_entropy(output, targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
-    found = {}
+    found: dict[str, float | None] = {}
     with backend.use("torch" if way == "torch" else "auto"):
         for what, call in (("eval", evaluate), ("train", step)):
+            figures = ("images_per_s", "peak_GiB", "host_ms", "launches")
+            if way == "graph" and fusion.varies(model, what == "train"):
+                found |= dict.fromkeys(f"{what}_{figure}" for figure in figures)
+                continue
             model.train(what == "train")
             timed = graphed(call, device) if way == "graph" else call
+            if way == "graph" and timed is call:
+                raise RuntimeError("not captured in a graph")
             timed()
             ms = median_ms([timed], device, 3 * options.seconds)
-            peak = peak_in_use(timed, device) / 2**30 if device.type == "cuda" else None
-            found[f"{what}_images_per_s"] = round(1e3 * batch / ms, 1)
-            found[f"{what}_peak_GiB"] = None if peak is None else round(peak, 2)
-            found[f"{what}_host_ms"] = round(1e3 * _host_seconds(timed, device), 2)
+            peak = round(peak_in_use(timed, device) / 2**30, 2) if device.type == "cuda" else None
+            values = round(1e3 * batch / ms, 1), peak, round(1e3 * _host_seconds(timed, device), 2)
+            found |= zip((f"{what}_{figure}" for figure in figures), (*values, launches(timed, device)))
     return found
+
+
+def launches(call: Call, device: torch.device) -> int | None:
+    """How many kernels, copies and fills the device does in one call; None where torch's profiler sees none."""
+    if device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        synchronize(device)
+    return sum(event.device_type == DeviceType.CUDA for event in profile.events()) or None
 
 
 def _host_seconds(call: Call, device: torch.device) -> float:

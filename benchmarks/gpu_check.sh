@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Checks the CUDA kernels on a machine with an NVIDIA GPU, without network, in about ten minutes: sanitizer, GPU tests,
-# parity with float64, timings. The exit code is 0 if all of it passed; the reports are in the folder named first.
+# Checks the CUDA kernels on a machine with an NVIDIA GPU, without network, in at most ten minutes: parity with float64,
+# GPU tests with the golden files, timings, sanitizer. The exit code is 0 if all of it passed; the reports are in the
+# folder named first.
 #
 #     benchmarks/gpu_check.sh [FOLDER [further options of benchmarks.gpu_check]]
 #
@@ -27,16 +28,16 @@ part() {  # part NAME SECONDS COMMAND...
     [ "$code" -eq 0 ] || failed+=("$name ($code)")
 }
 
-part parity 240 "$PYTHON" -m benchmarks.gpu_parity --output "$folder/parity.json"
-part tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu \
-    causal_conv1d/tests/test_conv_cuda.py mamba-1p1p1/tests/test_scan_cuda.py
-part timings 300 "$PYTHON" -m benchmarks.gpu_check --output "$folder/timings.json" "$@"
+part parity 150 "$PYTHON" -m benchmarks.gpu_parity --output "$folder/parity.json"
+part tests 80 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu causal_conv1d/tests mamba-1p1p1/tests \
+    tests/test_golden_models.py tests/test_host_reads.py tests/test_cuda_graph.py
+part timings 200 "$PYTHON" -m benchmarks.gpu_check --budget 150 --output "$folder/timings.json" "$@"
 sanitizer=${SANITIZER:-$(command -v compute-sanitizer || true)}
 if [ -n "$sanitizer" ]; then
     for tool in memcheck racecheck synccheck initcheck; do
         # torch's allocator hands out parts of one piece, in which nothing is out of bounds
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "sanitizer $tool" 90 "$sanitizer" --tool "$tool" --error-exitcode 9 \
-            --kernel-name regex:"conv_|scan_|norm_|reduce|probe" \
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "sanitizer $tool" 40 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+            --kernel-name regex:"conv|scan_|norm_|pooled_|match|merge|reduce|probe" \
             "$PYTHON" -m benchmarks.gpu_parity --tiny --parts operators --dtypes float32
     done
 else

@@ -5,8 +5,8 @@
 
 *operators*: scan, convolution, norm and a mixer's inside, in value and gradient, by dtype, layout, states, length.
 *models*: every family, forward and backward. *ways*: other streams, threads and processes, a cold and a read-only
-cache, CUDA graphs, repetition, DDP and FSDP2. Errors are the largest difference relative to the largest value, of
-gradients of a model the norm of the difference relative to the norm.
+cache, CUDA graphs, training from one, repetition, DDP and FSDP2. Errors are the largest difference relative to the
+largest value, of gradients of a model the norm of the difference relative to the norm.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from benchmarks.cases import build, own_size
 from benchmarks.command import command, device_name, parser, write_json
 from models_mae import MaskedAutoencoder
-from utils import UsageError
+from utils import UsageError, graphs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.device is None and not torch.cuda.is_available():
         raise UsageError("No CUDA device is at hand; wanted one, or --device cpu.")
     device = torch.device(options.device or "cuda")
+    torch.backends.cudnn.allow_tf32 = False  # patches would be embedded with ten bits
     figures = []
     for part in options.parts:
         for figure in PARTS[part](device, options):
@@ -355,6 +356,33 @@ def _cuda_ways(step: Callable[[], list[Tensor]], same: Callable[[str, Sequence[T
     finally:
         torch.cuda.set_sync_debug_mode(mode)
     yield same("without waiting for the device", got)
+    yield Figure("ways", "training from a CUDA graph", replayed_error(torch.device("cuda")), 1e-5)
+
+
+def replayed_error(device: torch.device) -> float:
+    """How far weights lie apart after six steps of the program's own replay and after six that are called."""
+    trained = []
+    for is_replayed in (False, True):
+        torch.manual_seed(0)
+        model = build("vim_nano_patch4_32", None, depth=2, num_classes=10).to(device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+        def step(images: Tensor, targets: Tensor, model: nn.Module = model) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = torch.nn.functional.cross_entropy(model(images), targets)
+            loss.backward()
+            return loss.detach()
+
+        call = graphs.Replayed(step, graphs.Recorder(device)) if is_replayed else step
+        for number in range(2 * graphs.WARM_UP):
+            optimizer.zero_grad(set_to_none=not is_replayed)
+            generator = torch.Generator().manual_seed(number)
+            call(torch.randn(4, 3, 32, 32, generator=generator).to(device), torch.arange(4, device=device))
+            optimizer.step()
+        if is_replayed and not call.replays:
+            return float("nan")
+        trained.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    return relative_error(trained[1:], trained[:1])
 
 
 _CHILD = """

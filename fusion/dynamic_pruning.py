@@ -94,9 +94,9 @@ def kept_first(policy: Tensor) -> tuple[Tensor, Tensor]:
     return stable_argsort((~kept).long(), dim=1), kept.sum(1)
 
 
-def evenly_spread(count: int, keep: int) -> Tensor:
+def evenly_spread(count: int, keep: int, device: torch.device | None = None) -> Tensor:
     """`keep` of `count` indices, spread evenly from first to last: floor(linspace(0, count - 1, keep)), exactly."""
-    return torch.arange(keep) * (count - 1) // max(keep - 1, 1)
+    return torch.arange(keep, device=device) * (count - 1) // max(keep - 1, 1)
 
 
 def take(state: TokenState, order: Tensor, cls: ClassTokens) -> TokenState:
@@ -383,7 +383,7 @@ class DynamicPruning(SiteMethod):
 
     def _static_tokens(self, stage: int, tokens: Tensor, policy: Tensor) -> Tensor:
         live = self.num_kept(stage - 1) if stage else self.num_patches
-        return kept_first(policy)[0][:, evenly_spread(live, self.num_kept(stage)).to(tokens.device)]
+        return kept_first(policy)[0][:, evenly_spread(live, self.num_kept(stage), tokens.device)]
 
     def _random_tokens(self, stage: int, tokens: Tensor, policy: Tensor) -> Tensor:
         return (torch.rand_like(policy) + policy).topk(self.num_kept(stage)).indices.sort().values
@@ -405,7 +405,7 @@ class DynamicPruning(SiteMethod):
             # the class token's column alone: the layer may do without the other tokens of images that skip it
             column = self.model.layers[number].mixer.in_proj(token)
             gates.append(self.direction_policy(number, column))
-            return gates[-1]
+            return self._static_pattern(number) if self._knows_gates else gates[-1]
 
         return gate
 
@@ -413,12 +413,23 @@ class DynamicPruning(SiteMethod):
         logits = self.model.layers[layer].mixer.block_head(column).float()
         return gumbel_sigmoid(logits, noise=self.gate_noise) if self.model.training else (logits > 0).float()
 
-    def _static_gates(self, layer: int, column: Tensor) -> Tensor:
+    @property
+    def _knows_gates(self) -> bool:
+        """Whether the host knows, in inference, which directions run."""
+        return self.direction_policy == self._static_gates and not self.model.training
+
+    def _static_pattern(self, layer: int) -> tuple[bool, ...]:
+        """Which directions of a layer run by the static policy: all layers' share of them, as `evenly_spread`."""
         directions = len(self.model.layers[layer].mixer.directions)
         total = directions * self.model.depth
-        gates = torch.zeros(total, device=column.device)
-        gates[evenly_spread(total, int(total * self.settings.block_keep_ratio)).to(column.device)] = 1.0
-        return gates[layer * directions : (layer + 1) * directions].expand(len(column), -1)
+        keep = int(total * self.settings.block_keep_ratio)
+        runs = {place * (total - 1) // max(keep - 1, 1) for place in range(keep)}
+        return tuple(layer * directions + number in runs for number in range(directions))
+
+    def _static_gates(self, layer: int, column: Tensor) -> Tensor:
+        # filled where the model is: a copy of the host's would be waited for
+        new = dict(size=(len(column),), dtype=torch.float32, device=column.device)
+        return torch.stack([torch.full(fill_value=float(runs), **new) for runs in self._static_pattern(layer)], 1)
 
     def _random_gates(self, layer: int, column: Tensor) -> Tensor:
         directions = len(self.model.layers[layer].mixer.directions)
@@ -451,6 +462,11 @@ class DynamicPruning(SiteMethod):
             width = mixer.d_inner if self.settings.predictor_input == "delta" else mixer.d_state
             return state.hidden.new_zeros(*state.hidden.shape[:2], width)
         return sum(seen) / len(mixer.directions)
+
+    def varies(self, training: bool) -> str:
+        if training or self.direction_policy in (None, self._static_gates):
+            return ""
+        return "learned pruning leaves out what an image skips, for which the host must know how many do"
 
     # --- training, and what is told of it ---
 
@@ -537,19 +553,22 @@ class DecisionMeter(Meter):
         chosen = state.entry(DynamicPruning.name, Choices())
         sums = [decision.double().mean(1).sum().view(1) for decision in chosen.decisions]
         sums += [gates.double().sum(0) for gates in chosen.gates]
+        self.sums = self.sums.to(state.hidden.device)
         self.sums[0] += len(state.hidden)
-        if sums:  # in one piece, since a training waits for it
-            self.sums[1:] += torch.cat(sums).cpu()
+        if sums:
+            self.sums[1:] += torch.cat(sums)
 
     @property
     def tokens(self) -> Tensor | None:
         """The mean kept share of every stage (S,); None without token pruning."""
-        return self.sums[1 : 1 + self.stages] / self.sums[0] if self.stages else None
+        sums = self.sums.cpu()
+        return sums[1 : 1 + self.stages] / sums[0] if self.stages else None
 
     @property
     def directions(self) -> Tensor | None:
         """The share of images that each scan direction ran on, (depth, directions); None without block pruning."""
-        return self.sums[1 + self.stages :].view(self.shape) / self.sums[0] if self.shape[0] else None
+        sums = self.sums.cpu()
+        return sums[1 + self.stages :].view(self.shape) / sums[0] if self.shape[0] else None
 
     def shares(self) -> dict[str, float]:
         """The kept shares by name, for a log; none before an image was seen."""

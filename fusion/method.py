@@ -7,6 +7,7 @@ program calls its other hooks at their time; nothing else needs to know its name
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,8 @@ def keyword_of(field: dataclasses.Field) -> str:
 class Meter:
     """Sums up what one method decides while it is active: `with meter: model(images)`.
 
-    `sums` (float64) may be added to another meter's of the same method, over processes for instance.
+    `sums` (float64) may be added to another meter's of the same method, over processes for instance. They lie where
+    the model runs once it has run, so that none of its passes waits for them.
     """
 
     def __init__(self, method: SiteMethod, size: int) -> None:
@@ -113,6 +115,12 @@ class Meter:
 
     def __exit__(self, *error: object) -> None:
         self.method.meters = tuple(meter for meter in self.method.meters if meter is not self)
+
+    def with_sums(self, sums: Tensor) -> Meter:
+        """This meter with other sums."""
+        other = copy.copy(self)
+        other.sums = sums
+        return other
 
     def update(self, state: TokenState) -> None:
         """Add what `state`, the sequence behind the last site, says was decided on the way."""
@@ -251,6 +259,11 @@ class SiteMethod:
     def begin_epoch(self, epoch: int, epochs: int, args: argparse.Namespace) -> None:
         """Before `epoch` of `epochs`, counted from 0."""
 
+    def varies(self, training: bool) -> str:
+        """What differs from one pass of the model to the next beside numbers on the device (shapes, what the host draws
+        or reads back), so that a CUDA graph cannot be replayed for another batch; "" if nothing does."""
+        return ""
+
     def meter(self) -> Meter | None:
         """A new meter of what the method decides; None if it decides nothing."""
         return None
@@ -285,3 +298,10 @@ def added_parameters(model: nn.Module) -> set[str]:
         for method in getattr(module, "site_methods", ())
         for name in method.added_parameters()
     }
+
+
+def varies(model: nn.Module, training: bool) -> str:
+    """What `model`, a part of it or one of its methods says that differs from pass to pass (`SiteMethod.varies`; a
+    module may have one too); "" if nothing does."""
+    parts = [*methods_of(model), *(module for module in model.modules() if hasattr(module, "varies"))]
+    return next((reason for part in parts if (reason := part.varies(training))), "")

@@ -44,9 +44,8 @@ def ratio_terms(
     `decisions`, (B, M) a stage; `block_ratio`, (mean gate - target)^2. What is not pruned has no term."""
     terms = {}
     if decisions:
-        shares = torch.stack([decision.mean(1) for decision in decisions])
-        wanted = torch.tensor(settings.token_ratio, device=shares.device)
-        terms["token_ratio"] = token_weight * (shares - wanted[:, None]).square().mean()
+        missed = torch.stack([decision.mean(1) - ratio for decision, ratio in zip(decisions, settings.token_ratio)])
+        terms["token_ratio"] = token_weight * missed.square().mean()
     if block_policy is not None:
         terms["block_ratio"] = block_weight * (block_policy.mean() - settings.block_keep_ratio).square()
     return terms

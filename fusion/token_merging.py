@@ -509,6 +509,9 @@ class TokenMerging(SiteMethod):
             return random_sources(len(state.hidden), state.num_patches, fused)
         return random_sources(1, state.num_patches, fused, torch.Generator().manual_seed(index))
 
+    def varies(self, training: bool) -> str:
+        return "" if self.settings.matching == "similar" else "the host chooses which tokens are fused"
+
     def describe(self) -> None:
         """Log the number of tokens after each site, and warn if there are sites that cannot merge what is asked of
         them."""

@@ -192,7 +192,7 @@ def reorder(state: TokenState, order: Tensor) -> TokenState:
     cls = state.cls.moved(tuple(int(index) for index in torch.isin(order, old_cls).nonzero()))
     if cls.readout == "concat":
         order = order.index_put((torch.tensor(cls.index, dtype=torch.long),), old_cls)
-    order = order.to(state.hidden.device)
+    order = order.to(state.hidden.device, non_blocking=True)
     batch = state.hidden.shape[0]
     positions = state.positions
     if positions is None:

@@ -113,6 +113,12 @@ class Task(TrainingTask):
             raise UsageError(f"--fsdp divides classifiers among processes; wanted --task {cls.name} without it.")
 
     @classmethod
+    def varies(cls, model: nn.Module, args: argparse.Namespace, training: bool) -> str:
+        """What differs from batch to batch beside numbers on the device (shapes, what the host draws), in `training` or
+        in evaluation, so that a CUDA graph cannot be replayed for the next; "" if nothing does."""
+        return fusion.varies(model, training)
+
+    @classmethod
     def train_batches(cls, data: Data, args: argparse.Namespace) -> TrainBatches:
         """The training set in batches."""
         return TrainBatches(data.train, args, steps=args.steps_per_epoch, collate=cls.collate)

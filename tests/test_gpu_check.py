@@ -1,10 +1,11 @@
 """The GPU check's own code, run on the CPU kernels; what it finds on a GPU is for a machine with one."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from causal_conv1d import _nvrtc
+from causal_conv1d import _nvrtc, backend
 from causal_conv1d.kernels import cuda as conv_cuda
 from causal_conv1d.kernels.registry import backends as conv_backends
 from mamba_ssm.kernels import cuda as mamba_cuda
@@ -12,6 +13,8 @@ from mamba_ssm.kernels.registry import backends as mamba_backends
 
 from benchmarks import cuda_kernels, gpu_check, gpu_parity
 from tests import cuda_emulation
+from tests.device_standins import Recorder
+from utils import graphs
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
@@ -32,6 +35,45 @@ def test_table_and_report(tmp_path, capsys):
         assert row["torch_ms"] > 0
         assert row["error"] <= (2e-2 if row["dtype"] == "bfloat16" else 1e-5)
     assert "scan backward" in capsys.readouterr().out
+
+
+def test_models_are_stepped_and_what_is_left_is_named(monkeypatch):
+    """A model that gives logits, one that gives its loss, one that gives its decisions; then there is no more time."""
+    pruned = "dyvm_nano_patch4_32:depth=2,pruning_loc=(1,),token_ratio=(0.7,)"
+    models = ("vim_nano_patch4_32:depth=1", "mae_vim_nano_patch4_32:depth=1,img_size=16", pruned)
+    options = gpu_check._parser().parse_args(["--models", *models, "--batch", "2", "--seconds", "0", "--device", "cpu"])
+    device, clock = torch.device("cpu"), iter((*range(3), *range(90, 200)))
+    monkeypatch.setattr(gpu_check, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(gpu_check, "_host_seconds", lambda call, device: call() or 0.5)
+    monkeypatch.setattr(gpu_check, "median_ms", lambda calls, device, seconds: 4.0)
+    rows = gpu_check.model_steps(options, device, 50)
+    assert [row["model"] for row in rows[:3]] == list(models)
+    for row in rows[:3]:
+        assert (row["way"], row["train_images_per_s"], row["eval_host_ms"]) == ("eager", 500.0, 500.0), row
+        assert row["train_launches"] is None
+    assert {row["failed"] for row in rows[3:]} == {"NOT MEASURED: no time was left"}
+    assert {row["dtype"] for row in rows} == set(gpu_check.DTYPES)
+    assert [row["model"] for row in rows if row["way"] == "torch"] == list(models)
+
+
+def test_what_is_timed_on_a_gpu_first():
+    options = gpu_check._parser().parse_args([])
+    settings = gpu_check.settings_of(options, torch.device("cuda"))
+    assert len(settings) == len(set(settings))
+    assert settings[:2] == [("vim_tiny_patch16_224", 128, way, "bfloat16") for way in ("eager", "graph")]
+    assert settings[2][0] == "deit_tiny_patch16_224"
+    assert {each[1] for each in settings} == {1, 32, 128}
+    assert {each[2] for each in settings} == {"eager", "graph", "compiled", "torch"}
+    assert {each[3] for each in settings} == set(gpu_check.DTYPES)
+
+
+def test_training_from_a_graph_is_checked(monkeypatch):
+    monkeypatch.setattr(graphs, "Recorder", Recorder)
+    with backend.use("torch"):
+        assert gpu_parity.replayed_error(torch.device("cpu")) == 0
+        monkeypatch.setattr(graphs, "WARM_UP", 1)
+        monkeypatch.setattr(graphs.Replayed, "__call__", lambda self, *given: self.call(*given))
+        assert gpu_parity.replayed_error(torch.device("cpu")) != 0  # nothing was replayed
 
 
 def test_every_listed_kernel_is_there(monkeypatch):

@@ -73,15 +73,20 @@ class Progress:
 
             self._bar = tqdm(total=total, initial=start, desc=title, leave=False, dynamic_ncols=True)
 
-    def step(self, done: int, images: int, text: str) -> None:
-        """Tell that `done` steps are through, the last one with `images` images over all processes."""
+    def step(self, done: int, images: int, text: str | Callable[[], str]) -> None:
+        """Tell that `done` steps are through, the last one with `images` images over all processes; a `text` that has
+        to be asked for is, every so many steps."""
         self.images += images
         if self._quiet:
             return
+        is_told = (done - 1) % self.every == 0 or done == self.total
+        if is_told and not isinstance(text, str):
+            text = text()
         if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
+            if isinstance(text, str):
+                self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done - self._bar.n)
-        elif (done - 1) % self.every == 0 or done == self.total:
+        elif is_told:
             seconds = self.elapsed()
             each = seconds / max(done - self.start, 1)
             left = "?" if self.total is None else _clock(each * (self.total - done))

@@ -154,6 +154,10 @@ class ClassifyCells(Task):
             raise UsageError(f"--input-size {args.input_size} does not fit {args.model}: {error}") from error
 
     @classmethod
+    def varies(cls, model: nn.Module, args: argparse.Namespace, training: bool) -> str:
+        return "every batch of cells has the channels that its images have, or that the host draws"
+
+    @classmethod
     def train_batches(cls, data: Data, args: argparse.Namespace) -> TrainBatches:
         sampler = None
         if len(set(data.train.channel_sets)) > 1:

@@ -139,6 +139,12 @@ class Classify(Task):
                 raise UsageError(f"--{name} wants a Vision Mamba; {args.model} does not know it.")
 
     @classmethod
+    def varies(cls, model: nn.Module, args: argparse.Namespace, training: bool) -> str:
+        if training and (args.if_random_cls_token_position or args.if_random_token_rank):
+            return "the host draws where tokens stand"
+        return super().varies(model, args, training)
+
+    @classmethod
     def train_batches(cls, data: Data, args: argparse.Namespace) -> TrainBatches:
         return augmentation.train_batches(data.train, args)
 

@@ -188,6 +188,10 @@ class Detect(Task):
             )
 
     @classmethod
+    def varies(cls, model: nn.Module, args: argparse.Namespace, training: bool) -> str:
+        return "images have sizes of their own and any number of objects"
+
+    @classmethod
     def eval_batches(cls, data: Data, args: argparse.Namespace) -> EvalBatches:
         return EvalBatches(data.test, args, batch_size=args.batch_size, collate=cls.collate)
 

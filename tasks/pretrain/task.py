@@ -41,7 +41,8 @@ class _Evaluator:
 
     def update(self, output: Tensor, target: Any) -> None:
         """Take in losses (B, 2)."""
-        self.sums[:2] += output.double().sum(0).cpu()
+        self.sums = self.sums.to(output.device)
+        self.sums[:2] += output.double().sum(0)
         self.sums[2] += len(output)
 
     def _means(self, sums: list[float]) -> dict[str, float]:

@@ -213,6 +213,10 @@ class Segment(Task):
         except (ValueError, TypeError, AssertionError) as error:
             raise UsageError(f"--model {args.model}: {error}") from error
 
+    @classmethod
+    def varies(cls, model: nn.Module, args: argparse.Namespace, training: bool) -> str:
+        return super().varies(model, args, training) if training else "images are segmented at sizes of their own"
+
     # --- a run ---
 
     def set_up(self) -> None:

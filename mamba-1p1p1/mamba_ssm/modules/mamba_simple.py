@@ -26,7 +26,7 @@ from mamba_ssm.ops.pooled import Projections, Taps
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor, nn
 
-DirectionGate = Callable[[Tensor], Tensor]
+DirectionGate = Callable[[Tensor], Tensor | tuple[bool, ...]]
 
 
 def _wide(parameter: Tensor) -> Tensor:
@@ -95,7 +95,9 @@ def _by_directions(gates: Tensor) -> tuple[Tensor, list[int]]:
     alone, with both, with the second alone, with none; and how many each are. A single direction counts as both."""
     first, second = gates[:, 0].bool(), gates[:, -1].bool()
     kind = torch.where(first, second.long(), 3 - second.long())
-    return kind.argsort(stable=True), kind.bincount(minlength=4).tolist()
+    kinds = torch.arange(4, device=kind.device)
+    # bincount reads how many kinds there are, too
+    return kind.argsort(stable=True), (kind.unsqueeze(1) == kinds).sum(0).tolist()
 
 
 class Mamba(nn.Module):
@@ -241,8 +243,10 @@ class Mamba(nn.Module):
         `pooling` lets the scan run over groups of tokens (Kapse et al. 2025, FastVim). `token_mask` (B, L), 1 or 0,
         zeroes tokens before and after the convolution, so that they feed nothing into the state of others;
         `direction_gate` maps hidden_states to one factor per image and direction (B, directions) (Wu et al. 2025,
-        DyVM), which outside training must be 0 or 1; `observe` is shown the step sizes and B that each direction's scan
-        runs with, in turn. With `inference_params` (one-directional mixers only) the states for `step` are kept.
+        DyVM), which outside training must be 0 or 1; or there to whether each direction runs, for all images, as a
+        tuple, which is known without waiting for the device. `observe` is shown the step sizes and B that each
+        direction's scan runs with, in turn. With `inference_params` (one-directional mixers only) the states for `step`
+        are kept.
         """
         if hidden_states.dim() != 3:
             raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}, wanted (batch, length, d_model)")
@@ -256,6 +260,11 @@ class Mamba(nn.Module):
                 hidden_states, self.directions, pooling, self.in_proj, self._project, self._share, **options
             )
         gates = None if direction_gate is None else direction_gate(hidden_states)
+        if isinstance(gates, tuple):
+            branches = [branch for branch, runs in zip(self.directions, gates) if runs]
+            if not branches:
+                return torch.zeros_like(hidden_states)
+            return self._mixed(self.in_proj(hidden_states), branches, token_mask, None, observe)
         if gates is not None and not self.training:
             order, counts = _by_directions(gates)
             if counts[1] < len(order):
