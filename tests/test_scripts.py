@@ -42,7 +42,7 @@ SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts"
 # not experiments: what each is, and which test runs it
 SOURCED = {"scripts/launch.sh", "scripts/fambav/experiment.sh"}
 # the suite runs inside the first two; the others make an environment, or a build, of their own for a part of it
-INSTALLS = {f"scripts/{name}.sh" for name in ("setup", "test", "test_transformers", "test_matrix", "asan")}
+INSTALLS = {f"scripts/{name}.sh" for name in ("setup", "test", "test_transformers", "test_matrix", "asan", "asan_cuda")}
 WHOLE = {
     "scripts/quickstart.sh",
     "scripts/compare.sh",
