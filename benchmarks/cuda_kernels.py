@@ -75,7 +75,7 @@ def kernel_list(dtypes: Sequence[str] = tuple(DTYPES)) -> list[Job]:
                 for size in (192, 768, 1280)
             ]
         for source in (convolution.FORWARD_SOURCE, convolution.BACKWARD_SOURCE):
-            jobs.append(Job(source, f"{name},float,4,4", convolution.THREADS))
+            jobs += [Job(source, f"{name},float,4,4{masked}", convolution.THREADS) for masked in ("", ",true")]
         jobs.append(Job(pooled.CONV_SOURCE, f"{name},float,4,4", pooled.THREADS))
         jobs += [
             Job(pooled.GATE_SOURCE, f"{name},float,{norm.layout_arguments(size, 4)}", pooled.THREADS)

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_parity                       # exit code 1 if a figure is past its limit
     python -m benchmarks.gpu_parity --tiny --parts operators   # small enough for compute-sanitizer
 
-*operators*: scan, convolution, norm and a mixer's inside, in value and gradient, by dtype, layout, states, length.
+*operators*: scan, convolution, norm, merging, a mixer's inside: value and gradient, by dtype, layout, states, length.
 *models*: every family, forward and backward. *ways*: other streams, threads and processes, a cold and a read-only
 cache, CUDA graphs, training from one, repetition, DDP and FSDP2. Errors are the largest difference relative to the
 largest value, of gradients of a model the norm of the difference relative to the norm.
@@ -29,6 +29,7 @@ from mamba_ssm.kernels import torch as torch_kernels
 from mamba_ssm.kernels.arguments import DIRECTION_TENSORS, Direction
 from mamba_ssm.kernels.cuda.scan import MAX_DSTATE
 from mamba_ssm.ops.directions import directions_fn, directions_ref
+from mamba_ssm.ops.merging import match_tokens_fn, match_tokens_ref, merge_tokens_fn, merge_tokens_ref
 from mamba_ssm.ops.triton.layernorm import layer_norm_fn
 from torch import Tensor, nn
 
@@ -234,6 +235,16 @@ def _small_operators(name: str, device: torch.device, options: argparse.Namespac
             device,
         )
         yield Figure("operators", f"convolution {dim} width {width} {name}", error, LIMITS[dtype] * 2)
+        error = _against_float64(
+            lambda x, mask, *rest: [causal_conv1d_fn(x, *rest, activation="silu", reverse=True, mask=mask)],
+            lambda x, mask, *rest: [
+                causal_conv1d_ref(x * mask[:, None], *rest, activation="silu", reverse=True) * mask[:, None]
+            ],
+            [x, (torch.rand(3, 45) < 0.6).float(), torch.randn(dim, width), torch.randn(dim)],
+            device,
+        )
+        yield Figure("operators", f"masked convolution {dim} width {width} {name}", error, LIMITS[dtype] * 2)
+    yield from _merging(name, device, options)
     for size, rms in ((48, True),) if options.tiny else ((192, True), (77, False), (1280, False)):
 
         def norm(x, residual, weight, bias, rms=rms):
@@ -248,6 +259,25 @@ def _small_operators(name: str, device: torch.device, options: argparse.Namespac
         inputs = [torch.randn(9, size).to(dtype), torch.randn(9, size), torch.randn(size), torch.randn(size)]
         error = _against_float64(norm, reference, inputs, device)
         yield Figure("operators", f"norm {size} {'rms' if rms else 'layer'} {name}", error, LIMITS[dtype] * 2)
+
+
+def _merging(name: str, device: torch.device, options: argparse.Namespace) -> Iterator[Figure]:
+    """Matchings, which are to be the definition's, and the means of their groups."""
+    dtype = DTYPES[name]
+    for tokens, channels in ((17, 24),) if options.tiny else ((197, 192), (197, 77), (1025, 384)):
+        x, cls, fused = torch.randn(3, tokens, channels).to(dtype), torch.tensor([[tokens // 2]]), tokens // 5
+        matching = match_tokens_fn(x.to(device), fused, cls.to(device), [-1], raster=True)
+        wanted = match_tokens_ref(x.double(), fused, cls, [-1], False, True, True)
+        differs = sum(int((one.cpu() != other).sum()) for one, other in zip(matching, wanted))
+        yield Figure("operators", f"matching {tokens},{channels} {name}", float(differs), 0.0)
+        slot, _, count, _ = matching
+        error = _against_float64(
+            lambda x, slot=slot, count=count: [merge_tokens_fn(x, slot, count)],
+            lambda x, slot=wanted[0], count=wanted[2]: [merge_tokens_ref(x, slot, count)],
+            [x],
+            device,
+        )
+        yield Figure("operators", f"merging {tokens},{channels} {name}", error, LIMITS[dtype])
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

@@ -154,3 +154,25 @@ def test_operators_meet_torch_library(device):
     torch.library.opcheck(torch.ops.mamba_ssm.merge_tokens.default, (x, slot, count))
     dout = torch.randn(2, 8, 8)
     torch.library.opcheck(torch.ops.mamba_ssm.merge_tokens_backward.default, (dout, slot, count))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype):
+    torch.manual_seed(0)
+    x, cls = torch.randn(4, 197, 192).to(dtype), torch.tensor([[98]])
+    got = match_tokens_fn(x.cuda(), 40, cls.cuda(), [-1], raster=True)
+    for one, other in zip(got, match_tokens_ref(x.double(), 40, cls, [-1], False, True, True)):
+        assert torch.equal(one.cpu(), other)
+    leaf, slot, count = x.cuda().requires_grad_(), got[0], got[2]
+    out, wide = merge_tokens_fn(leaf, slot, count), x.double().requires_grad_()
+    wanted = merge_tokens_ref(wide, slot.cpu(), count.cpu())
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(out.cpu().double(), wanted, rtol=tolerance, atol=tolerance)
+    dout = torch.randn_like(out)
+    (grad,), (wanted_grad,) = (
+        torch.autograd.grad(one, to, given)
+        for one, to, given in ((out, leaf, dout), (wanted, wide, dout.cpu().double()))
+    )
+    torch.testing.assert_close(grad.cpu().double(), wanted_grad, rtol=tolerance, atol=tolerance)

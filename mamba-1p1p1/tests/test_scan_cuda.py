@@ -1,9 +1,10 @@
 """CUDA scan and norm: compiled for every architecture, emulated on the CPU, and run where a GPU is (`-m gpu`).
 
-Emulation checks indexing, strides, barriers, reductions and tails against the torch kernel set, in value and gradient.
-It is CPU arithmetic: that the hardware computes the same is what the `gpu` tests are for.
+Emulation checks indexing, strides, barriers, reductions and tails against float64, in value and gradient. It is CPU
+arithmetic: that the hardware computes the same is what the `gpu` tests are for.
 """
 
+import copy
 import importlib.util
 import json
 import sys
@@ -78,6 +79,7 @@ KERNELS = [
     *[("scan_carry", back) for back in ("false", "true")],
     *[(f"norm_{way}", f"{t},{F},{F},{F},4,2,32") for way in ("forward", "backward") for t in (F, BF)],
     *[("norm_backward", f"{F},{F},{F},{F},{more}") for more in ("4,8,32", "4,3,128", "4,8,128")],
+    *[("match_pairs", BF), ("match_arrange", ""), ("merge_forward", f"{BF},4"), ("merge_backward", f"{BF},4")],
     *[("pooled_gate", f"{BF},{F},{more}") for more in ("4,8,32", "4,5,128")],
 ]
 
@@ -99,9 +101,7 @@ def test_compiles_without_spills(name, arguments, target, record_property):
     record_property("usage", usage._asdict())
     assert 0 < usage.registers <= 255
     assert usage.shared <= 48 << 10
-    # three blocks of a backward scan on a multiprocessor are worth a few bytes, as are the registers of a wide norm
-    few = {"scan_backward": 24, "norm_backward": 16}.get(name, 0)
-    assert max(usage.stack, usage.spill_stores, usage.spill_loads) <= few
+    assert usage.stack == usage.spill_stores == usage.spill_loads == 0
 
 
 # --- emulation -------------------------------------------------------------------------------------------------------
@@ -253,15 +253,13 @@ def as_arguments(tensors):
 
 @emulated
 def test_emulated_bidirectional_scan(device, monkeypatch):
-    """Through the operator and autograd, against two scans on the torch kernel set."""
+    """Through the operator and autograd, against two references in float64."""
     used = device(1)
     first, second = (as_arguments(arguments(2, 40, 37, 16)) for _ in range(2))
-    with backend.use("torch"):
-        wanted = bidirectional_scan_fn(first, second, True)
-        one = selective_scan_fn(*second, delta_softplus=True, reverse=True)
-        torch.testing.assert_close(wanted[1], one)
-        douts = [torch.randn_like(out) for out in wanted]
-        wanted_grads = torch.autograd.grad(wanted, [*first, *second], douts)
+    wide = [tensor.requires_grad_() for tensor in widened([*first, *second])]
+    wanted = [selective_scan_ref(*wide[:8], True), selective_scan_ref(*wide[8:], True, reverse=True)]
+    douts = [torch.randn_like(out) for out in (first[0], second[0])]
+    wanted_grads = torch.autograd.grad(wanted, wide, widened(douts))
     monkeypatch.setattr(registry.backends, "pick", lambda tensor: cuda_kernels)
     got = bidirectional_scan_fn(first, second, True)
     grads = torch.autograd.grad(got, [*first, *second], douts)
@@ -275,14 +273,15 @@ def test_emulated_bidirectional_scan(device, monkeypatch):
 @emulated
 @pytest.mark.parametrize("kind", ["none", "v1", "v2"])
 def test_emulated_mixer(kind, device, monkeypatch):
-    """A whole mixer on the CUDA kernel sets, against the torch ones."""
+    """A whole mixer on the CUDA kernel sets, against one in float64 on the torch ones."""
     used = device(1)
     mixer = Mamba(16, bimamba_type=kind, if_divide_out=True)
     x = torch.randn(2, 21, 16, requires_grad=True)
     with backend.use("torch"):
-        wanted = mixer(x)
-        dout = torch.randn_like(wanted)
-        wanted_grads = torch.autograd.grad(wanted, [x, *mixer.parameters()], dout)
+        wide, wide_x = copy.deepcopy(mixer).double(), x.detach().double().requires_grad_()
+        wanted = wide(wide_x)
+        dout = torch.randn_like(x)
+        wanted_grads = torch.autograd.grad(wanted, [wide_x, *wide.parameters()], dout.double())
     monkeypatch.setattr(registry.backends, "pick", lambda tensor: cuda_kernels)
     monkeypatch.setattr(conv_registry.backends, "pick", lambda tensor: conv_cuda)
     got = mixer(x)
@@ -297,9 +296,8 @@ def test_emulated_mixer(kind, device, monkeypatch):
 @pytest.mark.parametrize("ways", [("torch", "cuda"), ("cuda", "torch")])
 def test_backward_on_another_kernel_set_than_forward(ways, device, monkeypatch):
     kernels, tensors = {"torch": torch_kernels, "cuda": cuda_kernels}, as_arguments(arguments(1, 8, 100, 16))
-    with backend.use("torch"):
-        out = selective_scan_fn(*tensors, delta_softplus=True)
-        wanted = torch.autograd.grad(out.square().sum(), tensors)
+    wide = [tensor.requires_grad_() for tensor in widened(tensors)]
+    wanted = torch.autograd.grad(selective_scan_ref(*wide, True).square().sum(), wide)
     monkeypatch.setattr(registry.backends, "pick", lambda tensor: kernels[ways[0]])
     out = selective_scan_fn(*tensors, delta_softplus=True)
     monkeypatch.setattr(registry.backends, "pick", lambda tensor: kernels[ways[1]])
@@ -366,13 +364,14 @@ def test_emulated_scan_extreme_inputs(softplus, multiprocessors, device):
     tensors[2] = -(10.0 ** torch.randint(-4, 5, tensors[2].shape).float())
     tensors[6] = tensors[6] * 1e4
     out, last_state, states = cuda.scan_forward(*tensors, softplus, False, True)
-    wanted, wanted_state = selective_scan_ref(*tensors, softplus, True)
+    wanted, wanted_state = selective_scan_ref(*widened(tensors), softplus, True)
     assert wanted.isfinite().all()
     assert_near(out, wanted, 1e-4, "out")
     assert_near(last_state, wanted_state, 1e-4, "last_state")
     dout = torch.randn_like(out)
     grads = cuda.scan_backward(dout, *tensors, states, softplus, False)
-    for name, grad, want in zip(NAMES, grads, torch_kernels.scan_backward(dout, *tensors, states, softplus, False)):
+    wanted_grads = torch_kernels.scan_backward(*widened([dout, *tensors, states]), softplus, False)
+    for name, grad, want in zip(NAMES, grads, wanted_grads):
         assert want.isfinite().all()
         assert_near(grad, want, 1e-4, f"d{name}")
 
