@@ -19,6 +19,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ from mamba_ssm.kernels import torch as torch_kernels
 from mamba_ssm.kernels.arguments import DIRECTION_TENSORS, Direction
 from mamba_ssm.kernels.cuda.scan import MAX_DSTATE
 from mamba_ssm.ops.directions import directions_fn, directions_ref
+from mamba_ssm.ops.merging import match_tokens_fn, match_tokens_ref, merge_tokens_fn, merge_tokens_ref
+from mamba_ssm.ops.pooled import Lines, Taps, pooled_conv_fn, pooled_conv_ref, pooled_gate_fn, pooled_gate_ref
 from mamba_ssm.ops.triton.layernorm import layer_norm_fn
 from torch import Tensor, nn
 
@@ -234,6 +237,8 @@ def _small_operators(name: str, device: torch.device, options: argparse.Namespac
             device,
         )
         yield Figure("operators", f"convolution {dim} width {width} {name}", error, LIMITS[dtype] * 2)
+    yield from _pooled_operators(name, device, options)
+    yield from _merging_operators(name, device, options)
     for size, rms in ((48, True),) if options.tiny else ((192, True), (77, False), (1280, False)):
 
         def norm(x, residual, weight, bias, rms=rms):
@@ -248,6 +253,46 @@ def _small_operators(name: str, device: torch.device, options: argparse.Namespac
         inputs = [torch.randn(9, size).to(dtype), torch.randn(9, size), torch.randn(size), torch.randn(size)]
         error = _against_float64(norm, reference, inputs, device)
         yield Figure("operators", f"norm {size} {'rms' if rms else 'layer'} {name}", error, LIMITS[dtype] * 2)
+
+
+def _pooled_operators(name: str, device: torch.device, options: argparse.Namespace) -> Iterator[Figure]:
+    """The two passes over the tokens of FastVim's mixer, by the axis that is pooled."""
+    dtype, tiny = DTYPES[name], [(24, Lines.of_grid((5, 6)))]
+    for dim, lines in tiny if options.tiny else [(384, Lines.of_grid((14, 14))), (37, Lines.of_grid((5, 6), (1, 0)))]:
+        tokens = lines.count * lines.length
+        x, skip, z = (torch.randn(2, tokens, 2 * dim).to(dtype)[..., :dim] for _ in range(3))
+        taps = [torch.randn(size) for _ in range(2) for size in ((dim, 4), (dim,), (dim,))]
+
+        def conv(operator, x, *taps, lines=lines):
+            return operator(x, Taps(*taps[:3]), Taps(*taps[3:]), lines)
+
+        error = _against_float64(partial(conv, pooled_conv_fn), partial(conv, pooled_conv_ref), [x, *taps], device)
+        yield Figure("operators", f"pooled convolution {dim} of {tokens} {name}", error, LIMITS[dtype] * 2)
+
+        def gate(operator, *tensors, lines=lines):
+            return [operator(*tensors, 1e-5, lines, 0.5)]
+
+        groups = torch.randn(2, lines.count, dim).to(dtype)
+        inputs = [skip, groups, z, torch.randn(dim), torch.randn(dim)]
+        error = _against_float64(partial(gate, pooled_gate_fn), partial(gate, pooled_gate_ref), inputs, device)
+        yield Figure("operators", f"pooled gate {dim} of {tokens} {name}", error, LIMITS[dtype] * 2)
+
+
+def _merging_operators(name: str, device: torch.device, options: argparse.Namespace) -> Iterator[Figure]:
+    """Famba-V's matching, to the token, and the means of what it fuses."""
+    dtype, (tokens, channels, fused) = DTYPES[name], (21, 24, 5) if options.tiny else (197, 192, 14)
+    metric, cls = torch.randn(2, tokens, channels), torch.tensor([[tokens // 2]])
+    wanted = match_tokens_ref(metric.double(), fused, cls, [-1], False, False, True)
+    if dtype is torch.float32:  # two that are nearly alike may be told apart otherwise in half numbers
+        got = match_tokens_fn(metric.to(device), fused, cls.to(device), [-1])
+        yield Figure("operators", f"matching {tokens} {name}", relative_error(got, wanted), 0.0)
+    slot, _, count, _ = wanted
+
+    def merge(x):
+        return [merge_tokens_fn(x, slot.to(device), count.to(device))]
+
+    error = _against_float64(merge, lambda x: [merge_tokens_ref(x, slot, count)], [metric.to(dtype)], device)
+    yield Figure("operators", f"merging {tokens} {name}", error, LIMITS[dtype] * 2)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
