@@ -406,26 +406,16 @@ class _Passes:
 
     def __init__(self, run: Run, args: argparse.Namespace) -> None:
         self.run, self.args, self.skipped, self.meters = run, args, 0, run.task.meters()
-        self.names: list[str] = []  # of what a pass returns, the same every time
-        self._pass = graphs.Replayed(self._plainly, graphs.Recorder(run.device)) if args.cuda_graph else self._plainly
+        self.names: list[str] = []
+        # which does not know of this object: a graph's memory is wanted back as soon as its epoch is over
+        plain = partial(_forward_backward, run, self.meters, self.names)
+        self._pass = graphs.Replayed(plain, graphs.Recorder(run.device)) if args.cuda_graph else plain
 
     def __call__(self, inputs: Any, targets: Any, group: int) -> graphs.Reading:
         """Add the gradients of a batch, of `group` that make one step, to the others'."""
         for meter in self.meters:  # a batch's own shares join the epoch's figures, which outlive an interruption
             meter.sums.zero_()
         return graphs.Reading([*self._pass(inputs, targets, group), *(meter.sums for meter in self.meters)])
-
-    def _plainly(self, inputs: Any, targets: Any, group: int) -> list[Tensor]:
-        with self.run.autocast(), _active(self.meters):
-            result = self.run.task(inputs, targets)
-        loss = result["loss"]
-        self.run.scaler.scale(loss / group if group > 1 else loss).backward()
-        parts = {name: part for name, part in result.items() if name != "output"}
-        self.names = list(parts)
-        return [
-            part.detach() if isinstance(part, Tensor) else torch.full((), part, device=loss.device, dtype=torch.double)
-            for part in parts.values()
-        ]
 
     def look_at(self, late: _Late, board: Board) -> bool:
         """Add the numbers of a step to the run's; whether its loss is finite, on all processes, or else as
@@ -445,6 +435,22 @@ class _Passes:
         run.meters.update(late.count, loss=value, **values)
         run.meters.update(lr=late.rate)
         return True
+
+
+def _forward_backward(
+    run: Run, meters: Sequence[Meter], names: list[str], inputs: Any, targets: Any, group: int
+) -> list[Tensor]:
+    """The loss of a batch and its parts, whose `names`, the same every time, are put into that list."""
+    with run.autocast(), _active(meters):
+        result = run.task(inputs, targets)
+    loss = result["loss"]
+    run.scaler.scale(loss / group if group > 1 else loss).backward()
+    parts = {name: part for name, part in result.items() if name != "output"}
+    names[:] = parts
+    return [
+        part.detach() if isinstance(part, Tensor) else torch.full((), part, device=loss.device, dtype=torch.double)
+        for part in parts.values()
+    ]
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -83,6 +85,21 @@ def test_numbers_arrive() -> None:
     arrived = graphs.Reading(tensors).arrived()
     assert [part.tolist() for part in arrived] == [1.5, [[2.0, 3.0]], [0.25]]
     assert {part.dtype for part in arrived} == {torch.float64}
+
+
+def test_a_graph_goes_with_its_epoch(recorders: list[graphs.Replayed]) -> None:
+    """At once, not when Python next looks for circles: the next one wants the memory."""
+    task = argparse.Namespace(meters=list)
+    passes = engine._Passes(argparse.Namespace(task=task, device=CPU), argparse.Namespace(cuda_graph=True))
+    recorders.clear()
+    left = weakref.ref(passes._pass)
+    assert left() is not None
+    gc.disable()
+    try:
+        del passes
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 FLAGS = (*QUICK, "--epochs", 2, "--drop-path", 0.2, "--sched-on-updates")

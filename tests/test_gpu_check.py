@@ -1,6 +1,10 @@
 """The GPU check's own code, run on the CPU kernels; what it finds on a GPU is for a machine with one."""
 
 import json
+import os
+import re
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -110,7 +114,7 @@ def test_parity_on_the_emulator(monkeypatch, tmp_path, capsys):
     assert all(figure["is_good"] for figure in json.loads(path.read_text()))
     names = {name for name, _ in device.launched}
     scans, rest = {"scan_forward", "scan_backward"}, {"norm_forward", "norm_backward", "reduce"}
-    assert names == scans | rest | {"conv_forward", "conv_backward"}
+    assert names >= scans | rest | {"conv_forward", "conv_backward", "pooled_conv", "pooled_gate"}
     monkeypatch.setitem(gpu_parity.LIMITS, torch.float32, 0.0)
     assert gpu_parity.main(options) == 1
     assert "WRONG" in capsys.readouterr().out
@@ -129,3 +133,24 @@ def test_an_error_shows(wrong):
     assert gpu_check.relative_error([good], [good]) == 0
     error = gpu_check.relative_error([torch.tensor([1.0, wrong, 1.0])], [good])
     assert error != error if wrong != wrong else error == pytest.approx(0.5)
+
+
+def test_one_command_has_one_exit_code_within_ten_minutes(tmp_path):
+    """All parts run, whichever fails; what each may take makes ten minutes together."""
+    script = Path(gpu_check.__file__).with_name("gpu_check.sh")
+    stub = tmp_path / "stub"
+    stub.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *"$BROKEN"*) exit 3 ;; esac\n')
+    stub.chmod(0o755)
+    for broken, code in (("none of them", 0), ("benchmarks.gpu_check", 1)):
+        environment = os.environ | {"PYTHON": str(stub), "SANITIZER": str(stub), "BROKEN": broken}
+        ran = subprocess.run(["bash", script, tmp_path / "out"], env=environment, capture_output=True)
+        report = (tmp_path / "out" / "report.txt").read_text()
+        assert ran.returncode == code, report
+        assert report.endswith("all passed\n" if code == 0 else "FAILED: timings (3)\n")
+        assert "-m benchmarks.gpu_check --budget 150 --output" in report
+        tools = re.findall("ran --tool ([a-z]+)", report)
+        assert tools == ["memcheck", "racecheck", "synccheck", "initcheck"]
+        assert re.search("ran -m pytest .*-m gpu .*tests/test_golden_models.py", report)
+    seconds = [int(number) for number in re.findall(r'part [a-z"$ ]+ (\d+) ', script.read_text())]
+    assert len(seconds) == 4
+    assert sum(seconds) + 3 * seconds[-1] <= 600  # the last for each of four tools

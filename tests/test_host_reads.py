@@ -34,7 +34,10 @@ MODELS = {
     "merging": ("vim_nano_patch4_32", {"fusion_strategy": "all", "fusion_token": 4}),
     "mae": ("mae_vim_nano_patch4_32", {"num_classes": 0}),
     "pruning": ("dyvm_nano_patch4_32", {"pruning_loc": (1, 2), "token_ratio": (0.7, 0.49)}),
-    "static": ("dyvm_nano_patch4_32", {"pruning_loc": (1, 2), "pruning_policy": "static"}),
+    "static": (
+        "dyvm_nano_patch4_32",
+        {"pruning_loc": (1, 2), "token_ratio": (0.7, 0.49), "pruning_policy": "static"},
+    ),
 }
 
 
@@ -101,7 +104,7 @@ class _Crossings(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("case", ["vim", "fastvim", "merging", "pruning", "static"])
+@pytest.mark.parametrize("case", ["fastvim", "merging", "pruning", "static"])
 def test_nothing_comes_from_the_host_either(case, monkeypatch):
     """Tensors that seem to be on a GPU: the host makes none of its own that a forward pass would have to wait for."""
     made: list[object] = []
@@ -141,7 +144,7 @@ def test_what_the_loop_reads(program: Callable[..., Result], cifar: Path, monkey
     with backend.use("torch"):
         assert program(*flags).code == 0
     assert found == {}
-    assert len(asked) == 3  # of 14 batches: the first, the eleventh and the last
+    assert len(asked) == 2  # of 7 batches: after the first and the last
 
 
 @pytest.mark.gpu

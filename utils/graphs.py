@@ -104,12 +104,13 @@ def _kind(leaf: Any) -> Any:
 class Reading:
     """Numbers on their way from a device to the host, behind the work that makes them; other work may follow at once.
 
-    `tensors`, of any real dtype and shape, on one device, arrive as float64.
+    `tensors`, of any real dtype and shape, arrive as float64; all are wanted where the first is.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._shapes = [tensor.shape for tensor in tensors]
-        self._numbers = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+        to = dict(device=tensors[0].device, dtype=torch.float64, non_blocking=True)
+        self._numbers = torch.cat([tensor.detach().to(**to).flatten() for tensor in tensors])
         self._event: torch.cuda.Event | None = None
         if self._numbers.is_cuda:
             # a copy to page-locked memory is the only one that the host need not wait for
