@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import logging
 import math
@@ -47,6 +48,24 @@ INERT_PACKAGES = (
     *("omegaconf", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "pathlib"),
     *("numpy", "datetime"),
 )
+# kinds of values, as they stand beside weights and as what fills a dictionary's gaps
+INERT_BUILTINS = {
+    f"builtins.{kind}"
+    for kind in (
+        "list",
+        "dict",
+        "set",
+        "frozenset",
+        "tuple",
+        "int",
+        "float",
+        "bool",
+        "str",
+        "bytes",
+        "bytearray",
+        "complex",
+    )
+}
 # what is beside an encoder in the weights of self-supervised training
 DECODER_PREFIXES = ("decoder", "mask_token")
 PLACES_TOLD = {"front": "in front of the patches", "middle": "in the middle of the patches"}
@@ -89,8 +108,13 @@ def _kind(file: Path, path: str) -> str:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
     if head.startswith(b"version https://git-lfs"):
         raise UsageError(f"{path} is a pointer of git-lfs; wanted the file itself, by `git lfs pull`.")
-    if head.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
+    if not head:
+        raise UsageError(f"{path} is empty; wanted a checkpoint.")
+    text = head.removeprefix(codecs.BOM_UTF8).strip()
+    if text[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise UsageError(f"{path} is a web page; wanted the checkpoint that it links to.")
+    if text and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in text):
+        raise UsageError(f"{path} is a text ({text.splitlines()[0][:40].decode()} ...); wanted a checkpoint.")
     if head.startswith(b"PK") and _is_compressed(file):
         raise UsageError(f"{path} is a compressed archive; wanted a checkpoint as torch.save writes it.")
     return "safetensors" if head[8:9] == b"{" and not head.startswith(b"PK") else ""
@@ -128,9 +152,10 @@ def _load_pickle(file: Path) -> Any:
     stand_ins: list[Any] = [argparse.Namespace]
     with contextlib.suppress(ValueError, RuntimeError):  # raised for files without an archive, which have none to list
         for name in torch.serialization.get_unsafe_globals_in_checkpoint(file):
-            kind = _InertDict if name == "collections.defaultdict" else _Inert
-            if kind is _InertDict or name.partition(".")[0] in INERT_PACKAGES or name == "builtins.list":
-                stand_ins.append((type(name.rpartition(".")[2], (kind,), {}), name))
+            if name == "collections.defaultdict":
+                stand_ins.append((_plain_dict, name))
+            elif name.partition(".")[0] in INERT_PACKAGES or name in INERT_BUILTINS:
+                stand_ins.append((type(name.rpartition(".")[2], (_Inert,), {}), name))
     with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # on pickle protocols: what cannot be read raises
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -149,14 +174,9 @@ class _Inert:
         pass
 
 
-class _InertDict(dict):
+def _plain_dict(*args: Any) -> dict[Any, Any]:
     """Stands for a dictionary with a factory, which is never called."""
-
-    def __new__(cls, *args: Any) -> _InertDict:
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__()
+    return {}
 
 
 def find_weights(checkpoint: Any, path: str, *, ema: bool = False) -> tuple[dict[str, Tensor], str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = get_args_parser(task)
     _refuse_others_flags(parser, task, argv)
     args, typed = parser.parse(argv)
-    args.data_path = os.path.expanduser(args.data_path)
     args.with_teacher = task.with_teacher
     task.set_defaults(args, typed)
     backbone.check(args, typed)
@@ -208,7 +206,7 @@ def train(args: argparse.Namespace, run: Run, batches: TrainBatches, tests: Eval
     is_main = is_main_process()
     board = Board(output if is_main else None, run.updates, vars(args) if args.mlflow and is_main else None)
     parameters = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
-    is_saved = True
+    is_saved, is_tested = True, False
     try:
         while run.epoch < args.epochs:
             task.begin_epoch(run.epoch)
@@ -216,9 +214,12 @@ def train(args: argparse.Namespace, run: Run, batches: TrainBatches, tests: Eval
             tested = None
             if trained is not None:
                 memory = peak_memory_mib(run.device)
+                if output and not is_tested:  # the first evaluation may fail, by its images for one
+                    runs.save_run(run, args, output)
                 tested = engine.evaluate(task, tests, run.autocast, stop, task.meters(), args.replay_eval)
             if tested is None:
                 break
+            is_tested = True
             value = tested[metric.name]
             if run.scheduler is not None:
                 run.scheduler.step(run.epoch + 1, value)

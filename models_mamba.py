@@ -234,10 +234,13 @@ class VisionMamba(nn.Module):
         self.head.to(device=weight.device, dtype=weight.dtype)
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Take images of another size from now on: positions are resized, class tokens stand by their rule."""
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None) -> None:
+        """Take images of another size from now on: positions are resized, class tokens stand by their rule. The patch
+        size, which timm's models can change too, stays."""
         embed, old_grid = self.patch_embed, self.pos_embed_grid
-        embed.resize(img_size)
+        if patch_size is not None and to_2tuple(patch_size) != embed.patch_size:
+            raise ValueError(f"patch_size is {patch_size}; wanted {embed.patch_size}, for which the weights are.")
+        embed.resize(embed.img_size if img_size is None else img_size)
         if self.pos_embed is not None and self.pos_embed_grid != old_grid:
             resized = resize_pos_embed(self.pos_embed.detach(), old_grid, self.pos_embed_grid, self.class_row_positions)
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)

@@ -75,8 +75,6 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--start_epoch is {args.start_epoch}; wanted a whole number from 0.")
     if args.mlflow and importlib.util.find_spec("mlflow") is None:
         raise UsageError("--mlflow wants the MLflow package; wanted pip install mlflow.")
-    for name in ("output_dir", "resume", "finetune", "model_path"):
-        setattr(args, name, _home(getattr(args, name, "")))
     for flag, value in (("--resume", args.resume), ("--finetune", args.finetune), ("--model-path", args.model_path)):
         if value and not is_url(value) and not (flag == "--resume" and value == "auto") and not Path(value).is_file():
             raise UsageError(f"{flag} {value} is no file.")
@@ -86,10 +84,6 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--eval wants weights: --resume FILE, --finetune FILE or --model-path FILE.")
     if args.output_dir and Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         raise UsageError(f"--output_dir {args.output_dir} is a file; wanted a folder.")
-
-
-def _home(path: str) -> str:
-    return os.path.expanduser(path) if path.startswith("~") else path
 
 
 @dataclass
@@ -377,6 +371,10 @@ def resume(run: Run, args: argparse.Namespace) -> dict[str, Any] | None:
         run.step = run.step * total // own
         _logger.warning("The total batch was %d and is %d: the epoch goes on at step %d.", total, own, run.step)
     _logger.info("Resumed %s at epoch %d step %d.", path, run.epoch, run.step)
+    if run.epoch >= args.epochs:
+        _logger.warning(
+            "%s has trained %d epochs and --epochs is %d: nothing is left to do.", path, run.epoch, args.epochs
+        )
     return checkpoint.get("log")
 
 

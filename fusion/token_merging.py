@@ -264,7 +264,9 @@ def _match_patches(metric: Tensor, r: int, first: int, order: str, sort: bool) -
     index = place[:, : ranking.shape[1]]
     fused = (ranking[:, :r, None] == index[:, None]).any(1)
 
-    kept = torch.ones_like(place, dtype=torch.bool)
+    # like what comes of the tokens, which under `torch.func.vmap` are more than they look
+    like = metric[..., :1].sum(-1)
+    kept = torch.ones_like(like, dtype=torch.bool)
     kept[:, in_a] = ~fused
     if order == "raster":
         places = kept.cumsum(1) - 1
@@ -276,7 +278,7 @@ def _match_patches(metric: Tensor, r: int, first: int, order: str, sort: bool) -
         else:
             a_places = (ranking[:, r:, None] == index[:, None]).int().argmax(1)
         b_places = num_left + place[:, : length - index.shape[1]]
-    slot = torch.empty_like(place)
+    slot = torch.empty_like(like, dtype=place.dtype)
     slot[:, in_a] = torch.where(fused, b_places.gather(1, partner), a_places)
     slot[:, in_b] = b_places
     return slot, kept
@@ -402,7 +404,7 @@ def _with_cls(slot: Tensor, kept: Tensor, num_left: int, old: ClassIndex, new: C
         slot = join_cls(torch.stack(places, 1), slot.unsqueeze(-1), old).squeeze(-1)
         kept = join_cls(kept.new_ones(kept.shape[0], len(places), 1), kept.unsqueeze(-1), old).squeeze(-1)
     count = slot.new_zeros(slot.shape[0], num_left + len(places))
-    return Matching(slot, kept, count.scatter_add_(1, slot, torch.ones_like(slot)))
+    return Matching(slot, kept, count.scatter_add(1, slot, torch.ones_like(slot)))
 
 
 def token_schedule(settings: MergingSettings, num_patches: int, num_cls: int, num_sites: int) -> tuple[int, ...]:

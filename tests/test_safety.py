@@ -71,6 +71,9 @@ def test_small_files_that_ask_for_all_memory_are_refused(tmp_path: Path) -> None
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
         (b"\n<!DOCTYPE html><html>", "is a web page"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?><Error>", "is a web page"),
+        (b'{"error": "not found"}', "is a text .*not found.*; wanted a checkpoint"),
+        (b"", "is empty; wanted a checkpoint"),
     ],
 )
 def test_what_is_no_checkpoint_is_named(content: bytes, told: str, tmp_path: Path) -> None:
@@ -84,6 +87,8 @@ def test_figures_beside_weights_are_no_code(tmp_path: Path) -> None:
     from datetime import datetime
 
     beside = {"best": np.float64(76.1), "array": np.ones(3), "when": datetime(2026, 1, 1), "more": defaultdict(list)}
+    beside |= {"full": defaultdict(list, {1: [2]}), "nested": defaultdict(dict, {"a": {"b": 1.0}}), "set": {1, 2}}
+    beside |= {"counted": defaultdict(int, {3: 4}), "frozen": frozenset([1]), "number": 1j, "bytes": bytearray(b"a")}
     torch.save({"model": {"net.head.weight": torch.ones(2)}, **beside}, tmp_path / "a.pth")
     weights, _ = checkpoints.find_weights(checkpoints.read(str(tmp_path / "a.pth")), "a.pth")
     assert weights.keys() == {"head.weight"}
@@ -199,3 +204,41 @@ def test_a_foreign_package_is_named_and_not_loaded(name: str, told: str, tmp_pat
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"main.py: error: {told or name}")
     assert "wanted the one of this checkout: bash scripts/setup.sh" in line
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(
+    program: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vim_weights: Path, cifar: Path
+) -> None:
+    """The shell leaves the tilde of --flag=~/place as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    here = set(os.listdir())
+    (tmp_path / "w.pth").write_bytes(vim_weights.read_bytes())
+    flags = [*QUICK, "--data-set", "CIFAR", "--data-path", cifar, "--eval", "--fusion-strategy", "all"]
+    done = program(*flags, "--fusion-token", 2, "--resume=~/w.pth", "--output_dir=~/out", "--visualize=~/seen")
+    assert done.code == 0, done.err
+    assert [*(tmp_path / "seen").rglob("*.png")]
+    for flag in ("--teacher-path=~/t.pth --distillation-type hard", "--finetune=~/t.pth", "--model-path=~/t.pth"):
+        assert f"{tmp_path}/t.pth" in program(*QUICK, *flag.split()).err
+    with pytest.raises(UsageError, match=str(tmp_path)):
+        checkpoints.main(["~/nowhere.pth", "~/out.pth"])
+    assert set(os.listdir()) == here
+
+
+def test_the_first_epoch_is_saved_before_its_evaluation(program: Callable[..., Result], tmp_path: Path) -> None:
+    data = write_image_folder(tmp_path / "data")
+    broken = next((data / "val").rglob("*.JPEG"))
+    whole = broken.read_bytes()
+    broken.write_bytes(b"broken")
+    flags = [*QUICK, "--data-set", "IMNET", "--data-path", data, "--output_dir", tmp_path / "out"]
+    failed = program(*flags)
+    assert failed.code == 2
+    assert str(broken) in failed.err
+    kept = checkpoints.read(str(tmp_path / "out" / "checkpoint.pth"))
+    assert (kept["epoch"], kept["step"] > 0) == (-1, True)
+    broken.write_bytes(whole)
+    again = program(*flags, "--resume", "auto")
+    assert again.code == 0, again.err
+    assert [line["epoch"] for line in lines(tmp_path / "out")] == [0]
+    over = program(*flags, "--resume", "auto")
+    assert over.code == 0
+    assert "has trained 1 epochs and --epochs is 1: nothing is left to do" in over.out + over.err

@@ -101,7 +101,9 @@ def test_a_new_image_size_is_the_model_of_that_size(name: str) -> None:
 
 def test_a_new_image_size_reaches_rotary_positions_and_methods() -> None:
     model = small("vim_nano_patch4_32", if_rope=True)
-    model.set_input_size(48)
+    model.set_input_size(img_size=48, patch_size=model.patch_embed.patch_size)
+    with pytest.raises(ValueError, match="patch_size is 4; wanted"):
+        model.set_input_size(patch_size=4)
     made = timm.create_model("vim_nano_patch4_32", **(SMALL | dict(img_size=48)), if_rope=True)
     assert torch.equal(model.rope.freqs_cos, made.rope.freqs_cos)
     merging = small("vim_nano_patch4_32", fusion_strategy="all", fusion_token=3)

@@ -38,4 +38,4 @@ def nearest(wanted: str, names: Iterable[str]) -> str:
 def first_line(error: Exception) -> str:
     """What `error` says, cut to one line without its full stop; its kind where it says nothing."""
     lines = str(error).splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return lines[0].rstrip(" .") if lines else type(error).__name__

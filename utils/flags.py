@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -15,7 +16,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that tells a mistake in one line and knows which flags were typed.
+    """An argument parser that tells a mistake in one line, knows which flags were typed, and the tilde of paths.
 
     A flag may be cut short as long as one flag alone begins so, which is said; `allow_abbrev=False` refuses that.
     """
@@ -26,6 +27,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message[0].upper() + message[1:].rstrip(".") + f" ({self.prog} --help lists the flags).")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        # the shell leaves the tilde of --flag=~/place as it is, and nothing but a path begins so
+        return super()._get_value(action, os.path.expanduser(arg_string))
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         matches = super()._get_option_tuples(option_string)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +52,6 @@ def check(args: argparse.Namespace, typed: set[str]) -> None:
             raise UsageError(f"--{flag} belongs to --data-set {of}; this is {args.data_set}.")
     if "split_by" in typed and (args.data_set == "CELLS_DIGITS" or (args.data_set == "CELLS" and not args.index)):
         raise UsageError("--split-by splits JUMPCP or the rows of --index; this data set says its split itself.")
-    args.index = os.path.expanduser(args.index)
     if args.data_set == "CELLS_DIGITS":
         return
     if not args.data_path and not args.index:

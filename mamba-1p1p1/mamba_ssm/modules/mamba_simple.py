@@ -248,6 +248,8 @@ class Mamba(nn.Module):
         direction's scan runs with, in turn. With `inference_params` (one-directional mixers only) the states for `step`
         are kept.
         """
+        if isinstance(hidden_states, torch.fx.Proxy):
+            raise TypeError("torch.fx cannot follow this mixer, which looks at sizes and values; wanted torch.export")
         if hidden_states.dim() != 3:
             raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}, wanted (batch, length, d_model)")
         if inference_params is not None:
