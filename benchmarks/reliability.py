@@ -177,6 +177,10 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         f" Mixed precision: {len(tables['runs'])} runs, {good['runs']} finite,"
         f" {len(tables['runs']) - good['runs']} not. Long runs: {len(tables['soaks'])}, {good['soaks']} flat.",
     ]
+    missing = {task: [name for name in SECTIONS if name not in results.get(task, {})] for task in JOBS}
+    if any(missing.values()):
+        told = "; ".join(f"{task}: {', '.join(names)}" for task, names in missing.items() if names)
+        whole.append(f"Not run yet: {told}.")
     for kind, (title, text, columns) in TABLES.items():
         if tables[kind]:
             whole += [f"## {title}", text, markdown(tables[kind], columns)]

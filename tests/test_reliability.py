@@ -67,6 +67,7 @@ def test_page(tmp_path: Path) -> None:
         "Bad inputs: 3 tried, 2 refused cleanly, 1 accepted",
         "Mixed precision: 1 runs, 1 finite, 0 not. Long runs: 1, 1 flat.",
         "- segment, a fault: Lost: weights",
+        "segment: signals, disk, processes, network, inputs, precision, soak; detect: kills,",
         "| cells | Vim | float16 |",
         "| cells | 30 | 100.0, 100.0, 100.0 | +0.0 | 5 to 5 | yes | today |",
     ):
