@@ -34,6 +34,7 @@ from utils.flags import add_switch, number
 from utils.groups import layer_scales, parameter_groups
 from utils.memory import reset_peak_memory
 from utils.processes import any_process, rank, sum_over_processes, world_size
+from utils.processor import multiplies
 from utils.signals import StopRequest, StopWaiting
 from utils.telling import Board, Progress
 
@@ -231,6 +232,10 @@ def build_precision(
     float16 needs."""
     native = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = getattr(torch, args.amp_dtype or ("bfloat16" if native else "float16"))
+    info = Path("/proc/cpuinfo")
+    if args.if_amp and device.type == "cpu" and info.is_file() and not multiplies(dtype, info.read_text()):
+        name = str(dtype).removeprefix("torch.")
+        _logger.warning("--if_amp gains no speed on this processor, which has no instructions that multiply %s.", name)
     scaler = torch.amp.GradScaler(device.type, enabled=args.if_amp and dtype is torch.float16)
     return partial(torch.autocast, device.type, dtype=dtype, enabled=args.if_amp), scaler
 
@@ -267,6 +272,8 @@ def build_optimizer(
     """timm's optimiser and schedule for the model of `task`; `total_batch` images make one step."""
     settings = argparse.Namespace(**vars(args))
     settings.lr = learning_rate(args, total_batch)
+    if args.opt.lower() == "adamw" and not args.fsdp and next(task.model.parameters()).device.type == "cpu":
+        settings.opt_args = {"fused": True}  # one pass over the weights; by itself torch takes ten, on a CPU
     if args.sched_on_updates and not updates_per_epoch:
         raise UsageError("--sched-on-updates wants a data set that says how many images it has.")
     try:

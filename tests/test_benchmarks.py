@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 import main as program
-from benchmarks import aarch64, cases, compare, ops, plot, summary, throughput
+from benchmarks import aarch64, busy, cases, compare, ops, plot, summary, throughput
 from benchmarks.peers import PEERS
 from benchmarks.small_data import write_shapes
 from measure.flops import model_flops
@@ -106,6 +106,28 @@ def test_peers_and_onnx_runtime(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "has no ONNX export" in told
     assert told in capsys.readouterr().out
     assert all(timm.is_model(name) for name in PEERS)
+
+
+def test_an_epoch_beside_busy_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    spinning, start = [], subprocess.Popen
+
+    def started(*args, **options) -> subprocess.Popen:
+        spinning.append(start(*args, **options))
+        return spinning[-1]
+
+    monkeypatch.setattr(busy.subprocess, "Popen", started)
+
+    def epoch() -> float:
+        running = sum(process.poll() is None for process in spinning)
+        return 2.0 + 1.5 * running
+
+    monkeypatch.setattr(busy, "epoch", epoch)
+    assert busy.main(["--busy", "2", "--rounds", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "| alone | 2.0, 2.0 | 1.00 |" in out
+    assert "| beside 2 | 5.0, 5.0 | 2.50 |" in out
+    assert len(spinning) == 4
+    assert all(process.poll() is not None for process in spinning)
 
 
 def test_gates_are_set_to_their_share() -> None:

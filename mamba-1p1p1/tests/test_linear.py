@@ -157,6 +157,25 @@ def test_into_and_weight_gradients(prefer, own, monkeypatch):
 
 
 @compiled
+@pytest.mark.parametrize("narrow", [False, True])
+def test_narrow_products_have_their_own_preference(narrow, monkeypatch):
+    """Where the whole product is torch's, that of a matrix that is narrow on one side may still be ours."""
+    from mamba_ssm.kernels.cpp.linear import product, weight_gradient
+
+    calls = []
+    monkeypatch.setattr(products, "PREFER_OWN", False)
+    monkeypatch.setattr(products, "PREFER_OWN_NARROW", narrow)
+    monkeypatch.setattr(products, "MIN_MULTIPLICATIONS", 0)
+    own = product.__globals__["gemm"]
+    monkeypatch.setitem(product.__globals__, "gemm", lambda *arguments: (calls.append(arguments), own(*arguments)))
+    product(torch.randn(3, 12), torch.randn(384, 12))
+    weight_gradient(torch.randn(3, 44), torch.randn(3, 384))
+    assert len(calls) == 2 * narrow
+    product(torch.randn(3, 192), torch.randn(384, 192))
+    assert len(calls) == 2 * narrow
+
+
+@compiled
 def test_only_float32_products_worth_it_in_eager_mode(monkeypatch):
     monkeypatch.setattr(module, "_PREFER_OWN", True)
     layer = Linear(1024, 1024)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from causal_conv1d.layout import address
@@ -84,20 +86,21 @@ def _outer(dout: Tensor, x: Tensor) -> Tensor:
 # --- the faster of the two products, for the kernels of this set ---
 
 
-def _takes_own(x: Tensor) -> bool:
-    return products.PREFER_OWN and x.dtype == torch.float32
+def _takes_own(x: Tensor, weight_shape: Sequence[int]) -> bool:
+    prefers = products.PREFER_OWN or (products.PREFER_OWN_NARROW and min(weight_shape) <= products.NARROW)
+    return prefers and x.dtype == torch.float32
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., in) times weight (out, in), of one dtype."""
     large = x.numel() * len(weight) >= products.MIN_MULTIPLICATIONS
-    return linear(x, weight, None) if large and _takes_own(x) else F.linear(x, weight)
+    return linear(x, weight, None) if large and _takes_own(x, weight.shape) else F.linear(x, weight)
 
 
 def product_into(out: Tensor, x: Tensor, weight: Tensor, *, accumulate: bool = False) -> None:
     """Write (or add) `product(x, weight)` to `out` (..., out_features), with stride 1 along its last dimension and the
     others evenly spaced."""
-    if _takes_own(x):
+    if _takes_own(x, weight.shape):
         gemm(_flat(x), weight.t(), None, out.view(out.shape[:-1].numel(), out.shape[-1]), accumulate)
     elif accumulate:
         out += F.linear(x, weight)
@@ -108,4 +111,4 @@ def product_into(out: Tensor, x: Tensor, weight: Tensor, *, accumulate: bool = F
 def weight_gradient(dout: Tensor, x: Tensor) -> Tensor:
     """dout (..., out), x (..., in) -> (out, in), the sum of their outer products."""
     dout, x = _flat(dout), _flat(x)
-    return _outer(dout, x) if _takes_own(x) else dout.t() @ x
+    return _outer(dout, x) if _takes_own(x, (dout.shape[1], x.shape[1])) else dout.t() @ x
