@@ -89,7 +89,7 @@ def test_what_is_outside_the_sequence_is_passed_over(device):
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize(
     ("channels", "dtype", "tolerance"),
-    [(24, torch.float32, 1e-6), (21, torch.bfloat16, 8e-3), (300, torch.float16, 1e-3)],
+    [(300, torch.float32, 1e-6), (21, torch.bfloat16, 8e-3)],
 )
 def test_emulated_merging(channels, dtype, tolerance, order, device):
     used = device(order)
