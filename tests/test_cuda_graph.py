@@ -102,12 +102,12 @@ def test_a_graph_goes_with_its_epoch(recorders: list[graphs.Replayed]) -> None:
         gc.enable()
 
 
-FLAGS = (*QUICK, "--epochs", 2, "--drop-path", 0.2, "--sched-on-updates")
+FLAGS = (*QUICK, "--epochs", 2, "--batch-size", 6, "--drop-path", 0.2, "--sched-on-updates")
 
 
 @pytest.mark.parametrize(
     "more",
-    [("--accum-iter", 2, "--clip-grad", 1, "--model-ema-decay", 0.9), ("--amp", "float16", "--weight-decay-end", 0.3)],
+    [("--accum-iter", 4, "--clip-grad", 1, "--model-ema-decay", 0.9), ("--amp", "float16", "--weight-decay-end", 0.3)],
     ids=["accumulated", "float16"],
 )
 def test_a_replayed_training_is_the_plain_one(
@@ -126,10 +126,10 @@ def test_a_replayed_training_is_the_plain_one(
         torch.load(tmp_path / folder / "checkpoint.pth", weights_only=True) for folder in ("plain", "replayed")
     )
     assert same(plain, replayed)
-    assert plain["updates"] == (6 if "--accum-iter" in more else 10)
+    assert plain["updates"] == (4 if "--accum-iter" in more else 12)
     steps = [each.replays for each in recorders]
-    # of 5 batches in an epoch: the first is warmed up with; 2, 2 and 1 make a step, the last an odd one
-    assert steps[::2] == 2 * [3 if "--accum-iter" in more else 4]
+    # of 6 batches in an epoch the first is warmed up with; 4 and 2 of them make a step, the last an odd one
+    assert steps[::2] == 2 * [3 if "--accum-iter" in more else 5]
     assert all(count >= 1 for count in steps[1::2])  # the evaluations
 
 
