@@ -22,7 +22,7 @@ import datasets
 import run as runs
 from tests.conftest import QUICK, ROOT, Result, lines
 from tests.program_data import write_image_folder
-from utils import UsageError, randomness
+from utils import UsageError, files, randomness
 
 
 class _Pointers:
@@ -242,3 +242,17 @@ def test_the_first_epoch_is_saved_before_its_evaluation(program: Callable[..., R
     over = program(*flags, "--resume", "auto")
     assert over.code == 0
     assert "has trained 1 epochs and --epochs is 1: nothing is left to do" in over.out + over.err
+
+
+def test_the_best_checkpoint_is_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copying another over it leaves the last one as it is, whichever way it was made."""
+    last, best = tmp_path / "checkpoint.pth", tmp_path / "best_checkpoint.pth"
+    for content in (b"first" * 1000, b"second"):
+        last.write_bytes(content)
+        files.copy_whole(last, best)
+        assert best.read_bytes() == content
+        with open(best, "r+b") as file:
+            file.write(b"other")
+        assert last.read_bytes() == content
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    assert {file.name for file in tmp_path.iterdir()} == {last.name, best.name}

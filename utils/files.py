@@ -58,18 +58,24 @@ def _umask() -> int:
 
 
 def copy_whole(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, at once and without writing it again where the file system allows."""
+    """Make `target` a file of its own that holds what `source` does, at once.
+
+    No link: who copies another file over `target` would change `source` with it.
+    """
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as folder:
-            linked = Path(folder, target.name)
-            try:
-                os.link(source, linked)
-                os.replace(linked, target)
-            except OSError:
-                with open(source, "rb") as whole:
-                    write_atomically(target, lambda file: shutil.copyfileobj(whole, file))
+        with open(source, "rb") as whole:
+            write_atomically(target, lambda file: _copy(whole, file))
     except OSError as error:
         _logger.warning("%s could not be written (%s); the one before it stays.", target, error)
+
+
+def _copy(source: IO[bytes], target: IO[bytes]) -> None:
+    """Copy by the kernel, which on some file systems shares the blocks; else by hand, from where it stopped."""
+    try:
+        while os.copy_file_range(source.fileno(), target.fileno(), 1 << 30):
+            pass
+    except (AttributeError, OSError):  # other systems; two file systems, or one that cannot
+        shutil.copyfileobj(source, target)
 
 
 def remove_temporaries(folder: Path, names: tuple[str, ...]) -> None:
