@@ -440,7 +440,7 @@ def run_module(name: str, arguments: list[str], files: Files, folder: Path, monk
     ]
     if name == "benchmarks.compare":  # hands on what it does not know
         args, more = compare.parse(arguments)
-        return compare.check(compare.plan(args, more))
+        return compare.check(compare.plan(args, more)[:1])
     if name in LONG:
         monkeypatch.setattr(Parser, "parse_args", parse_and_leave)
     monkeypatch.setattr(sys, "argv", [name, *arguments, *small.get(name, [])])
