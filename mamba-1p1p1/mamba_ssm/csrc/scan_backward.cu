@@ -31,9 +31,12 @@ template <class TU, class TDelta, class TZ, class TM, int LANES, int CPT, int PA
     using Sums = shared_math::BackwardSums<Thread>;
     static constexpr int CHANNELS = Own::CHANNELS, DSTATE = Own::DSTATE;
     static constexpr int TILE = 16, SUB = 4, SUBS = TILE / SUB;  // TILE is the interval of the checkpoints
-    // Resident blocks that a multiprocessor must have registers for; a Turing has no shared memory for more than two.
+    // Resident blocks that a multiprocessor must have registers for; a Turing has no shared memory for more than two, nor,
+    // of many states, has an Ampere but the largest, where a third would spill.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
     static constexpr int BLOCKS = 2;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    static constexpr int BLOCKS = LANES >= 16 ? 2 : 3;
 #else
     static constexpr int BLOCKS = LANES == 32 ? 2 : 3;
 #endif
