@@ -8,11 +8,12 @@ source scripts/setup.sh
 root=$PWD
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
+# the second is built by the headers of the copied first, not of one that is installed
 for package in causal_conv1d mamba-1p1p1; do
     cp -r "$package" "$folder/$package"
     find "$folder/$package" -name '*.so' -delete
     (cd "$folder/$package" &&
-        CXX=${CXX:-g++} CFLAGS="-fsanitize=address -fno-omit-frame-pointer" LDFLAGS="-fsanitize=address" \
+        PYTHONPATH=$folder/causal_conv1d CXX=${CXX:-g++} CFLAGS="-fsanitize=address -fno-omit-frame-pointer" LDFLAGS="-fsanitize=address" \
             "$PYTHON" setup.py --quiet build_ext --inplace)
     compgen -G "$folder/$package/*/_cpu*" >/dev/null || {
         echo "scripts/asan.sh: $package was not built; wanted g++ with its libasan." >&2
