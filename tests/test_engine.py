@@ -55,6 +55,8 @@ def test_a_stop_waits_for_the_step_that_gathers(
     """A run that is stopped in the middle of accumulation and goes on ends as one that was not stopped, bit by bit."""
     common = (*QUICK, "--data-set", "CIFAR", "--data-path", cifar, "--batch-size", 4, "--accum-iter", 3)
     assert program(*common, "--output_dir", tmp_path / "whole").code == 0
+    saved = torch.load(tmp_path / "whole" / "checkpoint.pth", weights_only=True)["optimizer"]["param_groups"]
+    assert all(group["fused"] for group in saved)  # AdamW on a CPU, in one pass over the weights
     fetch, fetched = engine._fetch, []
 
     def stopping(batches, stop, may_stop=True):

@@ -78,18 +78,6 @@ __attribute__((noinline)) inline void load_tile(const Plane &plane, int channels
     if (plane.dtype == FLOAT16) load_tile(reinterpret_cast<const float16 *>(plane.data), c, t, channels, steps, tile, pitch);
 }
 
-// Asks for the plane's first `steps` steps to be brought to the second cache, where a row is one place: such rows are too
-// far apart for the processor to guess the next, and too many for the first cache. A line is asked for by the block that
-// begins it.
-VEC void prefetch(const Plane &plane, int64_t steps) {
-    if (plane.channel_stride != 1) return;
-    const int64_t stride = plane.step_stride * (plane.dtype == FLOAT32 ? 4 : 2);
-    for (int64_t t = 0; t < steps; ++t) {
-        const char *row = plane.data + t * stride;
-        if (reinterpret_cast<uintptr_t>(row) % 64 < uintptr_t(VECTOR_BYTES)) __builtin_prefetch(row, 0, 2);
-    }
-}
-
 // The first `channels` lanes of each row, at most LANES, to the plane's first `steps` steps.
 __attribute__((noinline)) inline void store_tile(const Plane &plane, int channels, int64_t steps, const float *tile,
                                                  int64_t pitch = LANES) {

@@ -111,6 +111,7 @@ struct Rows {
 // falling to the same few places of the first cache.
 VEC int64_t tile_floats(int64_t steps) { return round_up(steps * LANES, 16) + 16; }
 VEC Rows tile_rows(float *tile, int64_t steps) { return {tile, tile_floats(steps), LANES}; }
+
 // body(block, step) for all rows, in the order of memory.
 template <class Body> VEC void each_row(int blocks, int64_t steps, Body body) {
     for (int64_t t = 0; t < steps; ++t)
