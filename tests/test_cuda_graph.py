@@ -130,7 +130,7 @@ def test_a_replayed_training_is_the_plain_one(
     steps = [each.replays for each in recorders]
     # of 6 batches in an epoch the first is warmed up with; 4 and 2 of them make a step, the last an odd one
     assert steps[::2] == 2 * [3 if "--accum-iter" in more else 5]
-    assert all(count >= 1 for count in steps[1::2])  # the evaluations
+    assert all(count >= 1 for count in steps[1::2]), steps  # the evaluations
 
 
 def test_pruning_trains_from_a_graph(

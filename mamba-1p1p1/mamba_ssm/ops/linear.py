@@ -18,7 +18,12 @@ from torch import Tensor
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: x (..., in) times weight (out, in), plus bias (out,)."""
-    return torch.ops.mamba_ssm.linear(x, weight, bias) if _takes_own(x, weight, bias) else F.linear(x, weight, bias)
+    if _takes_own(x, weight, bias):
+        return torch.ops.mamba_ssm.linear(x, weight, bias)
+    # torch takes what is empty from two devices, and then fails in the backward pass
+    if isinstance(x, Tensor) and isinstance(weight, Tensor) and x.device != weight.device:
+        check_device("weight", weight, x, "x")
+    return F.linear(x, weight, bias)
 
 
 def _takes_own(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
