@@ -144,7 +144,7 @@ def test_what_the_loop_reads(program: Callable[..., Result], cifar: Path, monkey
     with backend.use("torch"):
         assert program(*flags).code == 0
     assert found == {}
-    assert len(asked) == 2  # of 7 batches: after the first and the last
+    assert len(asked) == 2  # of 5 batches: after the first and the last
 
 
 @pytest.mark.gpu
