@@ -114,7 +114,7 @@ def _kind(file: Path, path: str) -> str:
     if text[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise UsageError(f"{path} is a web page; wanted the checkpoint that it links to.")
     if text and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in text):
-        raise UsageError(f"{path} is a text ({text.splitlines()[0][:40].decode()} ...); wanted a checkpoint.")
+        raise UsageError(f"{path} is no whole checkpoint but a text ({text.splitlines()[0][:40].decode()} ...).")
     if head.startswith(b"PK") and _is_compressed(file):
         raise UsageError(f"{path} is a compressed archive; wanted a checkpoint as torch.save writes it.")
     return "safetensors" if head[8:9] == b"{" and not head.startswith(b"PK") else ""

@@ -43,7 +43,8 @@ train_cells() {
         --lr 2e-3 --warmup-epochs 1 --drop-path 0 --weight-decay 0.05 --output_dir "$output/$name" --resume auto "$@"
 }
 
-for method in ${METHODS:-none upper fastvim dyvm cells}; do
+methods=${METHODS:-none upper fastvim dyvm cells}
+for method in $methods; do
     case $method in
     none) train 100 none --model vim_nano_patch4_32 --fusion-strategy no ;;
     upper) train 95 upper --model vim_nano_patch4_32 --fusion-strategy upper --fusion-layer 2 --fusion-token 8 ;;
@@ -56,8 +57,7 @@ for method in ${METHODS:-none upper fastvim dyvm cells}; do
     esac
 done
 
-# METHODS may have left it out
-if [[ -e "$output/none/checkpoint.pth" ]]; then
+if [[ " $methods " == *" none "* ]]; then
     announce 0 'The saved Vim, evaluated' 'main.py --eval'
     "$PYTHON" main.py "${data[@]}" --eval --model vim_nano_patch4_32 --resume "$output/none/checkpoint.pth"
 fi

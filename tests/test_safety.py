@@ -72,7 +72,7 @@ def test_small_files_that_ask_for_all_memory_are_refused(tmp_path: Path) -> None
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
         (b"\n<!DOCTYPE html><html>", "is a web page"),
         (b"\xef\xbb\xbf<?xml version='1.0'?><Error>", "is a web page"),
-        (b'{"error": "not found"}', "is a text .*not found.*; wanted a checkpoint"),
+        (b'{"error": "not found"}', "is no whole checkpoint but a text .*not found"),
         (b"", "is empty; wanted a checkpoint"),
     ],
 )

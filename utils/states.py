@@ -79,7 +79,9 @@ def _stepped_twin(optimizer: Optimizer) -> tuple[list[dict[str, Any]], list[dict
         parameters = [torch.nn.Parameter(each) for each in kept]
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
-        twin.param_groups.append(group | {"params": parameters})
+        # what is fused cannot step without memory, and leaves what the others leave
+        fused = {"fused": False} if group.get("fused") else {}
+        twin.param_groups.append(group | fused | {"params": parameters})
     try:
         twin.step()
     except Exception:  # it looks at values, or is no optimiser that a copy can stand for

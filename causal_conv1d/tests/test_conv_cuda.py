@@ -380,7 +380,7 @@ def test_emulated_directions_share_a_launch(device):
     together = cuda.forward(convs)
     assert len(used.launched) == 1
     for conv, out in zip(convs, together):
-        torch.testing.assert_close(out, cuda.conv_forward(*conv), rtol=0, atol=0)
+        torch.testing.assert_close(out, cuda.conv_forward(*conv[:5]), rtol=0, atol=0)
 
 
 MASKED = {

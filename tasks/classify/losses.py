@@ -158,10 +158,17 @@ def build_criterion(args: argparse.Namespace, num_classes: int) -> nn.Module:
     weights, _ = checkpoints.find_weights(checkpoints.read(args.teacher_path), args.teacher_path)
     checkpoints.load_strictly(teacher, weights, args.teacher_path, args.teacher_model)
     teacher = teacher.eval().requires_grad_(False)
+    return Distillation(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+
+
+def check_size(criterion: nn.Module, size: int | tuple[int, int]) -> None:
+    """Refuse images of `size`, a side or (height, width), that the teacher of `criterion` does not take."""
+    if not isinstance(criterion, Distillation):
+        return
     try:
         with torch.no_grad():
-            teacher(torch.zeros(1, 3, *to_2tuple(args.input_size)))
+            criterion.teacher(torch.zeros(1, 3, *to_2tuple(size)))
     except (AssertionError, RuntimeError, ValueError) as error:
-        size = told_size(args.input_size)
-        raise UsageError(f"--input-size {size} does not fit --teacher-model: {first_line(error)}.") from error
-    return Distillation(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+        raise UsageError(
+            f"--input-size {told_size(size)} does not fit --teacher-model: {first_line(error)}."
+        ) from error

@@ -155,7 +155,9 @@ class Classify(Task):
         self.options = {name: True for name in names if getattr(self.args, name)}
 
     def begin_training(self) -> None:
-        self.criterion = self.with_methods(losses.build_criterion(self.args, self.data.num_classes)).to(self.device)
+        criterion = losses.build_criterion(self.args, self.data.num_classes)
+        losses.check_size(criterion, self.args.input_size)
+        self.criterion = self.with_methods(criterion).to(self.device)
 
     def prepare(self, batch: Any, training: bool) -> tuple[Tensor, Tensor, int]:
         images, targets = batch[0], batch[1]

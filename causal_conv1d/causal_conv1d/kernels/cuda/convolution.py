@@ -106,7 +106,7 @@ def forward_into(convs: Sequence[Conv], outs: Sequence[Tensor]) -> None:
 @_nvrtc.or_else(torch_kernels.conv_forward)
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
     conv = Conv(x, weight, bias, silu, reverse)
-    return forward([conv])[0] if _covers(conv) else torch_kernels.conv_forward(*conv)
+    return forward([conv])[0] if _covers(conv) else torch_kernels.conv_forward(*conv[:5])
 
 
 @_nvrtc.or_else(torch_kernels.conv_backward)
