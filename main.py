@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,7 @@ def train(args: argparse.Namespace, run: Run, batches: TrainBatches, tests: Eval
             _logger.info(
                 "Epoch %d: test %s %s (best %s), loss %.4f, %.1f s",
                 *(log["epoch"], metric.label or metric.name, metric.told(value), metric.told(run.best)),
-                *(tested.get("loss", trained["loss"]), log["seconds"]),
+                *(tested.get("loss", trained.get("loss", math.nan)), log["seconds"]),
             )
     finally:
         board.close()

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import checkpoints
 from tasks.classify import losses
-from tests.conftest import QUICK, ROOT, Result, finish, start
+from tests.conftest import QUICK, ROOT, Result, finish, lines, start
 from tests.program_data import write_cifar100, write_image_folder, write_inat
 from utils import telling
 
@@ -87,10 +87,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_output(trained: Path) -> None:
-    lines = [json.loads(line) for line in (trained / "log.txt").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [0, 1, 2]
-    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
-    best = max(line["test_acc1"] for line in lines)
+    logged = lines(trained)
+    assert [line["epoch"] for line in logged] == [0, 1, 2]
+    assert logged[-1]["train_loss"] < logged[0]["train_loss"]
+    best = max(line["test_acc1"] for line in logged)
     assert best > 30
     state = checkpoints.read(str(trained / "checkpoint.pth"))
     assert {"model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args"} <= set(state)
@@ -100,7 +100,7 @@ def test_output(trained: Path) -> None:
     assert json.loads((trained / "args.json").read_text())["model"] == "vim_micro_patch8_32"
     events = EventAccumulator(str(trained)).Reload()
     points = events.Scalars("test/acc1")
-    assert [point.value for point in points] == pytest.approx([line["test_acc1"] for line in lines], rel=1e-5)
+    assert [point.value for point in points] == pytest.approx([line["test_acc1"] for line in logged], rel=1e-5)
     assert [point.step for point in points] == [44, 88, 132]
     assert events.Scalars("train/step_loss")
 
@@ -322,6 +322,14 @@ def test_non_finite_loss(
     state = checkpoints.read(str(tmp_path / "checkpoint.pth"))
     assert state["updates"] == 14
     assert all(bool(value.isfinite().all()) for value in state["model"].values())
+
+
+def test_an_epoch_of_which_every_step_is_skipped(program: Callable[..., Result], cifar: Path, tmp_path: Path) -> None:
+    flags = [*QUICK, "--data-set", "CIFAR", "--data-path", cifar, "--epochs", 3, "--output_dir", tmp_path]
+    result = program(*flags, "--lr", 1e30, "--if_continue_inf")
+    assert result.code == 0, result.err
+    assert ["train_loss" in line for line in lines(tmp_path)] == [True, False, False]
+    assert checkpoints.read(str(tmp_path / "checkpoint.pth"))["updates"] == 1
 
 
 def test_broken_weights_are_not_saved(
