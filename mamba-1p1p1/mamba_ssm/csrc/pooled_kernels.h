@@ -337,20 +337,24 @@ VEC void gate_row(const GateSettings &s, const T *skip, const T *group, const T 
 }
 
 template <class T>
-VEC void gate_token(const PooledGateArgs &s, const GateSettings &settings, int64_t batch, int64_t place,
+VEC void gate_token(const PooledGateArgs &s, const GateSettings &settings, int64_t batch, int64_t token, int64_t group_of,
                     const float *weight, const float *bias, float *total) {
-    const int64_t dim = s.dim, token = s.lines.walked(place), row = batch * s.lines.tokens() + token;
+    const int64_t dim = s.dim, row = batch * s.lines.tokens() + token;
     const T *skip = pointer<T>(s.skip) + row * dim;
-    const T *group = pointer<T>(s.groups) + (batch * s.lines.count + s.lines.group_at(place)) * dim;
+    const T *group = pointer<T>(s.groups) + (batch * s.lines.count + group_of) * dim;
     const T *z = pointer<T>(s.z.data) + batch * s.z.batch_stride + token * s.z.token_stride;
     gate_row(settings, skip, group, z, weight, bias, total, pointer<T>(s.out) + row * dim);
 }
 
 template <class T> int pooled_gate_of(const PooledGateArgs &s) {
-    const int64_t tasks = s.batch * s.lines.tokens(), pitch = padded(s.dim);
+    const int64_t tokens = s.lines.tokens(), tasks = s.batch * tokens, pitch = padded(s.dim);
     const int shares = parallel::shares_for(s.threads, tasks, tasks * pitch / LANES * STEPS_A_VECTOR / 2);
+    const memory::Buffer buffer(tokens * sizeof(int64_t));
+    int64_t *const groups = static_cast<int64_t *>(buffer.data());
     float *const scratch = static_cast<float *>(std::calloc((2 + shares) * pitch, sizeof(float)));
-    if (!scratch) return 1;
+    if (!groups || !scratch) return std::free(scratch), 1;
+    // tokens in memory's order, not the walk's: no row needs another one, and lines across the grid are far strides
+    for (int64_t place = 0; place < tokens; ++place) groups[s.lines.walked(place)] = s.lines.group_at(place);
     float *const weight = scratch, *const bias = scratch + pitch;
     for (int64_t c = 0; c < s.dim; ++c) weight[c] = s.weight ? pointer<float>(s.weight)[c] : 1.f;
     if (s.bias) std::memcpy(bias, pointer<float>(s.bias), s.dim * sizeof(float));
@@ -359,7 +363,7 @@ template <class T> int pooled_gate_of(const PooledGateArgs &s) {
         float *total = scratch + (2 + share) * pitch;
         const parallel::Range range = parallel::share_of(tasks, shares, share);
         for (int64_t task = range.begin; task < range.end; ++task)
-            gate_token<T>(s, settings, task / s.lines.tokens(), task % s.lines.tokens(), weight, bias, total);
+            gate_token<T>(s, settings, task / tokens, task % tokens, groups[task % tokens], weight, bias, total);
     });
     std::free(scratch);
     return 0;
