@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 import main as program
-from benchmarks import aarch64, busy, cases, compare, ops, plot, summary, throughput
+from benchmarks import aarch64, busy, cases, checkouts, compare, ops, plot, summary, throughput
 from benchmarks.peers import PEERS
 from benchmarks.small_data import write_shapes
 from measure.flops import model_flops
@@ -128,6 +128,17 @@ def test_an_epoch_beside_busy_processes(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "| beside 2 | 5.0, 5.0 | 2.50 |" in out
     assert len(spinning) == 4
     assert all(process.poll() is not None for process in spinning)
+
+
+def test_two_checkouts_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    order = [str(ROOT), str(ROOT), "--models", "vim_nano_patch4_32", "--batch-size", "1", "--train"]
+    assert checkouts.main([*order, "--seconds", "0", "--threads", "1", "--json", str(tmp_path / "x.json")]) == 0
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert [row["kind"] for row in rows] == ["eval", "train"]
+    assert all(len(own) == 2 * checkouts.CALLS and min(own) > 0 for row in rows for own in row["seconds"])
+    assert "time now over before" in capsys.readouterr().out
+    assert checkouts.main([str(ROOT), str(ROOT), "--models", "nothing"]) == 1
+    assert "does not run in" in capsys.readouterr().err
 
 
 def test_gates_are_set_to_their_share() -> None:
@@ -380,6 +391,7 @@ MISTAKES = {
     "busy": [["--busy", "0"], ["--rounds", "x"]],
     "channel_sampling": [["--epochs", "0"], ["--nonsense"]],
     "channels": [["--models", "nothing"], ["--patch", "x"]],
+    "checkouts": [["{here}", "{here}"], ["{here}"]],
     "cuda_kernels": [["--targets", "sm_1"], ["--dtypes", "int8"]],
     "detection": [["--models", "nothing"], ["--size", "3"], ["--heads", "x"]],
     "few_labels": [[], ["{here}"]],
