@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -111,6 +112,19 @@ class Lines(NamedTuple):
     def length(self) -> int:
         """How many tokens are one group."""
         return math.prod(self.sizes) // self.count
+
+    def all_visible(self, batch: int, device: torch.device) -> VisibleLines | None:
+        """The same lines of `batch` images that show every token; None where a group's tokens are not walked one after
+        the other."""
+        pooled = [is_pooled for size, is_pooled in zip(self.sizes, self.pooled) if size > 1]
+        if pooled != sorted(pooled):
+            return None
+        first, second, third = (
+            torch.arange(size, device=device) * stride for size, stride in zip(self.sizes, self.strides)
+        )
+        order = (first[:, None, None] + second[:, None] + third).flatten()
+        starts = torch.arange(0, math.prod(self.sizes) + 1, self.length, device=device)
+        return VisibleLines(order.expand(batch, -1), starts.expand(batch, -1), self.scale / self.length)
 
 
 class VisibleLines(NamedTuple):

@@ -23,6 +23,7 @@ from mamba_ssm.kernels.arguments import Lines, Projections, Taps
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.operators import OPERATORS
 from mamba_ssm.ops.scan import scan_flops, selective_scan_ref
+from mamba_ssm.ops.visible import VisibleLines
 from torch import Tensor
 
 __all__ = [
@@ -303,6 +304,16 @@ def _spread(groups: Tensor, lines: Lines) -> Tensor:
     return groups.unflatten(1, [1 if is_pooled else size for size, is_pooled in zip(lines.sizes, lines.pooled)])
 
 
+def _visible(x: Tensor, lines: Lines, function: str) -> VisibleLines | None:
+    """The same lines as lines of which every token is visible, where the kernel set has `function` for those: a
+    gradient in one pass, instead of one of torch's for each of a dozen terms."""
+    return lines.all_visible(len(x), x.device) if backends.has(x, function) else None
+
+
+def _of_given(tensors: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor | None]:
+    return [None if tensor is None else grad for tensor, grad in zip(tensors, grads)]
+
+
 def _save_conv(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, sizes, strides, pooled, scale = inputs
     ctx.lines = Lines(tuple(sizes), tuple(strides), tuple(pooled), scale)
@@ -315,6 +326,10 @@ def _differentiate_conv(ctx, dskip: Tensor, dpooled: Tensor, dpooled_b: Tensor) 
         given = *ctx.saved_tensors, *lines
         return gradients_by_reference(_conv_reference, given, (dskip, dpooled, dpooled_b))
     x, *taps = ctx.saved_tensors
+    visible = _visible(x, lines, "visible_conv_backward")
+    if visible is not None:
+        dx, *grads = torch.ops.mamba_ssm.visible_conv_backward(dskip, dpooled, dpooled_b, x, *taps, *visible)
+        return dx, *_of_given(taps, grads), None, None, None, None
     x, dskip = _walked(x, lines), _walked(dskip, lines)
     share, walked, grads, dx = lines.scale / max(lines.length, 1), x.flatten(1, 3).transpose(1, 2), [], None
     for (weight, bias, D), dmean, reverse in ((taps[:3], dpooled, False), (taps[3:], dpooled_b, True)):
@@ -339,7 +354,12 @@ def _differentiate_gate(ctx, dout: Tensor) -> tuple:
     if torch.is_grad_enabled():
         given = *ctx.saved_tensors, ctx.eps, *lines[:3], share
         return gradients_by_reference(_gate_reference, given, (dout,))
-    skip, groups, z, weight, bias = ctx.saved_tensors
+    saved = skip, groups, z, weight, bias = ctx.saved_tensors
+    visible = _visible(skip, lines, "visible_gate_backward")
+    if visible is not None:
+        order, starts, _ = visible
+        grads = torch.ops.mamba_ssm.visible_gate_backward(dout, *saved, ctx.eps, order, starts, share)
+        return *_of_given(saved, grads), None, None, None, None, None
     total = _in_place((_walked(skip, lines) + _spread(groups, lines)) * share, lines)
     dnormed, dweight, dbias = dout * F.silu(z), None, None
     if weight is None:
