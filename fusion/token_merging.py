@@ -493,10 +493,12 @@ class TokenMerging(SiteMethod):
         self.num_tokens = num_patches + num_cls
 
     def __call__(self, index: int, state: TokenState, run: Callable[..., TokenState]) -> TokenState:
+        settings = self.settings
+        if index == 0:
+            merging.foretell(state.hidden, settings.weighted)
         state = run(state)
         if index not in self.sites:
             return state
-        settings = self.settings
         return merge_tokens(state, settings.token, settings.order, self._sources(index, state), settings.weighted)
 
     def _sources(self, index: int, state: TokenState) -> Tensor | None:

@@ -1,14 +1,18 @@
-"""What stands in for a GPU where there is none: who would wait for it, and a CUDA graph of operations on the CPU."""
+"""What stands in for a GPU where there is none: who would wait for it, its compiler, and a CUDA graph of operations on
+the CPU."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from causal_conv1d.ops.convolution import OPERATORS as CONV_OPERATORS
+from mamba_ssm.ops.operators import OPERATORS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -53,6 +57,43 @@ def host_reads(monkeypatch: pytest.MonkeyPatch, found: Counter[str] | None = Non
         for name in ("tolist", "cpu", "numpy"):
             patched.setattr(Tensor, name, counted(name, getattr(Tensor, name)))
         yield found
+
+
+class Compiler:
+    """`_nvrtc.Device` without a GPU: compiles and launches nothing, and writes down who would wait for a compiler."""
+
+    multiprocessors = 132
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []  # kernel and template arguments, once each
+        self.prepared: dict[tuple[str, str], int] = {}  # and how many kernels had been asked for by then
+        self.waits: list[str] = []  # kernels that nobody foretold before the one that was asked for last
+
+    def kernel(self, path: Path, arguments: str, threads: int) -> Callable[..., None]:
+        job = path.stem, arguments
+        if job not in self.asked:
+            if self.prepared.get(job, len(self.asked)) == len(self.asked):
+                self.waits.append(path.stem)
+            self.asked.append(job)
+        return lambda *launch: None
+
+    def prepare(self, wanted: Iterable[tuple[Path, str]]) -> None:
+        for path, arguments in wanted:
+            self.prepared.setdefault((path.stem, arguments), len(self.asked))
+
+
+class Unlaunched(TorchDispatchMode):
+    """Runs the operators of the kernel packages by the kernel set at hand, and has zeros in memory that only kernels
+    would fill."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for operators in (CONV_OPERATORS, OPERATORS):
+            namespace, _, name = func._schema.name.partition("::")
+            if namespace == operators.namespace:
+                with self, torch.no_grad():
+                    return operators.kernels[name](*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        return out.zero_() if "empty" in func.name() else out
 
 
 class _Tape(TorchDispatchMode):

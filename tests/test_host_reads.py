@@ -34,6 +34,10 @@ MODELS = {
     "merging": ("vim_nano_patch4_32", {"fusion_strategy": "all", "fusion_token": 4}),
     "mae": ("mae_vim_nano_patch4_32", {"num_classes": 0}),
     "pruning": ("dyvm_nano_patch4_32", {"pruning_loc": (1, 2), "token_ratio": (0.7, 0.49)}),
+    "tokens": (
+        "dyvm_nano_patch4_32",
+        {"pruning_loc": (1, 2), "token_ratio": (0.7, 0.49), "pruning": "token"},
+    ),
     "static": (
         "dyvm_nano_patch4_32",
         {"pruning_loc": (1, 2), "token_ratio": (0.7, 0.49), "pruning_policy": "static"},

@@ -361,6 +361,8 @@ class Device:
     def prepare(self, wanted: Iterable[tuple[Path, str]]) -> None:
         """Start to compile these kernels, several at once; `kernel` waits for the one that it is asked for."""
         with self._lock:
+            if self._refused is not None:
+                return
             new = [job for job in dict.fromkeys(wanted) if job not in self._kernels and job not in self._compiling]
             for path, arguments in new:
                 job = _compilers().submit(cached_kernel, path, arguments, self.target)

@@ -122,6 +122,15 @@ class Backends:
             tell_of(missed)
         return False
 
+    def foretell(self, tensor: torch.Tensor, function: str, coming: Callable[[], tuple]) -> None:
+        """Tell the kernel set for `tensor` what comes, by its `function(device index, *coming())`, if it wants to know:
+        kernels can be compiled before they are asked for. Not while a graph is made."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return
+        call = getattr(self.pick(tensor), function, None)
+        if call is not None:
+            call(tensor.device.index, *coming())
+
     def _load(self, device_type: str, index: int | None) -> Any:
         device = device_type, index
         if device not in self._loaded:

@@ -13,7 +13,7 @@ class Operators:
     """The operators of one namespace of `torch.ops`."""
 
     def __init__(self, namespace: str):
-        self._namespace = namespace
+        self.namespace = namespace
         self._library = torch.library.Library(namespace, "DEF")
         self.kernels: dict[str, Callable] = {}  # by an operator's name
 
@@ -41,10 +41,10 @@ class Operators:
         self._library.define(schema, tags=torch.Tag.pt2_compliant_tag)
         self.kernels[name] = kernel
         self._library.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{self._namespace}::{name}", fake, lib=self._library)
+        torch.library.register_fake(f"{self.namespace}::{name}", fake, lib=self._library)
         if differentiate is not None:
-            qualified = f"{self._namespace}::{name}"
+            qualified = f"{self.namespace}::{name}"
             torch.library.register_autograd(qualified, differentiate, setup_context=save, lib=self._library)
         if flops is not None:
-            operator = getattr(getattr(torch.ops, self._namespace), name)
+            operator = getattr(getattr(torch.ops, self.namespace), name)
             register_flop_formula(operator)(lambda *args, out_shape=None, **kwargs: flops(*args, **kwargs))

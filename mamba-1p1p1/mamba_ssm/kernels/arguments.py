@@ -147,6 +147,21 @@ class VisibleLines(NamedTuple):
         return self.starts.shape[1] - 1
 
 
+class MixerSizes(NamedTuple):
+    """What a mixer's kernels depend on, as far as it is known before the first of them runs."""
+
+    dtype: torch.dtype  # of what its projections give
+    batch: int
+    seqlen: int  # that its scans run over
+    dim: int
+    dstate: int
+    taps: tuple[torch.dtype | None, ...]  # of the convolution's weight and bias, and of D where that goes with them
+    width: int  # of the convolution
+    directions: int  # scanned in one launch
+    with_D: bool  # whether scans add D * u
+    trains: bool
+
+
 class Taps(NamedTuple):
     """What one direction's convolution needs: weight (dim, width), bias (dim,) or None, and the skip's D (dim,)."""
 

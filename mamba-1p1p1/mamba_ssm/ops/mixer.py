@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from causal_conv1d.kernels.registry import backends as conv_backends
-from mamba_ssm.kernels.arguments import Direction, Lines, Projections, Taps, VisibleLines
+from mamba_ssm.kernels.arguments import Direction, Lines, MixerSizes, Projections, Taps, VisibleLines
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.bidirectional import bidirectional_scan_fn
 from mamba_ssm.ops.directions import directions_fn
@@ -110,6 +110,7 @@ def mix(
     if whole and all(branch.plain for branch in branches) and _has_whole(xz):
         return directions_fn(xz, [branch.direction() for branch in branches], share, log_decay=True)
     x, z = xz.chunk(2, dim=-1)
+    backends.foretell(xz, "foretell_mixer", lambda: (_sizes(x, branches, x.shape[1]), token_mask is not None))
     convolve, inputs, scans = _convolving(x, token_mask), None, []
     for branch in branches:
         if inputs is None or not shared:
@@ -158,11 +159,17 @@ def mix_pooled(
         is_full = isinstance(lines, Lines)
         conv_fn, gate_fn = (pooled_conv_fn, pooled_gate_fn) if is_full else (visible_conv_fn, visible_gate_fn)
         x, z = in_proj(hidden_states).chunk(2, dim=-1)
+        norm_dtype = None if norm is None else norm.weight.dtype
+        backends.foretell(x, "foretell_pooled", lambda: (_sizes(x, branches, lines.count, with_D=False), norm_dtype))
         skip, *groups = conv_fn(x, *(branch.taps() for branch in branches), lines)
         scanned = _scan_groups(branches, groups, pair)
         given = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
         return out_proj(gate_fn(skip, scanned, z, *given, lines, share))
     x, z = in_proj(pooling.order(hidden_states)).chunk(2, dim=-1)
+    # of so few groups the number does not matter
+    backends.foretell(x, "foretell_mixer", lambda: (_sizes(x, branches, 1, with_D=False), token_mask is not None))
+    if isinstance(lines, VisibleLines):
+        backends.foretell(x, "foretell_sums", lambda: (x.dtype,))
     convolve, u, skip, groups = _convolving(x, token_mask), None, None, []
     maps = pooling, pooling.backward or pooling
     for branch, own in zip(branches, maps):
@@ -179,6 +186,17 @@ def mix_pooled(
             y = own.expand_add(y, _scan_groups([branch], [group], pair=False) * share)
     y = y if norm is None else norm(y)
     return pooling.restore(out_proj(y * F.silu(z)))
+
+
+def _sizes(x: Tensor, branches: Sequence[Branch], length: int, with_D: bool = True) -> MixerSizes:
+    """What the kernels of a mixer depend on that convolves x (B, L, d_inner) and scans over `length` tokens or groups,
+    `with_D` or without."""
+    weight, bias, D = branches[0].taps()
+    sizes = len(x), length, x.shape[2], branches[0].projections().A_log.shape[1]
+    taps = weight.dtype, None if bias is None else bias.dtype, D.dtype
+    pair = [branch.reverse for branch in branches] == [False, True]
+    trains = torch.is_grad_enabled() and x.requires_grad
+    return MixerSizes(x.dtype, *sizes, taps, weight.shape[1], 1 + pair, with_D, trains)
 
 
 def _convolving(x: Tensor, token_mask: Tensor | None) -> Callable[[Branch], Tensor]:

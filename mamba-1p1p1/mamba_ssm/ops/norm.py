@@ -31,6 +31,9 @@ def layer_norm_fn(
     if wants_reference(x, weight, bias, residual):
         return layer_norm_ref(x, weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm)
     total_dtype = torch.float32 if residual_in_fp32 else x.dtype if residual is None else residual.dtype
+    if torch.is_grad_enabled():
+        types = x.dtype, (x if residual is None else residual).dtype, total_dtype, weight.dtype
+        backends.foretell(x, "foretell_norm", lambda: (types, x.shape[-1], 1 + (bias is not None)))
     out, total, _, _ = torch.ops.mamba_ssm.add_norm(x, residual, weight, bias, eps, is_rms_norm, total_dtype)
     return (out, total) if prenorm else out
 

@@ -4,6 +4,13 @@ import sys
 from types import ModuleType
 
 from causal_conv1d import _nvrtc
+from mamba_ssm.kernels.cuda.ahead import (
+    foretell_merging,
+    foretell_mixer,
+    foretell_norm,
+    foretell_pooled,
+    foretell_sums,
+)
 from mamba_ssm.kernels.cuda.directions import can_stack, stacked_backward, stacked_forward, weights_size
 from mamba_ssm.kernels.cuda.merging import match_tokens, merge_tokens, merge_tokens_backward
 from mamba_ssm.kernels.cuda.norm import norm_backward, norm_forward
@@ -18,6 +25,11 @@ from mamba_ssm.kernels.cuda.scan import (
 
 __all__ = [
     "can_stack",
+    "foretell_merging",
+    "foretell_mixer",
+    "foretell_norm",
+    "foretell_pooled",
+    "foretell_sums",
     "load",
     "match_tokens",
     "merge_tokens",

@@ -7,21 +7,19 @@ and the second adds to what the first left and gates the sum once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from causal_conv1d import _nvrtc
 from causal_conv1d._nvrtc import CPP_TYPES
-from causal_conv1d._reduce import SOURCE as REDUCE_SOURCE
 from causal_conv1d._reduce import add_up
 from causal_conv1d.kernels.cuda import convolution
 from causal_conv1d.kernels.cuda.convolution import Conv
 from causal_conv1d.layout import channel_last
 from mamba_ssm.kernels import composed
 from mamba_ssm.kernels import torch as torch_kernels
-from mamba_ssm.kernels.arguments import DIRECTION_TENSORS, Direction, Scan, ScanGradients, split_matrices
-from mamba_ssm.kernels.cuda import norm, scan
+from mamba_ssm.kernels.arguments import DIRECTION_TENSORS, Direction, MixerSizes, Scan, ScanGradients, split_matrices
+from mamba_ssm.kernels.cuda import ahead, scan
 from mamba_ssm.kernels.cuda.scan import How, states_shape
 from torch import Tensor
 
@@ -126,6 +124,15 @@ def _backward_by_torch(
     return grads
 
 
+def _foretell(xz: Tensor, directions: Sequence[Direction], trains: bool) -> None:
+    """Have all compiled that a model of such mixers needs."""
+    first, (batch, seqlen, width) = directions[0], xz.shape
+    taps = first.conv_weight.dtype, None if first.conv_bias is None else first.conv_bias.dtype
+    sizes = batch, seqlen, width // 2, first.A.shape[1], taps, first.conv_weight.shape[1]
+    mixer = MixerSizes(xz.dtype, *sizes, 1, first.D is not None, trains)
+    ahead.foretell_stacked(xz.device.index, mixer, len(directions))
+
+
 @_nvrtc.or_else(_forward_by_torch)
 def stacked_forward(
     xz: Tensor, directions: Sequence[Direction], share: float, save_states: bool, log_decay: bool
@@ -136,7 +143,7 @@ def stacked_forward(
     xz = channel_last(xz)
     (batch, seqlen, width), count, last = xz.shape, len(directions), len(directions) - 1
     dim, rank, dstate = width // 2, directions[0].dt_proj_weight.shape[1], directions[0].A.shape[1]
-    _compile_ahead(xz.device.index, xz.dtype, tuple(xz.shape), dstate, save_states, _conv_kernel(directions, xz.dtype))
+    _foretell(xz, directions, save_states)
     x, z = xz.transpose(1, 2).chunk(2, dim=1)
     weights, u = _Weights.of(directions, xz.dtype), _convolved(x, directions)
     x_dbl = torch.bmm(u.view(count, -1, dim), weights.x_proj.transpose(1, 2))
@@ -205,26 +212,3 @@ def stacked_backward(
     for number, (dconv, rest) in enumerate(zip(convs, small)):
         grads += [*dconv, *own[2 * number : 2 * number + 2], *rest]
     return grads
-
-
-# --- compiled ahead --------------------------------------------------------------------------------------------------
-
-
-def _conv_kernel(directions: Sequence[Direction], dtype: torch.dtype) -> str:
-    weight, bias = directions[0].conv_weight, directions[0].conv_bias
-    taps = weight.dtype if bias is None or bias.dtype == weight.dtype else torch.float32
-    return f"{CPP_TYPES[dtype]},{CPP_TYPES[taps]},{convolution.VECTOR},{weight.shape[1]}"
-
-
-@lru_cache(maxsize=256)
-def _compile_ahead(
-    index: int | None, dtype: torch.dtype, shape: tuple[int, int, int], dstate: int, trains: bool, conv: str
-) -> None:
-    """Start to compile all that a model of such mixers needs, where sizes allow whole packs, as those of all published
-    models do; what another one needs is compiled when it is asked for."""
-    device = _nvrtc.device(index)
-    wanted = [*scan.kernels_for(device, dtype, shape, dstate, trains), (convolution.FORWARD_SOURCE, conv)]
-    wanted += norm.kernels_for(dtype, shape[2] // 4, trains)
-    if trains:
-        wanted += [(convolution.BACKWARD_SOURCE, conv), *((REDUCE_SOURCE, count) for count in ("10", "4", "1"))]
-    device.prepare(wanted)

@@ -21,7 +21,7 @@ from causal_conv1d._reduce import Sum, add_up, dense_sum
 from causal_conv1d.backend import tell_of
 from causal_conv1d.layout import Slab, address, slab
 from mamba_ssm.kernels import torch as torch_kernels
-from mamba_ssm.kernels.arguments import Scan, ScanGradients
+from mamba_ssm.kernels.arguments import MixerSizes, Scan, ScanGradients
 from torch import Tensor
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
@@ -195,13 +195,10 @@ def _plan_for(scans: Sequence[Scan], how: How = PLAIN) -> _Plan:
     return _plan(_nvrtc.device(u.device.index), dtypes, u.shape, A.shape[1], B.shape[1], len(scans), options)
 
 
-def kernels_for(
-    device: _nvrtc.Device, dtype: torch.dtype, shape: tuple[int, int, int], dstate: int, trains: bool
-) -> list[tuple[Path, str]]:
-    """The kernels of a mixer's scans, shape (batch, seqlen, 2 * dim), whose channels can be moved in packs."""
-    batch, seqlen, width = shape
-    options = True, True, PLAIN
-    plan = _plan(device, (dtype,) * 4, (batch, width // 2, seqlen), dstate, 1, 1, options)
+def kernels_for(device: _nvrtc.Device, mixer: MixerSizes) -> list[tuple[Path, str]]:
+    """The kernels of a mixer's scans, whose channels can be moved in packs."""
+    shape, options = (mixer.batch, mixer.dim, mixer.seqlen), (True, True, PLAIN)
+    plan, trains = _plan(device, (mixer.dtype,) * 4, shape, mixer.dstate, 1, mixer.directions, options), mixer.trains
     found = [(FORWARD_SOURCE, f"{_forward_plan(plan).arguments},4")]
     if trains:
         found.append((BACKWARD_SOURCE, f"{_backward_plan(plan).arguments},4"))
