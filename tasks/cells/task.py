@@ -263,7 +263,6 @@ class ClassifyCells(Task):
         with torch.no_grad(), autocast():
             results = evaluate_subsets(self._predict_some, self._prepared(whole), subsets_of(self.info.chosen))
         if self.args.output_dir:
-            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
             write_csv(results, self.info.channels, Path(self.args.output_dir, "channel_subsets.csv"))
         if self.args.visualize:
             from tasks.cells import pictures

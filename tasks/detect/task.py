@@ -69,6 +69,7 @@ class Detect(Task):
     data_sets = sets.DATA_SETS
     default_data_set = "SHAPES"
     collate = staticmethod(sets.collate)
+    written = ("predictions.json",)
 
     # --- before a run ---
 
@@ -218,7 +219,7 @@ class Detect(Task):
         return self.model(inputs)
 
     def create_evaluator(self) -> CocoEvaluator:
-        path = Path(self.args.output_dir, "predictions.json") if self.args.output_dir else None
+        path = Path(self.args.output_dir, *self.written) if self.args.output_dir else None
         return CocoEvaluator(self.data.test.file, path)
 
     def tell(self, stats: dict[str, float]) -> str:

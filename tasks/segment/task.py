@@ -37,7 +37,8 @@ _WARMUP = 1500  # steps, at most a tenth of all
 
 
 class _Evaluator:
-    """A `SegmentationMeter` as the engine wants one; writes predictions to `folder`, if it is given."""
+    """A `SegmentationMeter` as the engine wants one; writes predictions to `folder`, if it is given, for as long as
+    they find room."""
 
     def __init__(self, classes: Sequence[str], folder: Path | None) -> None:
         self.classes, self.folder = classes, folder
@@ -52,8 +53,11 @@ class _Evaluator:
         """Take in the predicted classes of one batch, (H, W) each."""
         for prediction, (labels, name) in zip(output, target):
             self.meter.update(prediction, labels)
-            if self.folder is not None:
-                save_prediction(prediction.numpy(), self.folder / f"{name}.png", len(self.classes))
+            if self.folder is None:
+                continue
+            # where one finds no room the others would not either
+            if not save_prediction(prediction.numpy(), self.folder / f"{name}.png", len(self.classes)):
+                self.folder = None
 
     def summary(self) -> dict[str, float]:
         """The figures so far, of this process."""
