@@ -254,8 +254,8 @@ def save_run(
     """
     broken = [
         name
-        for name, parameter in run.model.named_parameters()
-        if not bool((parameter.to_local() if isinstance(parameter, DTensor) else parameter).isfinite().all())
+        for name, value in (*run.model.named_parameters(), *run.model.named_buffers())
+        if not bool((value.to_local() if isinstance(value, DTensor) else value).isfinite().all())
     ]
     if any_process(bool(broken))[0]:
         name = broken[0] if broken else "Another process's share of the weights"

@@ -24,7 +24,7 @@ from utils import UsageError
 
 BROKEN = (
     *("objects.npy", "text.npy", "words.npy", "four.npy", "cut.npy", "cut.tif", "text.tif", "stack.tif"),
-    *("colour.png", "kinds.tif", "absent.npy"),
+    *("colour.png", "kinds.tif", "absent.npy", "long.npy"),
 )
 FORMATS = ("pages", "axis", "lzw", "big", "npy", "npy_last")
 
@@ -84,6 +84,7 @@ def broken_images(folder: Path) -> dict[str, tuple[Path, str]]:
     add("text.npy", "no NumPy array", lambda path: path.write_text("not an array"))
     add("words.npy", "wanted whole or floating", lambda path: np.save(path, np.full((3, 4, 4), "a")))
     add("four.npy", "wanted two axes, or three", lambda path: np.save(path, np.zeros((2, 3, 4, 4))))
+    add("long.npy", "is 1 x 101; wanted sides of at most 100 to 1", lambda path: np.save(path, np.zeros((1, 101))))
     add("cut.npy", "cannot be read", lambda path: _cut(path, lambda part: np.save(part, image)))
     add("cut.tif", "cannot be read", lambda path: _cut(path, lambda part: tifffile.imwrite(part, image[0])))
     add("text.tif", "cannot be read", lambda path: path.write_text("not a TIFF"))

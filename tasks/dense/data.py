@@ -18,6 +18,7 @@ from utils import UsageError, first_line
 
 NAMES_FILE = "objectInfo150.txt"
 ADE20K_CLASSES = 150
+MOST_SCALE = 100  # of training images: memory grows with its square
 SPLITS = {True: "training", False: "validation"}
 
 

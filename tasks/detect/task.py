@@ -16,6 +16,7 @@ import models_mamba
 from fusion import Meter
 from loading import EvalBatches
 from tasks.dense.backbone import layer_scales
+from tasks.dense.data import MOST_SCALE
 from tasks.detect import data as sets
 from tasks.detect.detector import build_detector
 from tasks.detect.evaluation import CocoEvaluator
@@ -76,7 +77,7 @@ class Detect(Task):
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Add the flags of heads and jitter."""
-        positive, count = number(float, 0, above=True), number(int, 1)
+        scale, count = number(float, 0, MOST_SCALE, above=True), number(int, 1)
         group = parser.add_argument_group("detection")
         group.add_argument(
             "--det-heads", default=None, choices=[*KINDS], help="released kind of heads (default: by the model's name)"
@@ -94,7 +95,7 @@ class Detect(Task):
         )
         group.add_argument(
             "--scale-range",
-            type=positive,
+            type=scale,
             nargs=2,
             default=(0.1, 2.0),
             metavar=("LOW", "HIGH"),

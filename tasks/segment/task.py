@@ -17,6 +17,7 @@ from fusion import Meter
 from fusion.visualize_pruning import draw_directions
 from loading import EvalBatches
 from tasks.dense.backbone import FEATURES, layer_scales
+from tasks.dense.data import MOST_SCALE
 from tasks.dense.measure import SegmentationMeter
 from tasks.dense.necks import resize, synchronise_batch_norm
 from tasks.dense.pictures import denormalise, draw_kept_patches, draw_segmentation, save_prediction
@@ -90,11 +91,11 @@ class Segment(Task):
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Add the flags of maps, crops and windows."""
-        positive = number(float, 0, above=True)
+        scale = number(float, 0, MOST_SCALE, above=True)
         group = parser.add_argument_group("segmentation")
         group.add_argument(
             "--scale-range",
-            type=positive,
+            type=scale,
             nargs=2,
             default=(0.5, 2.0),
             metavar=("LOW", "HIGH"),
