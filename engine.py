@@ -30,6 +30,7 @@ from loading import EvalBatches, TrainBatches
 from run import Run
 from tasks.task import Meter, Task
 from utils import PeerError, RunError, UsageError, first_line, graphs, nearest
+from utils.files import write_atomically
 from utils.flags import add_switch, number
 from utils.groups import layer_scales, parameter_groups
 from utils.memory import reset_peak_memory
@@ -414,6 +415,7 @@ class _Passes:
     def __init__(self, run: Run, args: argparse.Namespace) -> None:
         self.run, self.args, self.skipped, self.meters = run, args, 0, run.task.meters()
         self.names: list[str] = []
+        self.before: list[tuple[Tensor, Tensor]] = []  # buffers, and what they were
         # which does not know of this object: a graph's memory is wanted back as soon as its epoch is over
         plain = partial(_forward_backward, run, self.meters, self.names)
         self._pass = graphs.Replayed(plain, graphs.Recorder(run.device)) if args.cuda_graph else plain
@@ -422,6 +424,8 @@ class _Passes:
         """Add the gradients of a batch, of `group` that make one step, to the others'."""
         for meter in self.meters:  # a batch's own shares join the epoch's figures, which outlive an interruption
             meter.sums.zero_()
+        if self.args.if_continue_inf:  # BatchNorm would keep what a batch without a finite loss has done to it
+            self.before = [(buffer, buffer.clone()) for buffer in self.run.model.buffers()]
         return graphs.Reading([*self._pass(inputs, targets, group), *(meter.sums for meter in self.meters)])
 
     def look_at(self, late: _Late, board: Board) -> bool:
@@ -435,6 +439,8 @@ class _Passes:
         if any_process(not math.isfinite(value))[0]:
             self.skipped += 1
             _skip_or_stop(run, self.args, value, self.skipped, late)
+            for buffer, value in self.before:
+                buffer.copy_(value)
             return False
         self.skipped = 0
         for meter, sums in zip(self.meters, numbers[len(self.names) :]):
@@ -501,7 +507,7 @@ def _skip_or_stop(run: Run, args: argparse.Namespace, value: float, skipped: int
         file = folder / f"nonfinite_epoch{run.epoch}_step{late.step}_rank{rank()}.pt"
         batch = {"samples": _on_cpu(late.inputs), "targets": _on_cpu(late.targets), "loss": value}
         with contextlib.suppress(OSError, RuntimeError):
-            torch.save(batch, file)
+            write_atomically(file, lambda stream: torch.save(batch, stream))
             kept = f"; its batch is in {file}"
     told = f"The loss is {value} at {place}" if not math.isfinite(value) else f"Another process has no loss at {place}"
     if not args.if_continue_inf:

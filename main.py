@@ -287,7 +287,7 @@ def work(args: argparse.Namespace, stop: StopRequest) -> None:
     with contextlib.ExitStack() as held:
         last = runs.resume(run, args) if args.resume else None
         if args.output_dir and is_main_process():
-            held.enter_context(runs.claim_output(args))
+            held.enter_context(runs.claim_output(args, task.written))
             runs.prepare_output(args, run.epoch, last)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         _logger.info("%s: %.3f M parameters, %d process(es) on %s.", args.model, parameters / 1e6, world_size(), device)

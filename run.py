@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from checkpoints import accept, divided, find_weights, load_strictly, read, saved_flags
 from tasks.task import Task
 from utils import RunError, UsageError, first_line
-from utils.files import copy_whole, is_url, remove_temporaries, write_atomically
+from utils.files import copy_whole, is_url, remove_temporaries, write_atomically, write_if_possible
 from utils.processes import any_process, gather_objects, is_main_process, rank, world_size
 from utils.randomness import random_state, set_random_state
 from utils.states import check_like, check_optimizer_state
@@ -241,12 +241,7 @@ def _go_to(scheduler: Scheduler | None, run: Run, state: dict[str, Any]) -> None
 def save(path: Path, checkpoint: dict[str, Any]) -> bool:
     """Write `checkpoint` to `path`, replacing it only once the new file is whole; False, with a warning, if that
     fails."""
-    try:
-        write_atomically(path, lambda file: torch.save(checkpoint, file))
-    except (OSError, RuntimeError) as error:
-        _logger.warning("%s could not be written (%s); the one before it stays.", path, str(error).splitlines()[0])
-        return False
-    return True
+    return write_if_possible(path, lambda file: torch.save(checkpoint, file))
 
 
 def save_run(
@@ -259,8 +254,8 @@ def save_run(
     """
     broken = [
         name
-        for name, parameter in run.model.named_parameters()
-        if not bool((parameter.to_local() if isinstance(parameter, DTensor) else parameter).isfinite().all())
+        for name, value in (*run.model.named_parameters(), *run.model.named_buffers())
+        if not bool((value.to_local() if isinstance(value, DTensor) else value).isfinite().all())
     ]
     if any_process(bool(broken))[0]:
         name = broken[0] if broken else "Another process's share of the weights"
@@ -418,8 +413,9 @@ def repair_log(file: Path, epoch: int, last: dict[str, Any] | None) -> None:
         write_atomically(file, lambda stream: stream.write(text.encode()))
 
 
-def claim_output(args: argparse.Namespace) -> contextlib.AbstractContextManager:
-    """Make --output_dir and remove what killed writes left there.
+def claim_output(args: argparse.Namespace, written: Sequence[str] = ()) -> contextlib.AbstractContextManager:
+    """Make --output_dir and remove what killed writes left there, of a run's own files and of those that its task has
+    `written`.
 
     Returns what holds the folder for this run alone, until it is closed. Raises UsageError if another run holds it.
     """
@@ -427,7 +423,7 @@ def claim_output(args: argparse.Namespace) -> contextlib.AbstractContextManager:
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = _lock(output)
-        remove_temporaries(output, OUTPUT_FILES)
+        remove_temporaries(output, (*OUTPUT_FILES, *written))
     except OSError as error:
         raise UsageError(f"--output_dir {output} cannot be written: {error}.") from error
     return lock

@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks.bad_inputs import File, damaged, judge_program
 from benchmarks.jobs import Job
 from benchmarks.program import EPOCH
-from benchmarks.small_cells import cells, write_cell, write_folder, write_index
+from benchmarks.small_cells import cells, write_cell, write_folder, write_index, write_jumpcp
 from benchmarks.small_data import pictures, write_image_folder, write_shapes
+from tasks.dense.data import NAMES_FILE
 from tasks.dense.shapes import SIDE
 
 SUFFIXES = (".JPEG", ".jpg", ".png", ".webp", ".bmp", ".tiff", ".ppm", ".pgm")
@@ -132,7 +135,21 @@ def _cells(job: Job, folder: Path) -> list[Place]:
             *("tables of cells", _flags(job, "--data-set", "CELLS", "--index", index, "--split-by", "well")),
             *(index.parent, (index.name,), {"table": table}, (odd_table(table),)),
         ),
+        _plates(job, folder / "plates"),
     ]
+
+
+def _plates(job: Job, folder: Path) -> Place:
+    root = write_jumpcp(folder)
+    flags = _flags(job, "--data-set", "JUMPCP", "--data-path", root)
+    plate = root / "BR00116991.pq"
+    columns = pyarrow.parquet.read_table(plate).to_pydict()
+    wholes = {"own": plate.read_bytes()}
+    for name, junk in (("nul", "a\0b/c"), ("bytes", b"\xff/\xfe"), ("list", ["a"]), ("long", "x" * 5000)):
+        stream = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table(columns | {"path": [junk] * len(columns["path"])}), stream)
+        wholes[name] = stream.getvalue()
+    return Place("tables of plates (parquet)", flags, root, (plate.name,), wholes)
 
 
 def _segments(job: Job, folder: Path) -> list[Place]:
@@ -145,6 +162,7 @@ def _segments(job: Job, folder: Path) -> list[Place]:
             *("annotations of pixels", flags, maps, ("shapes_0002.png",)),
             _encoded(SIDE) | {"own": (maps / "shapes_0003.png").read_bytes()},
         ),
+        Place("names of classes", flags, root, (NAMES_FILE,), {"own": (root / NAMES_FILE).read_bytes()}),
     ]
 
 
@@ -156,7 +174,7 @@ def _objects(job: Job, folder: Path) -> list[Place]:
     return [
         Place("image files", flags, root / "train2017", ("shapes_0002.jpg",), _encoded(SIDE)),
         Place(
-            *("annotations of objects", flags, root / "annotations", (name,), {"own": whole}),
+            *("annotations of objects", flags, root / "annotations", (name,), {"own": whole, "deep": b"[" * 10**5}),
             (odd_json(whole), odd_json(whole), odd_json(whole)),
         ),
     ]
@@ -180,7 +198,8 @@ def places(job: Job, folder: Path) -> list[Place]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Annotations that are whole, but odd
 
-_JUNK = [None, -1, 0, 10**12, 2.5, 1e308, float("nan"), "x", "", [], {}, [1], {"x": 1}, True, [[]], [1.0, 2.0, 3.0]]
+_NUMBERS = [-1, 0, 10**12, 10**400, 2.5, 1e308, float("nan"), True]
+_JUNK = [*_NUMBERS, None, "x", "", [], {}, [1], {"x": 1}, [[]], [1.0, 2.0, 3.0]]
 
 
 @st.composite
@@ -213,7 +232,7 @@ def odd_table(draw: st.DrawFn, whole: bytes) -> bytes:
     """A table `whole` (CSV) in which one to three fields are something else, or a column or a row is missing or twice
     there."""
     rows = list(csv.reader(io.StringIO(whole.decode())))
-    words = ["", "x", "-1", "1e308", "nan", "/", "..", "\0", "0" * 300, "\u0661", ";", '"', "\n"]
+    words = ["", "x", "-1", "1e308", "nan", "/", "..", "\0", "0" * 300, "9" * 5000, "\u0661", "\u00b2", ";", '"', "\n"]
     for _ in range(draw(st.integers(1, 3))):
         row, column = draw(st.integers(0, len(rows) - 1)), draw(st.integers(0, min(map(len, rows)) - 1))
         way = draw(st.sampled_from(["field", "field", "row", "column", "twice", "names"]))

@@ -69,9 +69,10 @@ def expect(is_true: bool, told: str) -> None:
 
 def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str], what: str) -> None:
     """Until `is_so`; a process that ends before, or too much time, is lost."""
-    end = time.monotonic() + PATIENCE
+    looks = PATIENCE * 50  # counted, not timed: all may be stopped for a while, as batch systems do
     while not is_so():
-        if process.poll() is not None or time.monotonic() > end:
+        looks -= 1
+        if process.poll() is not None or not looks:
             stop_all(process)
             raise Lost(f"no {what}: {process.communicate()[1][-400:]}")
         time.sleep(0.02)
@@ -84,6 +85,21 @@ def stop_all(process: subprocess.Popen[str]) -> None:
             os.kill(number, signal.SIGKILL)
 
 
+_launched: list[subprocess.Popen[str]] = []
+
+
+@contextlib.contextmanager
+def ended() -> Iterator[None]:
+    """Let no run that the block launches outlive it."""
+    try:
+        yield
+    finally:
+        for process in _launched:
+            if process.poll() is None:
+                stop_all(process)
+        _launched.clear()
+
+
 def epochs_in(output: Path) -> int:
     """How many epochs log.txt tells of."""
     file = output / "log.txt"
@@ -93,7 +109,8 @@ def epochs_in(output: Path) -> int:
 def launch(processes: int, *flags: object) -> subprocess.Popen[str]:
     """Start the program in `processes` processes."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes) if processes > 1 else ()
-    return start(*launcher, MICRO, *flags)
+    _launched.append(start(*launcher, MICRO, *flags))
+    return _launched[-1]
 
 
 def succeed(process: subprocess.Popen[str], timeout: float = 600) -> str:

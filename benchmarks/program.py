@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -60,8 +61,15 @@ def start(*command: object, env: dict[str, str] | None = None) -> subprocess.Pop
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 240) -> Result:
-    """Wait for what `start` started."""
-    out, err = process.communicate(timeout=timeout)
+    """Wait for what `start` started, as many seconds as `timeout` says without those in which all are stopped. Raises
+    subprocess.TimeoutExpired after them."""
+    for left in range(math.ceil(timeout), 0, -1):
+        try:
+            out, err = process.communicate(timeout=1)
+            break
+        except subprocess.TimeoutExpired:
+            if left == 1:
+                raise
     return Result(process.returncode, out, err)
 
 

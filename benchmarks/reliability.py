@@ -106,7 +106,7 @@ def mixed_precision(job: Job, folder: Path, steps: int) -> list[dict[str, Any]]:
             taken = int(max(entry["step"] for entry in state["optimizer"]["state"].values()))
             bad = len(re.findall("the step is skipped", told))
             weights = all(bool(value.isfinite().all()) for value in state["model"].values())
-            losses = [line["train_loss"] for line in log]
+            losses = [line.get("train_loss", math.nan) for line in log]  # none where every step was left out
             finite = bad == 0 and weights and all(map(math.isfinite, losses))
             row |= dict(steps=taken, bad=bad, scaled=state["updates"] - taken)
             row |= dict(first=losses[0], last=losses[-1], finite="yes" if finite else "no")
@@ -244,7 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "RELIABILITY.md")
     args = flags.parse_args(argv)
     ran: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="reliability_") as root:
+    # ended early, it takes the runs that it started along: they would go on for a million epochs
+    with faults.exit_on_sigterm(), faults.ended(), tempfile.TemporaryDirectory(prefix="reliability_") as root:
         for task in args.task:
             for name in args.sections:
                 folder = Path(root, task, name)

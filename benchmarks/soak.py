@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.command import command, parser, write_json
-from benchmarks.faults import STEADY, epochs_in, launch, stop_all, succeed
+from benchmarks.faults import STEADY, epochs_in, exit_on_sigterm, launch, stop_all, succeed
 from benchmarks.jobs import JOBS, Job
 from benchmarks.summary import markdown
 from utils.flags import number
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--out", type=Path, default=None, metavar="FILE", help="JSON file")
     args = flags.parse_args(argv)
     rows = []
-    with tempfile.TemporaryDirectory(prefix="soak_") as root:
+    with exit_on_sigterm(), tempfile.TemporaryDirectory(prefix="soak_") as root:
         for name in args.task:
             folder = Path(root, name)
             folder.mkdir()

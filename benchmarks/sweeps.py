@@ -117,7 +117,7 @@ def bad_inputs_of_all_kinds(job: Job, folder: Path, count: int, seed: int) -> li
     def judge_flags(flags: list[str]) -> str:
         return bad_inputs.judge_program(*common, *flags)
 
-    uses, resumed = bad_inputs.USES, st.just("--resume")
+    uses, resumed = bad_inputs.USES, st.sampled_from(["--resume", "--resume", "--eval --resume"])
     refused = (bad_inputs.REFUSED,)
     sweeps = [
         sweep("checkpoint bytes", st.tuples(files.damaged(), uses), judge_file, count, seed),

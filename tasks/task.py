@@ -7,6 +7,7 @@ comes before a run beside it: flags, data sets, the model around a backbone, wha
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,8 @@ class Metric(NamedTuple):
     label: str = ""
 
     def is_better(self, value: float, best: float | None) -> bool:
-        """Whether `value` is better than the `best` so far; the first always is."""
-        return best is None or (value > best if self.higher_is_better else value < best)
+        """Whether `value` is better than the `best` so far; the first always is, and any is better than NaN."""
+        return best is None or math.isnan(best) or (value > best if self.higher_is_better else value < best)
 
     def told(self, value: float) -> str:
         """`value` as a reader wants it."""
@@ -80,6 +81,7 @@ class Task(TrainingTask):
     title: ClassVar[str] = "Result"  # of a line with the figures of an evaluation
     collate: ClassVar[Collate | None] = None
     with_teacher: ClassVar[bool] = True  # whether methods that learn from one get a teacher
+    written: ClassVar[tuple[str, ...]] = ()  # files that its evaluator writes into --output_dir
 
     # --- before a run ---
 

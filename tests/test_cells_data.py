@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tifffile
 import torch
@@ -16,13 +18,13 @@ from benchmarks import small_cells as cells_data
 from tasks.cells import data, digits, jumpcp
 from tasks.cells.dataset import Cells, ChannelSetSampler, Statistics, collate
 from tasks.cells.images import in_range, read_header, read_image
-from tasks.cells.listing import PARTS, split
+from tasks.cells.listing import PARTS, list_index, split
 from tasks.cells.tables import read_table
 from utils import UsageError
 
 BROKEN = (
     *("objects.npy", "text.npy", "words.npy", "four.npy", "cut.npy", "cut.tif", "text.tif", "stack.tif"),
-    *("colour.png", "kinds.tif", "absent.npy"),
+    *("colour.png", "kinds.tif", "absent.npy", "long.npy"),
 )
 FORMATS = ("pages", "axis", "lzw", "big", "npy", "npy_last")
 
@@ -82,6 +84,7 @@ def broken_images(folder: Path) -> dict[str, tuple[Path, str]]:
     add("text.npy", "no NumPy array", lambda path: path.write_text("not an array"))
     add("words.npy", "wanted whole or floating", lambda path: np.save(path, np.full((3, 4, 4), "a")))
     add("four.npy", "wanted two axes, or three", lambda path: np.save(path, np.zeros((2, 3, 4, 4))))
+    add("long.npy", "is 1 x 101; wanted sides of at most 100 to 1", lambda path: np.save(path, np.zeros((1, 101))))
     add("cut.npy", "cannot be read", lambda path: _cut(path, lambda part: np.save(part, image)))
     add("cut.tif", "cannot be read", lambda path: _cut(path, lambda part: tifffile.imwrite(part, image[0])))
     add("text.tif", "cannot be read", lambda path: path.write_text("not a TIFF"))
@@ -325,7 +328,7 @@ def refused(args: argparse.Namespace, said: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["0,0", "DNA,0", "3", "-1", "DNX", ""])
+@pytest.mark.parametrize("text", ["0,0", "DNA,0", "3", "-1", "DNX", "", "\u00b2", "9" * 5000])
 def test_channels_that_are_not_there_or_twice(text: str) -> None:
     with pytest.raises(UsageError, match=r"^--channels names"):
         data.choose(text, cells_data.STAINS)
@@ -400,6 +403,10 @@ def test_broken_indices(tmp_path: Path, change: Callable[[dict], dict], said: st
         (lambda root: (root / "BR00116991" / "BR00116991_A01_f1_c0.npy").unlink(), "c0.npy, which does not exist"),
         (lambda root: (root / "BR00116991").rename(root / "other"), "cannot be listed"),
         (
+            lambda root: cells_data.write_table(root / "BR00116991.pq", [{"well_loc": "A01", "path": "a\0b/c.npy"}]),
+            "cannot be listed: embedded null byte",
+        ),
+        (
             lambda root: (root / "platemap_and_metadata" / "JUMP-Target-1_compound_platemap.tsv").unlink(),
             "platemap.tsv does not exist",
         ),
@@ -423,6 +430,25 @@ def test_broken_indices(tmp_path: Path, change: Callable[[dict], dict], said: st
 def test_broken_plates(tmp_path: Path, spoil: Callable[[Path], object], said: str) -> None:
     spoil(cells_data.write_jumpcp(tmp_path))
     refused(flags(data_set="JUMPCP", data_path=tmp_path), said)
+
+
+def test_labels_that_only_look_like_numbers(tmp_path: Path) -> None:
+    """Figures that int() does not take, and so many of them that it does not either, are names."""
+    columns = read_table(cells_data.write_index(tmp_path)).columns
+    rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    labels = ("\u00b2", "9" * 5000, "10", "9")
+    index = cells_data.write_table(
+        tmp_path / "index.csv", [row | {"label": labels[place % 4]} for place, row in enumerate(rows)]
+    )
+    assert list_index(index, None, "cell").classes == ("9", "10", "9" * 5000, "\u00b2")
+
+
+def test_a_date_that_python_has_not(tmp_path: Path) -> None:
+    """pyarrow leaves what it cannot make a Python object of to Python's own errors."""
+    late = pyarrow.array([2**62], pyarrow.timestamp("ms"))
+    pyarrow.parquet.write_table(pyarrow.table({"a": late}), tmp_path / "late.pq")
+    with pytest.raises(UsageError, match="late.pq is no parquet file that can be read"):
+        read_table(tmp_path / "late.pq")
 
 
 def test_plates_that_cannot_be_split(tmp_path: Path) -> None:

@@ -121,6 +121,9 @@ RUNS = ("annotations", 1, "segmentation")
         (edit("annotations", 0, value={"id": 1}), "entry 1 of 'annotations' has no 'image_id'"),
         (edit("annotations", 1, "category_id", value=[7]), "entry 2 of 'annotations' has category_id [7]"),
         (edit("annotations", 0, "area", value="big"), "annotation 1 has area 'big'; wanted a number"),
+        (edit("annotations", 0, "area", value=10**400), "annotation 1 has area 1000"),
+        (edit("annotations", 0, "bbox", value=[1, 2, 10**400, 3]), "annotation 1 has the box"),
+        (edit("annotations", 1, "id", value=2**63), "has id 9223372036854775808; wanted a whole number"),
         (edit("images", 0, "height", value=0), "entry 1 of 'images' has height 0"),
         (lambda data: data.update(annotations=[]) or data["images"][0].update(width=47), "is 40 x 48 pixels"),
         (edit("images", 0, "file_name", value="none.png"), "none.png does not exist"),
@@ -142,9 +145,10 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     path = tmp_path / "instances.json"
     with pytest.raises(UsageError, match=r"instances.json does not exist"):
         CocoFile(path)
-    path.write_text('{"images": [')
-    with pytest.raises(UsageError, match=r"instances.json cannot be read"):
-        CocoFile(path)
+    for text in ('{"images": [', "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=r"instances.json cannot be read"):
+            CocoFile(path)
 
 
 # --- average precision ---

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import run as runs
 from benchmarks.small_data import write_shapes
+from tasks.segment.task import Segment
 from tests.conftest import MICRO, Result, call_program, finish, lines, same, start
+from utils import RunError
 
 FLAGS = (
     *("--task", "segment", "--model", "vim_micro_patch8_32", "--input-size", "32", "--batch-size", "4", "--lr", "2e-3"),
@@ -100,6 +106,32 @@ def test_resume_is_exact(family: str, shapes: Path, tmp_path: Path, stop_after: 
         assert (tmp_path / "seen" / "directions.png").is_file()
 
 
+def test_a_step_that_is_skipped_leaves_no_trace_in_statistics(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BatchNorm takes in a batch before anyone knows that its loss is not finite; one such batch would stay in the
+    running figures for ever, and a model that has them is not saved."""
+    plain, calls = Segment.prepare, [0]
+
+    def prepare(self: Segment, batch: Any, training: bool) -> tuple[Any, Any, int]:
+        images, labels, count = plain(self, batch, training)
+        calls[0] += training
+        return (images * float("nan") if training and calls[0] == 2 else images), labels, count
+
+    monkeypatch.setattr(Segment, "prepare", prepare)
+    flags = [*FLAGS, "--data-path", shapes, "--output_dir", tmp_path, "--if_continue_inf", "--no-model-ema"]
+    result = call_program(*flags)
+    assert result.code == 0, result.err
+    assert "The loss is nan at epoch 0 step 1" in result.err
+    state = torch.load(tmp_path / "checkpoint.pth", weights_only=False)
+    assert state["updates"] == 5
+    assert all(bool(value.isfinite().all()) for value in state["model"].values())
+    run = SimpleNamespace(model=torch.nn.BatchNorm2d(2), epoch=4)
+    run.model.running_var.fill_(math.inf)
+    with pytest.raises(RunError, match="running_var is not finite in epoch 4"):
+        runs.save_run(run, None, tmp_path)
+
+
 def test_two_processes_equal_one(shapes: Path, tmp_path: Path) -> None:
     """On the same global batch, BatchNorm and all; and the shared evaluation counts every image once."""
     command = [*FLAGS, "--data-path", shapes, "--drop-path", 0, "--drop", 0, "--opt", "sgd"]
@@ -139,6 +171,7 @@ def test_starting_from_a_classifier_and_from_a_segmenter(run: Path, shapes: Path
         (["--slide-stride", "33"], "--slide-stride 33 is more than --input-size 32"),
         (["--test-mode", "whole", "--slide-stride", "8"], "contradicts --test-mode whole"),
         (["--scale-range", "2", "1"], "wanted the smaller number first"),
+        (["--scale-range", "1", "1e308"], "is not a number above 0 and at most 100"),
         (["--mixup", "0.8"], "--mixup belongs to --task classify"),
         (["--fsdp"], "--fsdp"),
         (["--attn-only"], "--attn-only"),

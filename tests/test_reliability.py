@@ -2,26 +2,83 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import math
 import os
 import random
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import strategies as st
 
 import main as program
+import run
 from benchmarks import faults, reliability, sweeps
 from benchmarks.bad_files import places
 from benchmarks.bad_inputs import ACCEPTED, REFUSED, File
 from benchmarks.jobs import JOBS
 from benchmarks.program import EPOCH, call_program
+from benchmarks.small_data import write_shapes
 from benchmarks.soak import Look, judge
+from tasks.cells.pictures import draw_subsets
+from tasks.cells.subsets import SubsetResult, write_csv
+from tasks.detect.coco import CocoFile
+from tasks.detect.evaluation import CocoEvaluator
+from tasks.detect.task import Detect
+from tasks.segment import task as segment_task
+from tasks.task import Metric
 
 
 def test_kills_at_random_moments(tmp_path: Path) -> None:
     """Every checkpoint loads, and in the end nothing differs from a run that was left alone."""
     tally = faults.kill(JOBS["classify"], tmp_path, 2, random.Random(0), workers=0)
     assert (tally.tried, tally.failures) == (2, [])
+
+
+@contextlib.contextmanager
+def no_room() -> Iterator[None]:
+    """A limit on the size of files stands for a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_an_evaluation_writes_may_find_no_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its figures are there all the same, no half of a file is, and it is said."""
+    truth = CocoFile(write_shapes(tmp_path / "shapes", 2, 2) / "annotations" / "instances_val2017.json")
+    detector = CocoEvaluator(truth, tmp_path / "out" / "predictions.json")
+    found = {"boxes": torch.ones(1, 4), "labels": torch.ones(1, dtype=torch.long), "scores": torch.ones(1)}
+    detector.update([found | {"masks": torch.ones(1, 1, 64, 64)}], [{"image_id": 1}])
+    segmenter = segment_task._Evaluator(["one", "two"], tmp_path / "out" / "maps")
+    subsets = [SubsetResult((0,), 1, 2), SubsetResult((1,), 2, 2)]
+    with no_room():
+        assert detector.compute()["box_ap"] == 0
+        segmenter.update([torch.zeros(8, 8, dtype=torch.long)] * 2, [(torch.zeros(8, 8), name) for name in "ab"])
+        write_csv(subsets, ["a", "b"], tmp_path / "out" / "subsets.csv")
+        draw_subsets({"a model": subsets}, tmp_path / "out" / "subsets.png")
+    assert segmenter.compute()["aAcc"] == 100
+    assert segmenter.folder is None  # the second was not tried
+    assert caplog.text.count("could not be written") == 4
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["maps"]
+
+
+def test_a_new_run_clears_what_a_killed_one_left_of_its_tasks_files(tmp_path: Path) -> None:
+    for name in (".predictions.json.abc.tmp", ".checkpoint.pth.abc.tmp", ".mine.tmp"):
+        (tmp_path / name).write_text("half")
+    run.claim_output(argparse.Namespace(output_dir=str(tmp_path)), Detect.written).close()
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", ".mine.tmp"}
+
+
+def test_any_figure_is_better_than_none() -> None:
+    assert Metric("loss", higher_is_better=False).is_better(2.0, math.nan)
+    assert not Metric("acc1").is_better(math.nan, 2.0)
 
 
 def test_two_machines(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from benchmarks.small_data import write_shapes
-from tasks.dense.data import SegmentationFolder, ade20k_labels, read_names
+from tasks.dense import shapes as shapes_module
+from tasks.dense.data import NAMES_FILE, SegmentationFolder, ade20k_labels, read_names
 from tasks.dense.pictures import ADE20K_COLOURS, colour_map, draw_segmentation, palette, save_prediction
 from tasks.dense.shapes import BACKGROUND, CLASSES, SIDE, find_shapes, outline
 from tasks.segment.transforms import TestTransform, TrainTransform, fit_size
@@ -217,6 +218,24 @@ def test_bad_annotations_are_named(wrong: str, told: str, tmp_path: Path) -> Non
     with pytest.raises(UsageError, match=told) as caught:
         read_all()
     assert re.search(r"[^.]\.$", str(caught.value))
+
+
+@pytest.mark.parametrize(("content", "told"), [(b"\xff\tx", "cannot be read"), (b"Idx\tName\n1\tall\n", "1 classes")])
+def test_names_that_are_none(content: bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / NAMES_FILE).write_bytes(content)
+    with pytest.raises(UsageError, match=rf"{NAMES_FILE}.*{told}"):
+        read_names(tmp_path)
+
+
+def test_shapes_leave_nothing_behind_that_is_half_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(folder: Path) -> None:
+        (folder / "images").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shapes_module, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        find_shapes(str(tmp_path / "shapes"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_shapes_do_not_bury_other_files(tmp_path: Path) -> None:

@@ -50,6 +50,18 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
             os.close(folder)
 
 
+def write_if_possible(path: Path, write: Callable[[IO[bytes]], None]) -> bool:
+    """`write_atomically`, in a folder that is made; False, with a warning, if that fails: a run outlives a full
+    disk."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, write)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+        _logger.warning("%s could not be written (%s); the one before it stays.", path, str(error).splitlines()[0])
+        return False
+    return True
+
+
 def _umask() -> int:
     """The mode bits that new files leave out; asking for them sets them, so they are put back."""
     mask = os.umask(0o077)
@@ -62,20 +74,17 @@ def copy_whole(source: Path, target: Path) -> None:
 
     No link: who copies another file over `target` would change `source` with it.
     """
-    try:
-        with open(source, "rb") as whole:
-            write_atomically(target, lambda file: _copy(whole, file))
-    except OSError as error:
-        _logger.warning("%s could not be written (%s); the one before it stays.", target, error)
+    write_if_possible(target, lambda file: _copy(source, file))
 
 
-def _copy(source: IO[bytes], target: IO[bytes]) -> None:
+def _copy(path: Path, target: IO[bytes]) -> None:
     """Copy by the kernel, which on some file systems shares the blocks; else by hand, from where it stopped."""
-    try:
-        while os.copy_file_range(source.fileno(), target.fileno(), 1 << 30):
-            pass
-    except (AttributeError, OSError):  # other systems; two file systems, or one that cannot
-        shutil.copyfileobj(source, target)
+    with open(path, "rb") as source:
+        try:
+            while os.copy_file_range(source.fileno(), target.fileno(), 1 << 30):
+                pass
+        except (AttributeError, OSError):  # other systems; two file systems, or one that cannot
+            shutil.copyfileobj(source, target)
 
 
 def remove_temporaries(folder: Path, names: tuple[str, ...]) -> None:
@@ -138,7 +147,7 @@ def download(url: str) -> Path:
                     raise UsageError(f"{url} is larger than {MOST_BYTES >> 30} GiB; wanted a checkpoint.")
                 digest.update(chunk)
                 file.write(chunk)
-        if length is not None and length.isdigit() and size != int(length):
+        if length is not None and length.isdecimal() and size != int(length):
             raise UsageError(f"{url} broke off after {size} of {length} bytes; wanted the whole file.")
         if wanted and not digest.hexdigest().startswith(wanted[1]):
             raise UsageError(f"{url} has SHA-256 {digest.hexdigest()[:12]}...; wanted {wanted[1]}.")

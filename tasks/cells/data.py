@@ -94,7 +94,7 @@ def choose(text: str | None, names: Sequence[str]) -> tuple[int, ...]:
     for part in (part.strip() for part in text.split(",")):
         if part in names:
             chosen.append(list(names).index(part))
-        elif part.isdigit() and int(part) < len(names):
+        elif part.isdecimal() and len(part) < 20 and int(part) < len(names):
             chosen.append(int(part))
         else:
             known = f"0 to {len(names) - 1}, or {', '.join(names)}"

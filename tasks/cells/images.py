@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from datasets import MOST_ASPECT
 from utils import UsageError
 
 ARRAYS = (".npy",)
@@ -45,7 +46,8 @@ def read_image(path: str) -> np.ndarray:
     """The image in `path`, (channels, rows, cols), as it is stored but in this machine's byte order.
 
     The smallest axis of an array is its channels (the first of equal ones); a TIFF holds them as pages or as an axis.
-    Raises UsageError, naming the file, for what is broken, holds pickled objects, or has other axes.
+    Raises UsageError, naming the file, for what is broken, holds pickled objects, has other axes, or one
+    side much longer than the other.
     """
     if is_image(Path(path).name, ARRAYS):
         image = _load_array(path)
@@ -56,6 +58,9 @@ def read_image(path: str) -> np.ndarray:
         image = read_picture(path)[None]
     if not image.size:
         raise UsageError(f"Image {path} has no pixels: its shape is {image.shape}.")
+    rows, cols = image.shape[1:]
+    if max(rows, cols) > MOST_ASPECT * min(rows, cols):  # which would take all memory once the shorter side fits
+        raise UsageError(f"Image {path} is {rows} x {cols}; wanted sides of at most {MOST_ASPECT} to 1.")
     return np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("="))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tasks.cells.listing import Cell, Listing, split_cells
 from tasks.cells.tables import Table, read_table
-from utils import UsageError
+from utils import UsageError, first_line
 
 _logger = logging.getLogger(__name__)
 
@@ -92,9 +92,9 @@ def _cells_of_plate(root: Path, plate: str, table: Table, labels: dict[str, int]
         if folder not in present:
             try:
                 present[folder] = set(os.listdir(root / folder))
-            except OSError as error:
+            except (OSError, ValueError) as error:  # the latter for a name that no file can have
                 raise UsageError(
-                    f"{table.path} names {root / folder}, which cannot be listed: {error.strerror}."
+                    f"{table.path} names {str(root / folder)!r}, which cannot be listed: {first_line(error)}."
                 ) from None
         if name not in present[folder]:
             raise UsageError(f"{table.path} names {root / folder / name}, which does not exist.")

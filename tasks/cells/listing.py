@@ -162,9 +162,7 @@ def list_index(index: Path, root: Path | None, by: str) -> Listing:
     rows = range(len(table))
     if "" in labels:
         raise UsageError(f"{index} has no label in row {labels.index('') + 1}; wanted one in every row.")
-    classes = tuple(
-        sorted(set(labels), key=lambda text: (not text.isdigit(), int(text) if text.isdigit() else 0, text))
-    )
+    classes = tuple(sorted(set(labels), key=_numbers_first))
     root = index.parent if root is None else root
     channels, files = _files(table, names["path"], root)
     empty = {name: table.columns[column] if column else [""] * len(table) for name, column in names.items()}
@@ -180,6 +178,12 @@ def list_index(index: Path, root: Path | None, by: str) -> Listing:
             raise UsageError(f"{index} has the split {part!r} in row {row + 1}; wanted train, val or test.")
         parts[spelled[part.lower()]].append(cells[row])
     return Listing(parts, classes, channels).check(str(index))
+
+
+def _numbers_first(label: str) -> tuple[bool, int, str]:
+    """What labels are sorted by: numbers by their value, then all else by name."""
+    is_number = label.isdecimal() and len(label) < 20  # int() refuses numbers of thousands of figures
+    return not is_number, int(label) if is_number else 0, label
 
 
 def _column_called(table: Table, name: str) -> str | None:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from tasks.cells.data import CellsInfo
 from tasks.cells.dataset import Item
 from tasks.cells.subsets import SubsetResult, by_size
+from utils.files import write_if_possible
 
 
 def draw_channels(
@@ -61,7 +62,7 @@ def draw_channels(
 
 def draw_subsets(runs: Mapping[str, Sequence[SubsetResult]], path: Path) -> None:
     """Top-1 by number of channels: the mean over the subsets, and the range from the lowest to the highest, of every
-    run by its name."""
+    run by its name; a PNG. A file that cannot be written is told of."""
     figure = Figure(figsize=(5, 3.6), layout="constrained", dpi=120)
     axis = figure.subplots()
     for name, results in runs.items():
@@ -75,5 +76,4 @@ def draw_subsets(runs: Mapping[str, Sequence[SubsetResult]], path: Path) -> None
     axis.set_xticks(sorted({len(result.channels) for results in runs.values() for result in results}))
     axis.set_ylabel("top-1, %")
     axis.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    write_if_possible(path, lambda file: figure.savefig(file, format="png"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tasks.cells.dataset import Batch, ChannelSet
+from utils.files import write_if_possible
 
 # images (B, n, H, W), normalised, of the given channels -> logits (B, classes)
 Predict = Callable[[Tensor, ChannelSet], Tensor]
@@ -79,10 +81,12 @@ def table(results: Sequence[SubsetResult], names: Sequence[str]) -> list[str]:
 
 
 def write_csv(results: Sequence[SubsetResult], names: Sequence[str], path: Path) -> None:
-    """Every subset as a row: its size, its channels, images, top-1 in percent."""
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("size", "channels", "images", "acc1"))
-        for result in results:
-            channels = " ".join(names[channel] for channel in result.channels)
-            writer.writerow((len(result.channels), channels, result.count, f"{result.accuracy:.4f}"))
+    """Every subset as a row: its size, its channels, images, top-1 in percent. A file that cannot be written is told
+    of."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(("size", "channels", "images", "acc1"))
+    for result in results:
+        channels = " ".join(names[channel] for channel in result.channels)
+        writer.writerow((len(result.channels), channels, result.count, f"{result.accuracy:.4f}"))
+    write_if_possible(path, lambda file: file.write(text.getvalue().encode()))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import UsageError, nearest
+from utils import UsageError, first_line, nearest
 
 _PARQUET = b"PAR1"
 
@@ -47,14 +47,13 @@ def read_table(path: Path) -> Table:
 
 def _read_parquet(path: Path) -> dict[str, list[str]]:
     try:
-        from pyarrow import ArrowException
         from pyarrow.parquet import read_table as read
     except ImportError:
         raise UsageError(f"{path} is a parquet file, which wants pyarrow; wanted pip install pyarrow.") from None
     try:
         columns = read(path).to_pydict()
-    except (ArrowException, OSError) as error:
-        raise UsageError(f"{path} is no parquet file that can be read: {_first_line(error)}.") from None
+    except Exception as error:  # its own, and what Python raises for values that it has no type for
+        raise UsageError(f"{path} is no parquet file that can be read: {first_line(error)}.") from None
     return {str(name): [_text(value) for value in values] for name, values in columns.items()}
 
 
@@ -87,7 +86,3 @@ def _read_text(path: Path) -> dict[str, list[str]]:
             raise UsageError(f"{path} has {len(row)} values in line {number}; wanted {len(names)}, as in its header.")
     cells = [["" if cell.strip().lower() == "nan" else cell.strip() for cell in row] for _, row in body]
     return {name: [row[place] for row in cells] for place, name in enumerate(names)}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

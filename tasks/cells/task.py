@@ -27,6 +27,7 @@ from tasks.task import Data, Metric, Task
 from utils import UsageError
 from utils.flags import told_size
 from utils.processes import rank, sum_over_processes, world_size
+from utils.states import check_like
 
 _DEFAULT_MODELS = {"CELLS_DIGITS": "fastchannelvim_nano_patch4_32"}
 NUM_PICTURES = 4
@@ -201,9 +202,13 @@ class ClassifyCells(Task):
         module: nn.Module | None = None,
         ema: bool = False,
     ) -> None:
-        """Take the statistics that the model was trained with. Raises UsageError if its data were others."""
+        """Take the statistics that the model was trained with. Raises UsageError if its data were others, or for what
+        no run of this task writes."""
         if not state:
             return
+        names = [state.get(what, ()) for what in ("channels", "classes")] if isinstance(state, dict) else [None]
+        if not all(isinstance(each, (list, tuple)) for each in names):
+            raise UsageError("The checkpoint's task_state names no channels and classes; wanted one of --task cells.")
         for what, own in (("channels", self.info.channels), ("classes", self.info.classes)):
             if list(state.get(what, own)) != list(own):
                 raise UsageError(
@@ -213,6 +218,11 @@ class ClassifyCells(Task):
         if how != self.args.channel_norm:
             raise UsageError(f"--channel-norm is {self.args.channel_norm}; the checkpoint was trained with {how}.")
         if "mean" in state:
+            like = [0.0] * len(self.info.channels)
+            try:
+                check_like(state, {"mean": like, "std": like}, "task_state")
+            except ValueError as error:
+                raise UsageError(f"The checkpoint cannot be used: {error}.") from error
             self.statistics = Statistics(list(state["mean"]), list(state["std"]))
 
     def prepare(self, batch: Batch, training: bool) -> tuple[Inputs, Targets, int]:
@@ -263,7 +273,6 @@ class ClassifyCells(Task):
         with torch.no_grad(), autocast():
             results = evaluate_subsets(self._predict_some, self._prepared(whole), subsets_of(self.info.chosen))
         if self.args.output_dir:
-            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
             write_csv(results, self.info.channels, Path(self.args.output_dir, "channel_subsets.csv"))
         if self.args.visualize:
             from tasks.cells import pictures

@@ -14,10 +14,11 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datasets import load_image
-from utils import UsageError
+from utils import UsageError, first_line
 
 NAMES_FILE = "objectInfo150.txt"
 ADE20K_CLASSES = 150
+MOST_SCALE = 100  # of training images: memory grows with its square
 SPLITS = {True: "training", False: "validation"}
 
 
@@ -103,9 +104,15 @@ def find_root(path: Path, wanted: str, parts: Sequence[str] = ()) -> Path:
 
 def read_names(root: Path, num_classes: int = ADE20K_CLASSES) -> list[str]:
     """The class names of `root`/objectInfo150.txt (tab-separated, the name last, a heading first), or plain numbers
-    where there is no such file."""
+    where there is no such file. Raises UsageError for one that names no classes."""
     file = root / NAMES_FILE
     if not file.exists():
         return [f"class {number}" for number in range(1, num_classes + 1)]
-    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [row[-1].split(",")[0].strip() for row in rows[1:]]
+    try:
+        rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"{file} cannot be read: {first_line(error)}; wanted the names of the classes.") from None
+    names = [row[-1].split(",")[0].strip() for row in rows[1:]]
+    if not 2 <= len(names) < 256:
+        raise UsageError(f"{file} names {len(names)} classes; wanted 2 to 255, a line each below a heading.")
+    return names

@@ -18,6 +18,7 @@ from fusion.dynamic_pruning import DynamicPruning
 from fusion.visualize import patch_cells
 from fusion.visualize_pruning import draw_kept
 from tasks.dense.backbone import DenseBackbone
+from utils.files import write_if_possible
 
 IGNORED = 255
 SHOWN = 320  # least height of a picture, in pixels
@@ -47,11 +48,12 @@ def palette(num_classes: int) -> np.ndarray:
     return np.round(255 * np.array(hues)).astype(np.uint8)
 
 
-def save_prediction(prediction: np.ndarray, file: Path, num_classes: int) -> None:
-    """Write a map of classes (H, W) as an annotation: a PNG with class k as value k + 1, in its colour."""
+def save_prediction(prediction: np.ndarray, path: Path, num_classes: int) -> bool:
+    """Write a map of classes (H, W) as an annotation: a PNG with class k as value k + 1, in its colour. False, with a
+    warning, if that fails."""
     image = Image.fromarray((prediction + 1).astype(np.uint8))
     image.putpalette([*_UNLABELLED, *palette(num_classes).ravel().tolist()])
-    image.save(file)
+    return write_if_possible(path, lambda file: image.save(file, "PNG"))
 
 
 def colour_map(labels: np.ndarray, num_classes: int) -> np.ndarray:

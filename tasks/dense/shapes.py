@@ -244,9 +244,10 @@ def find_shapes(data_path: str) -> Path:
             os.rename(made, root)
         except OSError:
             # another process may have been as quick
-            shutil.rmtree(made, ignore_errors=True)
             if not (root / NAMES_FILE).is_file():
                 raise
+        finally:  # whatever ended it; of what was renamed nothing is there
+            shutil.rmtree(made, ignore_errors=True)
     except OSError as error:
         raise UsageError(f"SHAPES cannot be made in {root} ({error}); wanted a --data-path to write to.") from error
     _logger.info("SHAPES was made in %s.", root)

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import logging
-import math
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 
 # polygon corners may lie outside an image, but no farther than this many times its side
 _FAR = 10
-
+_MOST = 2**63  # 64 bits hold less
 
 _KINDS = {int: "a whole number", str: "a name", list: "four numbers x, y, width, height"}
 _ENTRIES: dict[str, dict[str, type]] = {
@@ -70,7 +70,7 @@ class CocoFile:
             raise UsageError(f"{self.path} does not exist; wanted COCO's annotations.")
         try:
             data = json.loads(self.path.read_bytes())
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{self.path} cannot be read: {error}.") from None
         for part, kinds in _ENTRIES.items():
             entries = data.get(part) if isinstance(data, dict) else None
@@ -88,9 +88,9 @@ class CocoFile:
                 name = f" {entry['id']!r}" if isinstance(entry, dict) and "id" in entry else ""
                 raise UsageError(f"{self.path}: entry{name} of {part!r} has no {key!r}.")
             value = entry[key]
-            # a size must be above 0, ids may be anything whole
-            is_fit = type(value) is kind and (kind is not int or key.endswith("id") or value > 0)
-            if not is_fit:
+            # a size must be above 0, ids may be anything whole that an array holds
+            low = None if kind is not int else -_MOST if key.endswith("id") else 0
+            if type(value) is not kind or (low is not None and not low < value < _MOST):
                 wanted = "a whole number from 1" if key in ("height", "width") else _KINDS[kind]
                 raise UsageError(
                     f"{self.path}: entry {entry.get('id')!r} of {part!r} has {key} {value!r}; wanted {wanted}."
@@ -149,7 +149,7 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
 def _are_numbers(values: Any, count: int | None = None) -> bool:
     if not isinstance(values, list) or (count is not None and len(values) != count):
         return False
-    return all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in values)
+    return all(isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= sys.float_info.max for x in values)
 
 
 def _segmentation_problem(segmentation: Any, height: int, width: int) -> str | None:

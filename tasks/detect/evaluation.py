@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from tasks.detect.coco import CocoFile, index
-from utils.files import write_atomically
+from utils.files import write_if_possible
 from utils.processes import gather_objects, is_main_process
 
 Result = dict[str, Any]
@@ -103,8 +103,7 @@ class CocoEvaluator:
             stats = [average_precision(self.truth, results)]
         if self.path is not None and is_main_process():
             every = [entry for image_id in sorted(results) for entry in results[image_id]]
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path, lambda file: file.write(json.dumps(every).encode()))
+            write_if_possible(self.path, lambda file: file.write(json.dumps(every).encode()))
         if distributed:
             dist.broadcast_object_list(stats)
         return stats[0]

@@ -16,6 +16,7 @@ import models_mamba
 from fusion import Meter
 from loading import EvalBatches
 from tasks.dense.backbone import layer_scales
+from tasks.dense.data import MOST_SCALE
 from tasks.detect import data as sets
 from tasks.detect.detector import build_detector
 from tasks.detect.evaluation import CocoEvaluator
@@ -69,13 +70,14 @@ class Detect(Task):
     data_sets = sets.DATA_SETS
     default_data_set = "SHAPES"
     collate = staticmethod(sets.collate)
+    written = ("predictions.json",)
 
     # --- before a run ---
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Add the flags of heads and jitter."""
-        positive, count = number(float, 0, above=True), number(int, 1)
+        scale, count = number(float, 0, MOST_SCALE, above=True), number(int, 1)
         group = parser.add_argument_group("detection")
         group.add_argument(
             "--det-heads", default=None, choices=[*KINDS], help="released kind of heads (default: by the model's name)"
@@ -93,7 +95,7 @@ class Detect(Task):
         )
         group.add_argument(
             "--scale-range",
-            type=positive,
+            type=scale,
             nargs=2,
             default=(0.1, 2.0),
             metavar=("LOW", "HIGH"),
@@ -218,7 +220,7 @@ class Detect(Task):
         return self.model(inputs)
 
     def create_evaluator(self) -> CocoEvaluator:
-        path = Path(self.args.output_dir, "predictions.json") if self.args.output_dir else None
+        path = Path(self.args.output_dir, *self.written) if self.args.output_dir else None
         return CocoEvaluator(self.data.test.file, path)
 
     def tell(self, stats: dict[str, float]) -> str:

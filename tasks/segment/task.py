@@ -17,6 +17,7 @@ from fusion import Meter
 from fusion.visualize_pruning import draw_directions
 from loading import EvalBatches
 from tasks.dense.backbone import FEATURES, layer_scales
+from tasks.dense.data import MOST_SCALE
 from tasks.dense.measure import SegmentationMeter
 from tasks.dense.necks import resize, synchronise_batch_norm
 from tasks.dense.pictures import denormalise, draw_kept_patches, draw_segmentation, save_prediction
@@ -37,7 +38,8 @@ _WARMUP = 1500  # steps, at most a tenth of all
 
 
 class _Evaluator:
-    """A `SegmentationMeter` as the engine wants one; writes predictions to `folder`, if it is given."""
+    """A `SegmentationMeter` as the engine wants one; writes predictions to `folder`, if it is given, for as long as
+    they find room."""
 
     def __init__(self, classes: Sequence[str], folder: Path | None) -> None:
         self.classes, self.folder = classes, folder
@@ -52,8 +54,11 @@ class _Evaluator:
         """Take in the predicted classes of one batch, (H, W) each."""
         for prediction, (labels, name) in zip(output, target):
             self.meter.update(prediction, labels)
-            if self.folder is not None:
-                save_prediction(prediction.numpy(), self.folder / f"{name}.png", len(self.classes))
+            if self.folder is None:
+                continue
+            # where one finds no room the others would not either
+            if not save_prediction(prediction.numpy(), self.folder / f"{name}.png", len(self.classes)):
+                self.folder = None
 
     def summary(self) -> dict[str, float]:
         """The figures so far, of this process."""
@@ -86,11 +91,11 @@ class Segment(Task):
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Add the flags of maps, crops and windows."""
-        positive = number(float, 0, above=True)
+        scale = number(float, 0, MOST_SCALE, above=True)
         group = parser.add_argument_group("segmentation")
         group.add_argument(
             "--scale-range",
-            type=positive,
+            type=scale,
             nargs=2,
             default=(0.5, 2.0),
             metavar=("LOW", "HIGH"),
