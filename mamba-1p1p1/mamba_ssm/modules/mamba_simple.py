@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from causal_conv1d.ops.convolution import WIDTHS
-from mamba_ssm.modules.block import Block  # noqa: F401  (published here too)
+from mamba_ssm.modules.block import FirstBlock as Block  # noqa: F401  (published here, with these arguments)
 from mamba_ssm.modules.linear import Linear
 from mamba_ssm.modules.parts import is_plain
 from mamba_ssm.ops.directions import Direction
@@ -110,7 +110,13 @@ class Mamba(nn.Module):
     `use_norm_after_ssm` a LayerNorm on the summed scans before the gate silu(z), as FastVim has. The operators that do
     the work bypass the mixer's modules, but only while those are as they were made: with an adapter, a hook, a
     parametrisation or pruning on any of them, or without `use_fast_path`, each is called.
+
+    Raises:
+        ValueError: a setting that there is not. TypeError: an argument that there is not, as other mixers have them.
     """
+
+    # what others' mixers read in a forward of their own
+    activation, act = "silu", staticmethod(F.silu)
 
     def __init__(
         self,
@@ -136,6 +142,7 @@ class Mamba(nn.Module):
         if_devide_out: bool | None = None,
         use_norm_after_ssm: bool | None = None,
         bimamba: bool | None = None,
+        **others,
     ) -> None:
         super().__init__()
         if bimamba is not None:
@@ -150,6 +157,9 @@ class Mamba(nn.Module):
                 warnings.warn(message, UserWarning, stacklevel=2)
         if bimamba_type not in ("none", "v1", "v2"):
             raise ValueError(f"bimamba_type is {bimamba_type!r}; wanted 'none', 'v1' or 'v2', which are all there are.")
+        if others:
+            # of other projects' mixers, some of which have more ways to scan
+            raise TypeError(f"Mamba has no argument {', '.join(others)}; wanted those of Mamba or of Vim's mixer.")
         factory = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
