@@ -169,7 +169,8 @@ class Mamba(nn.Module):
 
         self.in_proj = Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
         self._add_direction("", conv_bias, factory)
-        self._init_dt(self.dt_proj, dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+        self._dt_start = dt_min, dt_max, dt_init, dt_scale, dt_init_floor
+        self._init_dt(self.dt_proj, *self._dt_start)
         if bimamba_type == "v1":
             self.A_b_log = self._new_A_log(device)
         elif bimamba_type == "v2":
@@ -224,6 +225,20 @@ class Mamba(nn.Module):
             # softplus(x) = dt  <=>  x = dt + log(1 - exp(-dt))
             proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
         proj.bias._no_reinit = True
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start what is of the mixer itself again, that is A, D, the step size and the output's scale: for a mixer that
+        was made on the device "meta". Its modules have a `reset_parameters` of their own."""
+        for name in ("A_log", "A_b_log"):
+            if hasattr(self, name):
+                getattr(self, name).copy_(self._new_A_log(self.A_log.device))
+        for name in ("D", "D_b"):
+            if hasattr(self, name):
+                getattr(self, name).fill_(1)
+        if self.init_layer_scale is not None:
+            self.gamma.fill_(self.init_layer_scale)
+        self._init_dt(self.dt_proj, *self._dt_start)
 
     @property
     def directions(self) -> tuple[_Branch, ...]:
