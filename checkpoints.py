@@ -68,6 +68,8 @@ INERT_BUILTINS = {
 }
 # what is beside an encoder in the weights of self-supervised training
 DECODER_PREFIXES = ("decoder", "mask_token")
+# a part that every model here has, by which it is known under names that nobody has told
+LANDMARK = "patch_embed.proj.weight"
 PLACES_TOLD = {"front": "in front of the patches", "middle": "in the middle of the patches"}
 REGISTER_KEYS = ("cls_token", "neck.weight", "norm_neck.weight", "pos_embed_cls")  # MambaReg's
 
@@ -183,7 +185,8 @@ def find_weights(checkpoint: Any, path: str, *, ema: bool = False) -> tuple[dict
     """The model's weights in what `read` returned, with wrappers' prefixes stripped, and where they were found.
 
     Known are DeiT's and Vim's dictionaries (`model`, `model_ema`), timm's, bare state dicts, and Lightning's, where
-    averaged weights are taken if there are any. `ema` asks for the averaged weights of the others too.
+    averaged weights are taken if there are any. `ema` asks for the averaged weights of the others too. An entry or a
+    prefix of any other name is found if it is the only one with a patch embedding, or the `teacher` beside a student.
     """
     if not isinstance(checkpoint, dict):
         raise UsageError(f"{path} holds a {type(checkpoint).__name__}; wanted a dictionary of weights.")
@@ -196,6 +199,12 @@ def find_weights(checkpoint: Any, path: str, *, ema: bool = False) -> tuple[dict
         raise UsageError(f"{path} holds no averaged weights.")
     elif plain:
         found, origin = checkpoint[plain[0]], plain[0]
+    for _ in range(_MOST_LEVELS):
+        models = [] if _prefixes(found) else [name for name, value in found.items() if _holds_model(value)]
+        if not models:
+            break
+        name = _chosen(models, path)
+        found, origin = found[name], name if found is checkpoint else f"{origin}.{name}"
     weights = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not weights:
         raise UsageError(f"{path} holds no weights.")
@@ -214,7 +223,36 @@ def find_weights(checkpoint: Any, path: str, *, ema: bool = False) -> tuple[dict
             break
         weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         stripped += prefix
+    prefixes = _prefixes(weights)
+    if prefixes and "" not in prefixes and not is_dense:
+        prefix = _chosen(prefixes, path)
+        weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        stripped += prefix
     return weights, f"{origin} without prefix {stripped}" if stripped else origin
+
+
+_MOST_LEVELS = 3
+
+
+def _prefixes(entries: dict[Any, Any]) -> list[str]:
+    """What stands before the names of models in `entries`."""
+    names = [name for name in entries if isinstance(name, str) and name.endswith(LANDMARK)]
+    return [name.removesuffix(LANDMARK) for name in names]
+
+
+def _holds_model(value: Any, levels: int = _MOST_LEVELS) -> bool:
+    if not isinstance(value, dict) or not levels:
+        return False
+    return bool(_prefixes(value)) or any(_holds_model(entry, levels - 1) for entry in value.values())
+
+
+def _chosen(names: list[Any], path: str) -> Any:
+    """The name of the only model in the file at `path`, or of the teacher: a student's average, and what is kept."""
+    teachers = [name for name in names if str(name).startswith("teacher")]
+    if len(names) > 1 and len(teachers) != 1:
+        told = ", ".join(str(name).removesuffix(".") for name in names[:4])
+        raise UsageError(f"{path} holds several models ({told}); wanted the weights of one.")
+    return (teachers if len(names) > 1 else names)[0]
 
 
 def load_strictly(

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.layers import to_2tuple
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
@@ -93,7 +93,7 @@ def load_image(path: str, *, upright: bool = True, max_pixels: int = MAX_PIXELS)
     `upright` turns it as its EXIF orientation says. Greys of more than 8 bits, and floats, keep their range: full white
     is the least of 1 (floats), 255, 4,095 and 65,535 that is not below their highest value. Raises UsageError, naming
     the file, if it is unreadable, of a format that is none of `FORMATS`, has more than `max_pixels` or a side over
-    `MOST_ASPECT` times the other, or holds values that are not finite.
+    `MOST_ASPECT` times the other, or holds values that are not finite or well below 0.
     """
     try:
         # an allow-list, since some of Pillow's readers start other programs
@@ -108,6 +108,10 @@ def load_image(path: str, *, upright: bool = True, max_pixels: int = MAX_PIXELS)
             if image.mode.startswith(("I", "F")):
                 return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
             return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise UsageError(
+            f"Image {path} cannot be read: it is none of {', '.join(FORMATS)}, or of numbers that Pillow does not know."
+        ) from error
     except Exception as error:  # Pillow's readers raise whatever a broken file makes them trip over
         raise UsageError(f"Image {path} cannot be read: {first_line(error)}.") from error
 
@@ -120,7 +124,10 @@ def image_loader(args: argparse.Namespace) -> Callable[[str], Image.Image]:
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are not finite")
-    highest = float(values.max())
+    lowest, highest = float(values.min()), float(values.max())
+    # a little is what filters leave; half of a range is not to be lost
+    if lowest < -0.02 * max(highest, 0):
+        raise ValueError(f"it holds values from {lowest:g} to {highest:g}; wanted black at 0")
     white = next((white for white in WHITES[values.dtype.kind != "f" :] if highest <= white), highest)
     return np.rint(values.astype(np.float32).clip(0) * (255 / white)).astype(np.uint8)
 

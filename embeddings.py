@@ -57,6 +57,14 @@ class PatchEmbed(nn.Module):
         rows, cols = ((side - patch) // stride + 1 for side, patch, stride in sides)
         return rows, cols
 
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """timm's name for `grid_of`."""
+        return self.grid_of(*img_size)
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        """timm's name for how many pixels a token stands for along each side: the stride."""
+        return max(self.stride) if as_scalar else self.stride
+
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Returns the tokens and their grid (rows, cols)."""
         if x.ndim != 4 or x.shape[1] != self.proj.in_channels:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -86,6 +88,19 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         )
     resized = resize_pos_embed(pos_embed, (side, side), model.pos_embed_grid, model.class_row_positions)
     return state_dict | {"pos_embed": resized}
+
+
+def made_at(build: Callable[[], nn.Module], device: Any = None, dtype: torch.dtype | None = None) -> nn.Module:
+    """What `build` makes, on a device and in a dtype where those are given."""
+    with nullcontext() if device is None else torch.device(device):
+        return build().to(dtype=dtype)
+
+
+class Unscripted(nn.Module):
+    """A module that `torch.jit.script` refuses in words that lead on."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise TypeError("torch.jit.script cannot read this model's Python; wanted torch.jit.trace or torch.export.")
 
 
 def refuse_symbolic(x: Tensor) -> None:

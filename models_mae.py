@@ -19,6 +19,7 @@ from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
 from torch import Tensor, nn
 
+from models_layers import made_at
 from models_mamba import Block, VisionMamba, add_norm, init_linears
 from models_registry import ALIASES, REGISTRY, pretrained_cfg
 
@@ -326,7 +327,9 @@ def _entry(name: str) -> Callable[..., MaskedAutoencoder]:
     settings = _REGISTRY[_ALIASES.get(name, name)]
 
     def build(pretrained: bool = False, **kwargs: Any) -> MaskedAutoencoder:
-        return build_model_with_cfg(MaskedAutoencoder, name, pretrained, **(settings | kwargs))
+        place = {key: kwargs.pop(key, None) for key in ("device", "dtype")}
+        how = settings | kwargs
+        return made_at(partial(build_model_with_cfg, MaskedAutoencoder, name, pretrained, **how), **place)
 
     build.__name__ = build.__qualname__ = name
     build.keywords = settings

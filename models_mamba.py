@@ -26,7 +26,7 @@ from embeddings import ChannelPatchEmbed, PatchEmbed, RotaryEmbedding2d, resize_
 from fusion import Methods, build_site_methods, method_keywords
 from fusion.dynamic_pruning import PruningOutput, pruning_output
 from fusion.token_state import ClassIndex, TokenState, join_cls, mean_over_kept, patch_policy, reorder, split_cls
-from models_layers import Block, add_norm, checkpoint_filter_fn, init_linears, refuse_symbolic
+from models_layers import Block, Unscripted, add_norm, checkpoint_filter_fn, init_linears, made_at, refuse_symbolic
 from models_registry import (
     ALIASES,
     FASTVIM,
@@ -41,7 +41,7 @@ from models_registry import (
 __all__ = ["PUBLISHED_SPELLINGS", "Block", "VimSettings", "VisionMamba", "registry_keywords", "registry_name"]
 
 
-class VisionMamba(nn.Module):
+class VisionMamba(Unscripted):
     """Vision Mamba: patch embedding, class tokens or registers, `depth` Mamba layers, norm, linear head.
 
     Keywords are the fields of `VimSettings`, and those of the methods (`fusion.method_keywords`). `methods` holds every
@@ -78,7 +78,7 @@ class VisionMamba(nn.Module):
 
         self._build_embedding(settings)
         self._build_layers(settings)
-        self.init_weights()
+        self.init_weights(needs_reset=False)
         self.site_methods = build_site_methods(self.methods)
         for method in self.site_methods:
             before = self.state_dict().keys()
@@ -178,10 +178,16 @@ class VisionMamba(nn.Module):
 
     # --- weights ---
 
-    def init_weights(self) -> None:
+    def init_weights(self, needs_reset: bool = True) -> None:
         """Initialise as Vim does: LeCun-normal patch convolution, truncated normal (0.02) head, neck, tokens and
         positions; linear biases zero but for dt_proj's; out_proj Kaiming-uniform over sqrt(depth), one residual branch
-        a layer."""
+        a layer. With `needs_reset` all the rest starts again too, as after `to_empty`."""
+        if needs_reset:
+            for module in self.modules():
+                if hasattr(module, "reset_parameters") and not isinstance(module, Mamba):
+                    module.reset_parameters()
+            if self.rope is not None:
+                self._turn_to(self.patch_embed.grid_size)
         if not self.knows_channels:  # those start as torch has it
             lecun_normal_(self.patch_embed.proj.weight)
             nn.init.zeros_(self.patch_embed.proj.bias)
@@ -194,6 +200,13 @@ class VisionMamba(nn.Module):
         for linear in (self.neck, self.head):
             if isinstance(linear, nn.Linear):
                 trunc_normal_(linear.weight, std=0.02)
+        for layer in self.layers if needs_reset else ():
+            layer.mixer.reset_parameters()
+
+    def _turn_to(self, grid: tuple[int, int]) -> None:
+        """Rotary positions of a token grid, made anew."""
+        rope = RotaryEmbedding2d(self.embed_dim, grid, self.rope.pretrain_side)
+        self.rope = rope.to(self.rope.freqs_cos.device)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -245,8 +258,7 @@ class VisionMamba(nn.Module):
             resized = resize_pos_embed(self.pos_embed.detach(), old_grid, self.pos_embed_grid, self.class_row_positions)
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
         if self.rope is not None:
-            rope = RotaryEmbedding2d(self.embed_dim, embed.grid_size, self.rope.pretrain_side)
-            self.rope = rope.to(self.rope.freqs_cos.device)
+            self._turn_to(embed.grid_size)
         for method in self.site_methods:
             method.resize(self)
 
@@ -568,14 +580,10 @@ def _entry(name: str) -> Callable[..., VisionMamba]:
     def build(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
         # on a Vim name, spatial pooling builds the FastVim of that size
         defaults = settings | FASTVIM if kwargs.get("spatial_pool") else settings
-        return build_model_with_cfg(
-            VisionMamba,
-            name,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=dict(out_indices=(-1,), feature_cls="getter"),
-            **(defaults | kwargs),
-        )
+        place = {key: kwargs.pop(key, None) for key in ("device", "dtype")}
+        features = dict(out_indices=(-1,), feature_cls="getter")
+        how = dict(pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=features, **(defaults | kwargs))
+        return made_at(partial(build_model_with_cfg, VisionMamba, name, pretrained, **how), **place)
 
     build.__name__ = build.__qualname__ = name
     build.keywords = settings

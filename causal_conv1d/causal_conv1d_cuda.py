@@ -2,52 +2,44 @@
 
 from __future__ import annotations
 
-import torch
-from causal_conv1d import causal_conv1d_fn
-from causal_conv1d import causal_conv1d_update as _update
+from causal_conv1d import cpp_functions
 from torch import Tensor
 
 # told apart from the extension by this
 PORTABLE = True
 
 
-def _activation(silu: bool) -> str | None:
-    return "silu" if silu else None
-
-
 def causal_conv1d_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, *rest) -> Tensor:
-    """`rest` is (silu,) as in 1.0, (seq_idx, silu) as in 1.1, or (seq_idx, initial_states, out, final_states_out, silu)
-    as later."""
+    """`rest` is (silu,) as in 1.0, (seq_idx, silu) as in 1.1, (seq_idx, initial_states, final_states_out, silu) as from
+    1.2 on, or the same with `out` before final_states_out, as from 1.5 on."""
     *states, silu = rest
-    seq_idx, initial_states, out, final_states_out = (*states, None, None, None, None)[:4]
-    options = {"seq_idx": seq_idx, "initial_states": initial_states, "activation": _activation(silu)}
-    if final_states_out is None:
-        result = causal_conv1d_fn(x, weight, bias, **options)
-    else:
-        keep = {"return_final_states": True, "final_states_out": final_states_out}
-        result, _ = causal_conv1d_fn(x, weight, bias, **options, **keep)
+    out = states.pop(2) if len(states) == 4 else None
+    result = cpp_functions.causal_conv1d_fwd_function(x, weight, bias, *(*states, None, None, None)[:3], silu)
     return result if out is None else out.copy_(result)
 
 
 def causal_conv1d_bwd(x: Tensor, weight: Tensor, bias: Tensor | None, dout: Tensor, *rest) -> tuple:
-    """(dx, dweight, dbias), as in 1.0 and 1.1: `rest` is (dx, silu) or (seq_idx, dx, silu), dx written to if given.
+    """(dx, dweight, dbias), and dinitial_states from 1.2 on; what is given of them is written to.
 
-    Raises:
-        NotImplementedError: called as later releases are, with gradients of states.
+    `rest` is (dx, silu) as in 1.0, (seq_idx, dx, silu) as in 1.1, (seq_idx, initial_states, dfinal_states, dx,
+    return_dinitial_states, silu) as from 1.2 on, or (seq_idx, initial_states, dfinal_states, dx, dweight, dbias,
+    dinitial_states, silu) as from 1.5 on.
     """
-    if len(rest) > 3:
-        raise NotImplementedError("called with states, wanted causal_conv1d_fn, which autograd knows")
-    *seq_idx, dx, silu = rest
-    with torch.enable_grad():
-        leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
-        out = causal_conv1d_fn(*leaves, seq_idx=seq_idx[0] if seq_idx else None, activation=_activation(silu))
-        grads = torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], dout)
-    found = grads[0] if dx is None else dx.copy_(grads[0])
-    return found, grads[1], grads[2] if bias is not None else None
+    *given, silu = rest
+    places = [None, None, None]
+    if len(given) > 5:
+        *given, places[0], places[1], places[2] = given
+        given.append(places[2] is not None)
+    elif len(given) < 3:
+        given = [*[None] * (2 - len(given)), *given, False]
+        given[1:1] = [None, None]
+    dx, *grads = cpp_functions.causal_conv1d_bwd_function(x, weight, bias, dout, *given, silu)
+    grads = [grad if place is None or grad is None else place.copy_(grad) for grad, place in zip(grads, places)]
+    return (dx, *grads) if len(rest) > 3 else (dx, *grads[:2])
 
 
 def causal_conv1d_update(
     x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, *rest
 ) -> Tensor:
     """`rest` is nothing, (cache_seqlens,) or (cache_seqlens, conv_state_indices)."""
-    return _update(x, conv_state, weight, bias, _activation(silu), *rest)
+    return cpp_functions.causal_conv1d_update_function(x, conv_state, weight, bias, silu, *(*rest, None, None)[:2])

@@ -52,6 +52,37 @@ def test_wrappers_are_stripped(
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("entries", "prefix", "told"),
+    [
+        ([], "network.", "bare weights without prefix network."),
+        ([], "vision.trunk.", "bare weights without prefix vision.trunk."),
+        (["network"], "_forward_module.", "network without prefix _forward_module."),
+        (["state", "net"], "", "state.net"),
+        (["model", "state_dict"], "encoder_q.", "model.state_dict without prefix encoder_q."),
+    ],
+)
+def test_wrappers_of_other_names(entries: list[str], prefix: str, told: str, weights: dict[str, torch.Tensor]) -> None:
+    content = prefixed(weights, prefix) | {"projector.weight": torch.ones(3)}
+    content = content if prefix else weights
+    for entry in reversed(entries):
+        content = {entry: content, "step": torch.tensor(3), "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}
+    found, origin = checkpoints.find_weights(content, "a.pth")
+    assert found.keys() == weights.keys()
+    assert origin == told
+
+
+def test_of_several_models_the_teacher(weights: dict[str, torch.Tensor]) -> None:
+    """A teacher is the average of its student; of others nobody knows which is meant."""
+    later = {name: value + 1 for name, value in weights.items()}
+    bare = prefixed(weights, "student.") | prefixed(later, "teacher.")
+    for content in (bare, {"student": weights, "teacher": later}, {"student": weights, "teacher": {"net": later}}):
+        assert torch.equal(checkpoints.find_weights(content, "a")[0]["head.bias"], later["head.bias"])
+    for content in ({"one": weights, "two": later}, prefixed(weights, "one.") | prefixed(later, "two.")):
+        with pytest.raises(UsageError, match=r"a holds several models \(one, two\); wanted the weights of one"):
+            checkpoints.find_weights(content, "a")
+
+
 def test_averaged_weights(weights: dict[str, torch.Tensor]) -> None:
     averaged = {name: value + 1 for name, value in weights.items()}
     deit = {"model": weights, "model_ema": averaged}

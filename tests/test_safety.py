@@ -115,10 +115,16 @@ def test_pictures_keep_their_side_and_range(tmp_path: Path) -> None:
     Image.fromarray(ramp).save(tmp_path / "nan.tif")
     with pytest.raises(UsageError, match="not finite"):
         datasets.load_image(str(tmp_path / "nan.tif"))
+    # numbers around 0, as normalised pictures and Hounsfield units are: half of them would be black
+    ramp[0, 0] = 0
+    for name, values in {"normal.tif": 2 * ramp - 1, "units.tif": (ramp * 2000).astype(np.int32) - 999}.items():
+        Image.fromarray(values).save(tmp_path / name)
+        with pytest.raises(UsageError, match="it holds values from -(1|999) to 1.*; wanted black at 0"):
+            datasets.load_image(str(tmp_path / name))
     with pytest.raises(UsageError, match="--max-pixels 800 allows it"):
         datasets.load_image(str(tmp_path / "unit.tif"), max_pixels=799)
     (tmp_path / "program.JPEG").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\nshowpage\n%%EOF\n")
-    with pytest.raises(UsageError, match="cannot identify"):
+    with pytest.raises(UsageError, match="it is none of JPEG, PNG, WEBP, .* or of numbers that Pillow does not know"):
         datasets.load_image(str(tmp_path / "program.JPEG"))
 
 

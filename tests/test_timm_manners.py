@@ -195,3 +195,43 @@ def test_prefix_tokens_of_features_are_the_registers() -> None:
         classes, patches = split_cls(state.hidden + state.residual, state.cls)
         tokens = model.forward_features(X)
     torch.testing.assert_close(tokens, model.norm_f(torch.cat([classes, patches], 1)))
+
+
+@pytest.mark.parametrize(("name", "keywords"), [*((name, {}) for name in NAMES), (NAMES[0], {"if_rope": True})])
+def test_a_model_made_without_memory_starts_as_any(name: str, keywords: dict[str, Any]) -> None:
+    keywords = keywords | SMALL | {"depth": 2}
+    with torch.device("meta"):
+        model = timm.create_model(name, **keywords)
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(torch.nan)
+    model.init_weights()
+    other = timm.create_model(name, **keywords)
+    assert model(X).isfinite().all()
+    for (key, tensor), (_, wanted) in zip(model.state_dict().items(), other.state_dict().items()):
+        # what is drawn is drawn as widely
+        torch.testing.assert_close(tensor.std(), wanted.std(), rtol=0.7, atol=1e-6, msg=key, equal_nan=True)
+        if not tensor.std() or key.endswith(("A_log", "A_b_log")):
+            assert torch.equal(tensor, wanted), key
+    for (_, tensor), (_, wanted) in zip(model.named_buffers(), other.named_buffers()):
+        assert torch.equal(tensor, wanted)
+
+
+def test_device_and_dtype_are_keywords() -> None:
+    for name in (NAMES[0], "mae_fastvim_base_patch16_224"):
+        model = timm.create_model(name, device="meta", dtype=torch.bfloat16)
+        assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    features = timm.create_model(NAMES[0], **SMALL, features_only=True, dtype=torch.float64)
+    assert features(X.double())[-1].dtype == torch.float64
+
+
+def test_scripting_is_refused_in_words() -> None:
+    with pytest.raises(TypeError, match="torch.jit.script cannot read this model.* wanted torch.jit.trace or torch.ex"):
+        torch.jit.script(small(NAMES[0]))
+
+
+def test_grids_of_other_images_by_timm_s_names() -> None:
+    embed = small("vim_nano_patch4_32", stride=4).patch_embed
+    assert embed.dynamic_feat_size((32, 40)) == embed.grid_of(32, 40) == (7, 9)
+    assert embed.feat_ratio() == 4
+    assert embed.feat_ratio(as_scalar=False) == (4, 4)

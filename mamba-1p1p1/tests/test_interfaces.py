@@ -11,6 +11,7 @@ from mamba_ssm import Mamba
 from mamba_ssm.modules.mamba_simple import DynamicMamba
 from mamba_ssm.ops.selective_scan_interface import (
     FastVim_mamba_inner_fn_no_out_proj_withoutZ,
+    SelectiveScanFn,
     bimamba_inner_fn,
     mamba_inner_fn,
     mamba_inner_fn_no_out_proj,
@@ -18,11 +19,16 @@ from mamba_ssm.ops.selective_scan_interface import (
     selective_scan_fn,
     selective_scan_ref,
 )
+from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
 
 # module -> names, as published code imports them
 IMPORTED = {
     "causal_conv1d": ["causal_conv1d_fn", "causal_conv1d_update"],
     "causal_conv1d.causal_conv1d_interface": ["causal_conv1d_fn", "causal_conv1d_ref", "causal_conv1d_update"],
+    "causal_conv1d.causal_conv1d_varlen": ["causal_conv1d_varlen_states"],
+    "causal_conv1d.cpp_functions": [
+        *("causal_conv1d_bwd_function", "causal_conv1d_fwd_function", "causal_conv1d_update_function"),
+    ],
     "causal_conv1d_cuda": ["causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update"],
     "selective_scan_cuda": ["fwd", "bwd"],
     "mamba_ssm": ["Mamba", "MambaLMHeadModel", "mamba_inner_fn", "selective_scan_fn"],
@@ -32,16 +38,19 @@ IMPORTED = {
     "mamba_ssm.modules.block": ["Block"],
     "mamba_ssm.models.config_mamba": ["MambaConfig"],
     "mamba_ssm.models.mixer_seq_simple": ["MambaLMHeadModel", "MixerModel", "create_block", "_init_weights"],
-    "mamba_ssm.utils.generation": ["GenerationMixin", "InferenceParams", "decode", "sample"],
+    "mamba_ssm.utils.generation": [
+        *("GenerationMixin", "InferenceParams", "decode", "modify_logit_for_repetition_penalty", "sample"),
+    ],
     "mamba_ssm.utils.hf": ["load_config_hf", "load_state_dict_hf"],
     "mamba_ssm.ops.selective_scan_interface": [
         *("selective_scan_fn", "selective_scan_ref", "mamba_inner_fn", "mamba_inner_ref", "bimamba_inner_fn"),
         *("bimamba_inner_ref", "mamba_inner_fn_no_out_proj", "FastVim_mamba_inner_fn_no_out_proj_withoutZ"),
+        *("BiMambaInnerFn", "MambaInnerFn", "MambaInnerFnNoOutProj", "SelectiveScanFn"),
     ],
     "mamba_ssm.ops.triton.layer_norm": [
         *("RMSNorm", "layer_norm_fn", "layer_norm_ref", "rms_norm_fn", "rms_norm_ref"),
     ],
-    "mamba_ssm.ops.triton.layernorm": ["RMSNorm", "layer_norm_fn", "rms_norm_fn"],
+    "mamba_ssm.ops.triton.layernorm": ["RMSNorm", "layer_norm_fn", "layer_norm_ref", "rms_norm_fn", "rms_norm_ref"],
     "mamba_ssm.ops.triton.selective_state_update": ["selective_state_update", "selective_state_update_ref"],
 }
 
@@ -53,10 +62,14 @@ def test_names(module):
         assert callable(getattr(found, name)), name
 
 
-@pytest.mark.parametrize(("module", "name"), [("mamba_ssm", "Mamba2"), ("mamba_ssm.ops.triton.ssd_combined", None)])
-def test_what_is_not_there_says_what_is(module, name):
-    with pytest.raises(ImportError, match="this mamba_ssm .*has no .* it has .*first paper"):
-        getattr(importlib.import_module(module), name or "")
+ABSENT = ["modules.mamba2", "modules.mamba2_simple", "modules.mha", "modules.mlp", "modules.ssd_minimal"]
+ABSENT += [f"ops.triton.{name}" for name in ("ssd_combined", "ssd_chunk_scan", "ssd_chunk_state", "layernorm_gated")]
+
+
+@pytest.mark.parametrize("module", ["", *ABSENT])
+def test_what_is_not_there_says_what_is(module):
+    with pytest.raises(ImportError, match="this mamba_ssm .*has no .* it has (.*first paper|layer_norm's RMSNorm)"):
+        importlib.import_module(f"mamba_ssm.{module}") if module else importlib.import_module("mamba_ssm").Mamba2
 
 
 def test_keywords_of_newer_releases():
@@ -66,6 +79,7 @@ def test_keywords_of_newer_releases():
     )
     wanted = ["seq_idx", "initial_states", "return_final_states", "final_states_out", "activation"]
     assert list(inspect.signature(causal_conv1d_fn).parameters)[3:8] == wanted
+    assert SelectiveScanFn.apply is selective_scan_fn
     for fn in (mamba_inner_fn, bimamba_inner_fn, mamba_inner_fn_no_out_proj):
         parameters = inspect.signature(fn).parameters
         assert {"checkpoint_lvl", "b_rms_weight", "c_rms_weight", "dt_rms_weight", "b_c_dt_rms_eps"} <= set(parameters)
@@ -81,7 +95,9 @@ def test_vim_style_calls():
     with pytest.raises(ValueError, match="wanted one of them"):
         Mamba(16, bimamba=True, bimamba_type="v1")
     with pytest.raises(ValueError, match="bimamba_type is 'v3'; wanted 'none', 'v1' or 'v2', which are all there are"):
-        Mamba(16, bimamba_type="v3")
+        Mamba(16, bimamba_type="v3", nslices=5)
+    with pytest.raises(TypeError, match="Mamba has no argument nframes, scan_type; wanted those of Mamba or of Vim's"):
+        Mamba(16, nframes=8, scan_type="sweep")
     # one that names what only Vision Mambas have, whatever it says
     for keywords in ({"if_devide_out": False}, {"if_divide_out": True}, {"init_layer_scale": 0.1}):
         with pytest.warns(UserWarning, match="scans one way, since bimamba_type is not given"):
@@ -111,6 +127,40 @@ def test_one_direction_of_a_fastvim_mixer():
     torch.testing.assert_close(out, y.repeat_interleave(4, 2) + mixer.D[:, None] * u)
     with pytest.raises(ValueError, match="line is 5, wanted one that divides the 12 tokens"):
         FastVim_mamba_inner_fn_no_out_proj_withoutZ(*given, line=5)
+
+
+def test_a_forward_of_ones_own():
+    """A subclass that goes about it by the published attributes and functions, as many projects do."""
+
+    class Own(Mamba):
+        def forward(self, hidden_states):
+            x, z = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)
+            x = causal_conv1d_fn(x, self.conv1d.weight.flatten(1), self.conv1d.bias, activation=self.activation)
+            dt, B, C = self.x_proj(x.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], -1)
+            dt = self.dt_proj.weight @ dt.transpose(1, 2)
+            given = x, dt, -torch.exp(self.A_log.float()), B.transpose(1, 2), C.transpose(1, 2), self.D.float()
+            y = SelectiveScanFn.apply(*given, None, self.dt_proj.bias.float(), True)
+            return self.out_proj((y * self.act(z)).transpose(1, 2))
+
+    torch.manual_seed(0)
+    own, x = Own(8), torch.randn(2, 5, 8)
+    torch.testing.assert_close(own(x), Mamba.forward(own, x), rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_of_both_releases():
+    """The first had the norm where the later ones have the MLP."""
+    from mamba_ssm.modules import block, mamba_simple
+
+    mixer = torch.nn.Identity
+    first = mamba_simple.Block(8, lambda dim: mixer(), torch.nn.RMSNorm, False, True)
+    later = block.Block(8, lambda dim: mixer(), lambda dim: mixer(), torch.nn.RMSNorm, False, True)
+    assert isinstance(first, block.Block)
+    assert first.mlp is None
+    assert not hasattr(first, "norm2")
+    for made in (first, later):
+        assert isinstance(made.norm, torch.nn.RMSNorm)
+        assert made.residual_in_fp32
+        assert not made.fused_add_norm
 
 
 def test_a_mixer_names_the_tensor_it_was_given():
@@ -143,6 +193,44 @@ def test_steps_are_the_whole_and_are_differentiated():
     got = torch.autograd.grad(mixer.step(x[:, :1], *fresh)[0].sum(), mixer.in_proj.weight)[0]
     want = torch.autograd.grad(mixer(x[:, :1]).sum(), mixer.in_proj.weight)[0]
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+# --- norms ---
+
+
+@pytest.mark.parametrize("fn", [layer_norm_fn, rms_norm_fn])
+def test_keywords_of_newer_norms(fn):
+    torch.manual_seed(0)
+    x, residual, weight, rows = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.randn(8), torch.rand(2, 5)
+    # named as projects name them, with what changes nothing
+    named = {
+        "x1": None,
+        "weight1": None,
+        "bias1": None,
+        "dropout_p": 0.0,
+        "rowscale": None,
+        "return_dropout_mask": False,
+    }
+    given = weight, None, residual
+    assert torch.equal(fn(x, *given, **named, eps=1e-5), fn(x, *given, eps=1e-5))
+    scaled = fn(x, *given, eps=1e-5, rowscale=rows, zero_centered_weight=True)
+    torch.testing.assert_close(scaled, fn(x * rows[..., None], weight + 1, None, residual, eps=1e-5))
+    dropped, total = fn(x, *given, prenorm=True, dropout_p=0.5)
+    kept = total - residual
+    torch.testing.assert_close(kept, torch.where(kept.abs() < 1e-6, 0, 2 * x), rtol=1e-5, atol=1e-5)
+    assert 0 < (kept.abs() < 1e-6).sum() < x.numel()
+    with pytest.raises(ValueError, match=r"rowscale has shape \(2,\), wanted"):
+        fn(x, *given, rowscale=rows[:, 0])
+    for wrong in ({"x1": x}, {"weight1": weight}, {"return_dropout_mask": True}):
+        with pytest.raises(NotImplementedError, match="wanted one input and one norm"):
+            fn(x, *given, **wrong)
+
+
+def test_keywords_of_a_newer_norm_module():
+    assert RMSNorm(8, eps=1e-5, dropout_p=0.0, zero_centered_weight=False).eps == 1e-5
+    for wrong in ({"dropout_p": 0.1}, {"zero_centered_weight": True}):
+        with pytest.raises(NotImplementedError, match="wanted 0 and False: rms_norm_fn has both"):
+            RMSNorm(8, **wrong)
 
 
 # --- inner functions ---
@@ -246,7 +334,8 @@ def test_causal_conv1d_cuda():
     x, weight, bias, dout = torch.randn(2, 6, 9), torch.randn(6, 4), torch.randn(6), torch.randn(2, 6, 9)
     leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
     wanted = causal_conv1d_ref(*leaves, "silu")
-    for rest in ((True,), (None, True), (None, None, torch.empty_like(x), None, True)):
+    places = None, None, torch.empty_like(x), None
+    for rest in ((True,), (None, True), (None, None, None, True), (*places, True)):
         torch.testing.assert_close(causal_conv1d_cuda.causal_conv1d_fwd(x, weight, bias, *rest), wanted.detach())
     wanted.backward(dout)
     for rest in ((None, True), (None, torch.empty_like(x), True)):
@@ -255,6 +344,36 @@ def test_causal_conv1d_cuda():
     state = torch.zeros(2, 6, 4)
     steps = [causal_conv1d_cuda.causal_conv1d_update(x[..., t], state, weight, bias, True) for t in range(9)]
     torch.testing.assert_close(torch.stack(steps, -1), wanted.detach())
+    # releases from 1.2 on: the gradients of states too, and from 1.5 on into places that are given
+    states, last = torch.randn(2, 6, 3), torch.empty(2, 6, 3)
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias, states)]
+    options = {"initial_states": leaves[3], "return_final_states": True, "activation": "silu"}
+    outs = causal_conv1d_fn(*leaves[:3], **options)
+    out = causal_conv1d_cuda.causal_conv1d_fwd(x, weight, bias, None, states, last, True)
+    torch.testing.assert_close((out, last), tuple(each.detach() for each in outs))
+    dlast = torch.randn(2, 6, 3)
+    torch.autograd.backward(outs, (dout, dlast))
+    grads = [leaf.grad for leaf in leaves]
+    torch.testing.assert_close(
+        causal_conv1d_cuda.causal_conv1d_bwd(x, weight, bias, dout, None, states, dlast, None, True, True),
+        tuple(grads),
+    )
+    *_, none = causal_conv1d_cuda.causal_conv1d_bwd(x, weight, bias, dout, None, states, dlast, None, False, True)
+    assert none is None
+    places = [torch.empty_like(grad) for grad in grads]
+    causal_conv1d_cuda.causal_conv1d_bwd(x, weight, bias, dout, None, states, dlast, *places, True)
+    torch.testing.assert_close(places, grads)
+
+
+def test_states_of_sequences_one_behind_the_other():
+    from causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states
+
+    x = torch.arange(1.0, 15).reshape(7, 2)
+    states = causal_conv1d_varlen_states(x, torch.tensor([0, 5, 5, 7], dtype=torch.int32), 3)
+    wanted = [x[2:5], torch.zeros(3, 2), torch.cat([torch.zeros(1, 2), x[5:]])]
+    assert torch.equal(states, torch.stack([rows.T for rows in wanted]))
+    with pytest.raises(ValueError, match=r"x has shape \(1, 7, 2\), wanted \(tokens, dim\)"):
+        causal_conv1d_varlen_states(x[None], torch.tensor([0, 7]), 3)
 
 
 # --- decoding ---
@@ -282,6 +401,16 @@ def test_state_update_is_a_step_of_the_scan(heads):
     torch.testing.assert_close(state.reshape(batch, -1, dstate), last, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="dt has shape"):
         selective_state_update(state, x[0], dt[0, :1], A, B[0], C[0])
+    # of more sequences than there are tokens of
+    many, rows = torch.randn(5, *shape[1:], dstate), torch.tensor([3, 1], dtype=torch.int32)
+    wanted, before = many.clone(), many[rows.long()]
+    step = x[0], dt[0], A, B[0], C[0]
+    y = selective_state_update(many, *step, state_batch_indices=rows)
+    assert torch.equal(y, selective_state_update(before, *step))
+    wanted[rows.long()] = before
+    assert torch.equal(many, wanted)
+    with pytest.raises(TypeError, match="state_batch_indices has dtype float32"):
+        selective_state_update(many, *step, state_batch_indices=rows.float())
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +433,14 @@ def test_language_model(language_model, tmp_path):
     torch.testing.assert_close(again(ids).logits, logits)
     with pytest.raises(FileNotFoundError, match="holds no config.json"):
         type(language_model).from_pretrained(str(tmp_path.parent))
+
+
+def test_a_body_without_what_later_releases_added():
+    from mamba_ssm.models.mixer_seq_simple import MixerModel
+
+    named, placed = MixerModel(d_model=8, n_layer=1, vocab_size=11), MixerModel(8, 1, 11, rms_norm=True)
+    later = MixerModel(8, 1, 0, 11)
+    assert all(model.embedding.weight.shape == (11, 8) for model in (named, placed, later))
 
 
 def test_what_language_models_lack():
@@ -339,3 +476,24 @@ def test_sampling():
     assert set(sample(logits, top_k=0, top_p=0.6).tolist()) == {1}
     assert set(sample(logits, top_k=0, min_p=0.2).tolist()) == {1, 2}
     assert set(sample(logits, top_k=0, temperature=3.0).tolist()) == {0, 1, 2, 3}
+
+
+def test_penalty_of_what_has_come_and_streamers(language_model):
+    from mamba_ssm.utils.generation import modify_logit_for_repetition_penalty
+
+    logits = torch.tensor([[2.0, -2.0, 1.0, 0.5]])
+    lower = modify_logit_for_repetition_penalty(logits, torch.tensor([[0, 1, 0]]), 4.0)
+    assert torch.equal(lower, torch.tensor([[0.5, -8.0, 1.0, 0.5]]))
+
+    class Streamer(list):
+        put, ended = list.append, 0
+
+        def end(self):
+            self.ended += 1
+
+    streamer, ids = Streamer(), torch.randint(29, (1, 4))
+    found = language_model.generate(ids, max_length=9, repetition_penalty=1e6, streamer=streamer, vocab_size=29)
+    assert torch.equal(torch.cat([part.reshape(1, -1) for part in streamer], 1), found)
+    assert streamer.ended == 1
+    # nothing comes twice, were its logit ever so good
+    assert len(set(found[0, 4:].tolist()) - set(ids[0].tolist())) == 5

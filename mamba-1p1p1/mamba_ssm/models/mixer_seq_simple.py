@@ -78,14 +78,17 @@ def _init_weights(
 
 
 class MixerModel(nn.Module):
-    """Embedding, blocks and last norm: input_ids (batch, length) -> (batch, length, d_model)."""
+    """Embedding, blocks and last norm: input_ids (batch, length) -> (batch, length, d_model).
+
+    In the first releases the vocabulary stood in `d_intermediate`'s place: a single number there is one.
+    """
 
     def __init__(
         self,
         d_model: int,
         n_layer: int,
-        d_intermediate: int,
-        vocab_size: int,
+        d_intermediate: int = 0,
+        vocab_size: int | None = None,
         ssm_cfg: dict | None = None,
         attn_layer_idx: list[int] | None = None,
         attn_cfg: dict | None = None,
@@ -98,6 +101,8 @@ class MixerModel(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
+        if vocab_size is None:
+            d_intermediate, vocab_size = 0, d_intermediate
         factory = {"device": device, "dtype": dtype}
         self.residual_in_fp32, self.fused_add_norm = residual_in_fp32, fused_add_norm
         self.embedding = nn.Embedding(vocab_size, d_model, **factory)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from causal_conv1d.ops.convolution import WIDTHS
-from mamba_ssm.modules.block import Block  # noqa: F401  (published here too)
+from mamba_ssm.modules.block import FirstBlock as Block  # noqa: F401  (published here, with these arguments)
 from mamba_ssm.modules.linear import Linear
 from mamba_ssm.modules.parts import is_plain
 from mamba_ssm.ops.directions import Direction
@@ -110,7 +110,13 @@ class Mamba(nn.Module):
     `use_norm_after_ssm` a LayerNorm on the summed scans before the gate silu(z), as FastVim has. The operators that do
     the work bypass the mixer's modules, but only while those are as they were made: with an adapter, a hook, a
     parametrisation or pruning on any of them, or without `use_fast_path`, each is called.
+
+    Raises:
+        ValueError: a setting that there is not. TypeError: an argument that there is not, as other mixers have them.
     """
+
+    # what others' mixers read in a forward of their own
+    activation, act = "silu", staticmethod(F.silu)
 
     def __init__(
         self,
@@ -136,6 +142,7 @@ class Mamba(nn.Module):
         if_devide_out: bool | None = None,
         use_norm_after_ssm: bool | None = None,
         bimamba: bool | None = None,
+        **others,
     ) -> None:
         super().__init__()
         if bimamba is not None:
@@ -150,6 +157,9 @@ class Mamba(nn.Module):
                 warnings.warn(message, UserWarning, stacklevel=2)
         if bimamba_type not in ("none", "v1", "v2"):
             raise ValueError(f"bimamba_type is {bimamba_type!r}; wanted 'none', 'v1' or 'v2', which are all there are.")
+        if others:
+            # of other projects' mixers, some of which have more ways to scan
+            raise TypeError(f"Mamba has no argument {', '.join(others)}; wanted those of Mamba or of Vim's mixer.")
         factory = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
@@ -159,7 +169,8 @@ class Mamba(nn.Module):
 
         self.in_proj = Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
         self._add_direction("", conv_bias, factory)
-        self._init_dt(self.dt_proj, dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+        self._dt_start = dt_min, dt_max, dt_init, dt_scale, dt_init_floor
+        self._init_dt(self.dt_proj, *self._dt_start)
         if bimamba_type == "v1":
             self.A_b_log = self._new_A_log(device)
         elif bimamba_type == "v2":
@@ -214,6 +225,20 @@ class Mamba(nn.Module):
             # softplus(x) = dt  <=>  x = dt + log(1 - exp(-dt))
             proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
         proj.bias._no_reinit = True
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start what is of the mixer itself again, that is A, D, the step size and the output's scale: for a mixer that
+        was made on the device "meta". Its modules have a `reset_parameters` of their own."""
+        for name in ("A_log", "A_b_log"):
+            if hasattr(self, name):
+                getattr(self, name).copy_(self._new_A_log(self.A_log.device))
+        for name in ("D", "D_b"):
+            if hasattr(self, name):
+                getattr(self, name).fill_(1)
+        if self.init_layer_scale is not None:
+            self.gamma.fill_(self.init_layer_scale)
+        self._init_dt(self.dt_proj, *self._dt_start)
 
     @property
     def directions(self) -> tuple[_Branch, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from causal_conv1d.backend import KERNEL_DTYPES
 from causal_conv1d.checks import check_device, check_dtype, check_shape, check_tensor
 from causal_conv1d.derivatives import gradients_by_reference, wants_reference
@@ -20,14 +21,37 @@ def layer_norm_fn(
     prenorm: bool = False,
     residual_in_fp32: bool = False,
     is_rms_norm: bool = False,
+    *,
+    x1: None = None,
+    weight1: None = None,
+    bias1: None = None,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    zero_centered_weight: bool = False,
+    return_dropout_mask: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Add the residual, then normalise over the last dimension in float32.
 
     x (..., D) and residual (..., D) or None; weight (D,), bias (D,) or None. Returns the normalised sum (..., D) in x's
     dtype, with `prenorm` also the sum itself: float32 if `residual_in_fp32`, else in the residual's (or x's) dtype.
     LayerNorm as in Ba et al. 2016; RMSNorm (`is_rms_norm`) as in Zhang and Sennrich 2019.
+
+    Of what later releases take, x is multiplied with `rowscale` (...,) and dropped with probability `dropout_p` before
+    the residual, and a `zero_centered_weight` is one less than what multiplies.
+
+    Raises:
+        ValueError, TypeError: a tensor that does not fit. NotImplementedError: a second input (`x1`), a second norm
+        (`weight1`, `bias1`) or the dropout's mask is asked for.
     """
+    if return_dropout_mask or any(second is not None for second in (x1, weight1, bias1)):
+        raise NotImplementedError("x1, weight1, bias1 or return_dropout_mask is given, wanted one input and one norm")
     _check(x, weight, bias, residual)
+    if rowscale is not None:
+        check_tensor("rowscale", rowscale)
+        check_shape("rowscale", rowscale, x.shape[:-1], "(...,), x's shape without its last dimension")
+        x = x * rowscale.unsqueeze(-1).to(x.dtype)
+    x = F.dropout(x, dropout_p) if dropout_p else x
+    weight = weight + 1 if zero_centered_weight else weight
     if wants_reference(x, weight, bias, residual):
         return layer_norm_ref(x, weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm)
     total_dtype = torch.float32 if residual_in_fp32 else x.dtype if residual is None else residual.dtype
@@ -92,9 +116,10 @@ def rms_norm_fn(
     prenorm: bool = False,
     residual_in_fp32: bool = False,
     eps: float = 1e-6,
+    **newer,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`layer_norm_fn` with RMS normalisation, its arguments in the published order."""
-    return layer_norm_fn(x, weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm=True)
+    """`layer_norm_fn` with RMS normalisation, its arguments in the published order; `newer` are those after `*`."""
+    return layer_norm_fn(x, weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm=True, **newer)
 
 
 def rms_norm_ref(

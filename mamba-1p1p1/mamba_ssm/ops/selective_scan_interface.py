@@ -17,7 +17,11 @@ from mamba_ssm.ops.scan import (
 )
 
 __all__ = [
+    "BiMambaInnerFn",
     "FastVim_mamba_inner_fn_no_out_proj_withoutZ",
+    "MambaInnerFn",
+    "MambaInnerFnNoOutProj",
+    "SelectiveScanFn",
     "bimamba_inner_fn",
     "bimamba_inner_ref",
     "mamba_inner_fn",
@@ -29,3 +33,27 @@ __all__ = [
     "selective_scan_fn",
     "selective_scan_ref",
 ]
+
+
+class SelectiveScanFn:
+    """The published class, of which others call `apply`."""
+
+    apply = staticmethod(selective_scan_fn)
+
+
+class MambaInnerFn:
+    """The published class, of which others call `apply`."""
+
+    apply = staticmethod(mamba_inner_fn)
+
+
+class MambaInnerFnNoOutProj:
+    """The published class, of which others call `apply`."""
+
+    apply = staticmethod(mamba_inner_fn_no_out_proj)
+
+
+class BiMambaInnerFn:
+    """The published class, of which others call `apply`."""
+
+    apply = staticmethod(bimamba_inner_fn)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +59,19 @@ def sample(logits: Tensor, top_k: int = 1, top_p: float = 0.0, min_p: float = 0.
     return torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
 
 
+def modify_logit_for_repetition_penalty(logits: Tensor, prev_output_tokens: Tensor, repetition_penalty: float = 1.0):
+    """Make tokens less likely that have come: logits (batch, vocabulary), prev_output_tokens (batch, length).
+
+    Positive logits of those over the penalty, negative ones times it: Keskar et al. 2019 (arXiv:1909.05858), section
+    4.1, as it is usually done. Returns logits of the same shape, which are `logits` if the penalty is 1.
+    """
+    if repetition_penalty == 1.0:
+        return logits
+    came = logits.gather(1, prev_output_tokens)
+    came = torch.where(came < 0, came * repetition_penalty, came / repetition_penalty)
+    return logits.scatter(1, prev_output_tokens, came)
+
+
 @torch.inference_mode()
 def decode(
     input_ids: Tensor,
@@ -71,12 +84,17 @@ def decode(
     eos_token_id: int | None = None,
     teacher_outputs: Tensor | None = None,
     vocab_size: int | None = None,
+    repetition_penalty: float = 1.0,
+    streamer: Any = None,
 ) -> Generated:
     """Go on from input_ids (batch, length) until `max_length` tokens or until every row has met `eos_token_id`.
 
     `teacher_outputs` (batch, max_length) are taken instead of what is chosen; of logits beyond `vocab_size`, which pad
-    a vocabulary, none is.
+    a vocabulary, none is. `repetition_penalty` above 1 makes tokens that have come less likely. A `streamer`, as
+    transformers has them, is `put` the prompt and then each token, and told its `end`.
     """
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
     batch, params = len(input_ids), InferenceParams(max_seqlen=max_length, max_batch_size=len(input_ids))
     sequences, scores, ended = [input_ids], [], torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
     fed, length = input_ids, input_ids.shape[1]
@@ -85,6 +103,7 @@ def decode(
         logits = logits if vocab_size is None else logits[..., :vocab_size]
         params.seqlen_offset += fed.shape[1]
         scores.append(logits)
+        logits = modify_logit_for_repetition_penalty(logits, torch.cat(sequences, dim=1), repetition_penalty)
         if teacher_outputs is not None and teacher_outputs.shape[1] > length:
             chosen = teacher_outputs[:, length]
         else:
@@ -92,6 +111,10 @@ def decode(
         ended |= torch.zeros_like(ended) if eos_token_id is None else chosen == eos_token_id
         fed, length = chosen.unsqueeze(1), length + 1
         sequences.append(fed)
+        if streamer is not None:
+            streamer.put(fed.cpu())
+    if streamer is not None:
+        streamer.end()
     return Generated(torch.cat(sequences, dim=1), tuple(scores))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from causal_conv1d.checks import check_device, check_shape, check_tensor
+from causal_conv1d.checks import check_device, check_dtype, check_ndim, check_shape, check_tensor
 from torch import Tensor
 
 __all__ = ["selective_state_update", "selective_state_update_ref"]
@@ -21,6 +21,7 @@ def selective_state_update(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
 ) -> Tensor:
     """`h = exp(dt A) h + dt B x`, `y = <C, h> + D x`, times silu(z): Gu and Dao 2023, equation 2, for the next token.
 
@@ -31,13 +32,26 @@ def selective_state_update(
         B, C: (batch, dstate) or (batch, ngroups, dstate), ngroups dividing nheads.
         D, dt_bias: (dim,) or (nheads, dim).
         dt_softplus: pass `dt + dt_bias` through softplus.
+        state_batch_indices: (batch,), whole numbers: `state` has more sequences, and these are the ones of `x`.
 
     Returns:
         The shape and dtype of `x`; computed in float32 (float64 for float64 `x`).
 
     Raises:
-        ValueError: a shape or device that does not fit. TypeError: not a tensor.
+        ValueError: a shape or device that does not fit. TypeError: not a tensor. IndexError: `state_batch_indices`
+        holds what is no sequence of `state`.
     """
+    if state_batch_indices is not None:
+        check_tensor("state", state)
+        check_tensor("state_batch_indices", state_batch_indices)
+        check_ndim("state_batch_indices", state_batch_indices, "(batch)")
+        check_dtype("state_batch_indices", state_batch_indices, (torch.int32, torch.int64))
+        check_device("state_batch_indices", state_batch_indices, state, "state")
+        rows = state_batch_indices.long()
+        moved = state[rows]
+        y = selective_state_update(moved, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+        state.index_copy_(0, rows, moved)
+        return y
     heads = state.dim() == 4 if isinstance(state, Tensor) else False
     tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
     check_tensor("state", state)
