@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import torch
 
-from utils.errors import UsageError
+from utils.errors import UsageError, first_line
 
 _logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def write_if_possible(path: Path, write: Callable[[IO[bytes]], None]) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, write)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter
-        _logger.warning("%s could not be written (%s); the one before it stays.", path, str(error).splitlines()[0])
+        _logger.warning("%s could not be written (%s); the one before it stays.", path, first_line(error))
         return False
     return True
 
