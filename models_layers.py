@@ -93,7 +93,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 def made_at(build: Callable[[], nn.Module], device: Any = None, dtype: torch.dtype | None = None) -> nn.Module:
     """What `build` makes, on a device and in a dtype where those are given."""
     with nullcontext() if device is None else torch.device(device):
-        return build().to(dtype=dtype)
+        model = build()
+    return model if dtype is None else model.to(dtype=dtype)
 
 
 class Unscripted(nn.Module):
