@@ -30,10 +30,13 @@ def has_kernels(x: Tensor) -> bool:
 def foretell(x: Tensor, weighted: bool) -> None:
     """Say before a model's first layer, x (batch, tokens, channels), that tokens are going to be merged, `weighted` or
     plainly: what is compiled at first use is compiled while those layers run."""
-    dtype, kind = x.dtype, x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-    backends.foretell(x, "foretell_merging", lambda: (dtype, weighted, torch.is_grad_enabled()))
+
+    def coming() -> tuple[torch.dtype, bool, bool]:
+        kind, wants_gradient = x.device.type, torch.is_grad_enabled()
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return dtype, weighted, wants_gradient
+
+    backends.foretell(x, "foretell_merging", coming)
 
 
 def match_tokens_fn(
