@@ -11,4 +11,5 @@ source scripts/setup.sh
 # Python itself is built without, so that the library comes first by force; what Python keeps to the end is no leak
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=99 CUDA_EMULATOR_SANITIZE=address
-exec "$PYTHON" -m pytest -q -p no:cacheprovider -s "$@"
+# a test that compiles a dozen kernels may take long beside other work
+exec "$PYTHON" -m pytest -q -p no:cacheprovider -o timeout=1800 -s "$@"
