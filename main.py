@@ -180,7 +180,8 @@ def evaluate_only(args: argparse.Namespace, task: Task, batches: EvalBatches) ->
         checkpoints.accept(args, task.model, checkpoint, path)
         if isinstance(checkpoint, dict):
             task.load_task_state(checkpoint.get("task_state"))
-            if args.model_ema and checkpoint.get("model_ema"):
+            averaged = checkpoint.get("model_ema")
+            if args.model_ema and isinstance(averaged, dict) and averaged:
                 versions.append((", moving average", checkpoints.find_weights(checkpoint, path, ema=True)[0]))
     if task.teacher is not None:
         plain = type(task)(args, task.teacher.to(task.device), task.data, task.device)

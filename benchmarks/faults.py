@@ -276,11 +276,14 @@ def _limited(process: subprocess.Popen[str]) -> Iterator[None]:
 
 def _write_fails(flags: list[Any], output: Path, fault: Callable[..., Any], tally: Tally) -> None:
     process = launch(1, *flags, "--output_dir", output)
+    wait_until(lambda: epochs_in(output) > 0, process, "epoch")
+    began = time.monotonic()
     wait_until(lambda: epochs_in(output) > 2, process, "epoch")
+    each = (time.monotonic() - began) / 2
     with fault(process):
         time.sleep(0.5)  # a write that had begun may still end
         state = check_readable(output)
-        time.sleep(1.5)
+        time.sleep(1.5 + 3 * each)  # several more would be, however slow the machine is
         expect(process.poll() is None, "the run ended")
         expect(check_readable(output)["epoch"] == state["epoch"], "a checkpoint was written to a full disk")
     wait_until(

@@ -274,15 +274,20 @@ def test_a_checkpoint_of_other_data(digits_run: Path, tmp_path: Path, program: C
     assert other.code == 2
     assert "trained on the channels intensity, DNA, edge45" in other.err
     for name, junk, told in (
+        ("", torch.ones(0), "names no channels and classes"),
         ("channels", 5, "names no channels and classes"),
         ("mean", [1.0], "task_state.mean has 1 entries, wanted 5"),
         ("std", ["x"] * 5, "task_state.std.0 is 'x', wanted a number"),
     ):
         state = torch.load(digits_run / "checkpoint.pth", weights_only=True)
-        torch.save(state | {"task_state": state["task_state"] | {name: junk}}, tmp_path / "odd.pth")
+        odd = state["task_state"] | {name: junk} if name else junk
+        torch.save(state | {"task_state": odd}, tmp_path / "odd.pth")
         odd = program(*QUICK, "--eval", "--resume", tmp_path / "odd.pth")
         assert odd.code == 2
         assert told in odd.err
+    # a tensor is neither true nor false
+    torch.save(state | {"model_ema": torch.ones(0)}, tmp_path / "odd.pth")
+    assert program(*QUICK, "--eval", "--resume", tmp_path / "odd.pth").code == 0
 
 
 def test_recipe(program: Callable[..., Result], tmp_path: Path) -> None:

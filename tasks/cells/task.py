@@ -204,7 +204,7 @@ class ClassifyCells(Task):
     ) -> None:
         """Take the statistics that the model was trained with. Raises UsageError if its data were others, or for what
         no run of this task writes."""
-        if not state:
+        if state is None:
             return
         names = [state.get(what, ()) for what in ("channels", "classes")] if isinstance(state, dict) else [None]
         if not all(isinstance(each, (list, tuple)) for each in names):
