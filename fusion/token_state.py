@@ -5,7 +5,6 @@ A *site* is one encoder layer (in paired models two). What acts there is a `fusi
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -69,7 +68,7 @@ class ClassTokens:
 
     def moved(self, index: ClassIndex) -> ClassTokens:
         """The same class tokens at `index`."""
-        return dataclasses.replace(self, index=index)
+        return ClassTokens(self.count, self.place, self.positions, self.readout, index)
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class TokenState:
 
     hidden: Tensor
     residual: Tensor | None = None
-    cls: ClassTokens = ClassTokens()
+    cls: ClassTokens = field(default_factory=ClassTokens)
     grid: tuple[int, ...] | None = None
     positions: Tensor | None = None
     token_mask: Tensor | None = None
@@ -96,7 +95,12 @@ class TokenState:
 
     def replace(self, **changes: Any) -> TokenState:
         """A copy with the named fields changed."""
-        return dataclasses.replace(self, **changes)
+        # field by field: Dynamo of torch 2.6 cannot follow dataclasses.replace
+        own = {
+            **dict(hidden=self.hidden, residual=self.residual, cls=self.cls, grid=self.grid, positions=self.positions),
+            **dict(token_mask=self.token_mask, groups=self.groups, entries=self.entries),
+        }
+        return TokenState(**{**own, **changes})
 
     def entry(self, name: str, default: Any = None) -> Any:
         """What the method `name` keeps in this sequence."""

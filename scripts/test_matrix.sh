@@ -3,7 +3,8 @@
 # are made into wheels and source archives, and installed elsewhere from each of them alone; then the suite (arguments, if
 # any, go to pytest instead) and the read-me's quickstart and commands, an epoch each. Gigabytes and an hour on two cores;
 # what it made is removed in the end.
-# Environment: PYTHON (default python3.10), TORCH and TORCHVISION (default 2.6.0 and 0.21.0), FOLDER (default a new one),
+# Environment: PYTHON (default python3.10), TORCH and TORCHVISION (default 2.6.0 and 0.21.0), FOLDER (default a new one; one
+# that was kept is gone on with: nothing is installed again),
 # STEPS (default "packages suite quickstart"), KEEP=1 to keep what was made.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,8 @@ def _wide(parameter: Tensor) -> Tensor:
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
-class _Branch(NamedTuple):
+@dataclass
+class _Branch:
     """One scan direction: a `Branch` of `mamba_ssm.ops.mixer`. v1 shares all but A, and convolves forward in both.
 
     Its modules are called, unless they are `plain`: then their weights go to operators that do the same, and faster.
@@ -248,7 +249,7 @@ class Mamba(nn.Module):
         plain = self.use_fast_path and self.d_conv in WIDTHS and is_plain(*parts, *backward, self.layernorm)
         forward = _Branch(*parts, self.A_log, self.D, self.dt_rank, plain)
         if self.bimamba_type == "v1":
-            return forward, forward._replace(A_log=self.A_b_log, reverse=True)
+            return forward, _Branch(*parts, self.A_b_log, self.D, self.dt_rank, plain, reverse=True)
         if self.bimamba_type == "v2":
             return forward, _Branch(*backward, self.A_b_log, self.D_b, self.dt_rank, plain, True, True)
         return (forward,)

@@ -7,7 +7,7 @@ from mamba_ssm.modules.linear import Linear
 from mamba_ssm.ops.triton.layernorm import RMSNorm
 from torch import nn
 
-_KINDS = frozenset({Linear, RMSNorm, nn.Linear, nn.Conv1d, nn.LayerNorm})
+_KINDS = (Linear, RMSNorm, nn.Linear, nn.Conv1d, nn.LayerNorm)
 
 
 def is_plain(*modules: nn.Module | None) -> bool:
