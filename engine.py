@@ -413,7 +413,7 @@ class _Passes:
     """
 
     def __init__(self, run: Run, args: argparse.Namespace) -> None:
-        self.run, self.args, self.skipped, self.meters = run, args, 0, run.task.meters()
+        self.run, self.args, self.meters = run, args, run.task.meters()
         self.names: list[str] = []
         self.before: list[tuple[Tensor, Tensor]] = []  # buffers, and what they were
         # which does not know of this object: a graph's memory is wanted back as soon as its epoch is over
@@ -437,12 +437,12 @@ class _Passes:
         if late.point and late.point % Board.every == 1:
             board.add({"train/step_loss": value, "train/step_lr": late.rate}, late.point)
         if any_process(not math.isfinite(value))[0]:
-            self.skipped += 1
-            _skip_or_stop(run, self.args, value, self.skipped, late)
+            run.skipped += 1
+            _skip_or_stop(run, self.args, value, late)
             for buffer, value in self.before:
                 buffer.copy_(value)
             return False
-        self.skipped = 0
+        run.skipped = 0
         for meter, sums in zip(self.meters, numbers[len(self.names) :]):
             values |= meter.with_sums(sums).shares()
         run.meters.update(late.count, loss=value, **values)
@@ -498,7 +498,7 @@ def _update(run: Run, args: argparse.Namespace, steps: int | None) -> None:
     run.task.update_ema()
 
 
-def _skip_or_stop(run: Run, args: argparse.Namespace, value: float, skipped: int, late: _Late) -> None:
+def _skip_or_stop(run: Run, args: argparse.Namespace, value: float, late: _Late) -> None:
     """Keep the batch of a non-finite loss for inspection; then go on without it, or end the run."""
     place = f"epoch {run.epoch} step {late.step}"
     kept = ""
@@ -514,8 +514,8 @@ def _skip_or_stop(run: Run, args: argparse.Namespace, value: float, skipped: int
         if math.isfinite(value):
             raise PeerError
         raise RunError(f"{told}{kept}; the run stops (--if_continue_inf skips such steps).")
-    if skipped >= MOST_SKIPPED:
-        raise RunError(f"{told}, the {skipped}th step in a row without a finite one; the run has diverged, and stops.")
+    if run.skipped >= MOST_SKIPPED:
+        raise RunError(f"{told}, the {run.skipped}th step in a row without one; the run has diverged, and stops.")
     _logger.warning("%s%s; the step is skipped.", told, kept)
 
 

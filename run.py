@@ -91,7 +91,8 @@ class Run:
     """Everything that changes while a model trains, and what it is trained with; a checkpoint holds the former.
 
     `epoch` is the epoch to train next or now, `step` how many of its batches are done, `updates` how many steps the
-    optimiser took in all, `seconds` the time spent on the epoch so far, `best` the task's metric at its best.
+    optimiser took in all, `seconds` the time spent on the epoch so far, `best` the task's metric at its best. How many
+    steps in a row were left out, `skipped`, is not kept.
     """
 
     task: Task
@@ -105,6 +106,7 @@ class Run:
     updates: int = 0
     best: float | None = None
     seconds: float = 0.0
+    skipped: int = 0
     meters: Meters = field(default_factory=Meters)
     unwritten: list[dict[str, Any]] = field(default_factory=list)  # lines of log.txt that found the disk full
 

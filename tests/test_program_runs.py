@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional as F
 
 import checkpoints
+import engine
 from tasks.classify import losses
 from tests.conftest import QUICK, ROOT, Result, finish, lines, start
 from tests.program_data import write_cifar100, write_image_folder, write_inat
@@ -330,6 +331,16 @@ def test_an_epoch_of_which_every_step_is_skipped(program: Callable[..., Result],
     assert result.code == 0, result.err
     assert ["train_loss" in line for line in lines(tmp_path)] == [True, False, False]
     assert checkpoints.read(str(tmp_path / "checkpoint.pth"))["updates"] == 1
+
+
+def test_steps_that_are_skipped_are_counted_over_epochs(
+    program: Callable[..., Result], cifar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "MOST_SKIPPED", 7)  # of five an epoch
+    flags = [*QUICK, "--data-set", "CIFAR", "--data-path", cifar, "--epochs", 3, "--lr", 1e30, "--if_continue_inf"]
+    result = program(*flags)
+    assert result.code == 1
+    assert "epoch 1 step 2, the 7th step in a row without one; the run has diverged, and stops." in result.err
 
 
 def test_broken_weights_are_not_saved(

@@ -153,10 +153,18 @@ def _sources(path: Path) -> tuple[str, dict[str, str]]:
 
 
 @cache
+def _supported() -> list[int]:
+    return _checked(_nvrtc().nvrtcGetSupportedArchs(), "asking NVRTC for its architectures")
+
+
+def knows(target: str) -> bool:
+    """Whether NVRTC compiles for `target`, as sm_90."""
+    return int(target.removeprefix("sm_")) in _supported()
+
+
 def _target(capability: tuple[int, int]) -> str:
     """NVRTC's name for a compute capability; the newest portable PTX it can write if the device is newer than NVRTC."""
-    number = capability[0] * 10 + capability[1]
-    supported = _checked(_nvrtc().nvrtcGetSupportedArchs(), "asking NVRTC for its architectures")
+    number, supported = capability[0] * 10 + capability[1], _supported()
     if number in supported:
         return f"sm_{number}"
     older = [arch for arch in supported if arch < number]

@@ -25,7 +25,7 @@ from causal_conv1d.kernels.cuda import convolution as cuda
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 CSRC = _nvrtc.SHARED_SOURCES
-TARGETS = ("sm_80", "sm_90", "sm_100")
+TARGETS = ("sm_80", "sm_90", "sm_100")  # of which older compilers know the first alone
 
 
 def load_emulation():
@@ -67,7 +67,8 @@ KERNELS = [
 @cache
 def usages() -> dict[tuple[str, str, str], _nvrtc.Usage]:
     """Resource usage of every kernel on every target."""
-    jobs = [(name, arguments, target) for name, arguments in KERNELS for target in TARGETS]
+    known = [target for target in TARGETS if _nvrtc.knows(target)]
+    jobs = [(name, arguments, target) for name, arguments in KERNELS for target in known]
     with ThreadPoolExecutor(2) as pool:
         binaries = pool.map(lambda job: _nvrtc.compile_kernel(CSRC / f"{job[0]}.cu", *job[1:]), jobs)
         return {job: _nvrtc.resource_usage(binary.report) for job, binary in zip(jobs, binaries)}
@@ -77,6 +78,8 @@ def usages() -> dict[tuple[str, str, str], _nvrtc.Usage]:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("name", "arguments"), KERNELS)
 def test_compiles_without_spills(name, arguments, target, record_property):
+    if not _nvrtc.knows(target):
+        pytest.skip(f"this NVRTC does not know {target}")
     usage = usages()[name, arguments, target]
     record_property("usage", usage._asdict())
     assert 0 < usage.registers <= 255

@@ -123,7 +123,7 @@ def assert_torch_with_one_warning(reason: str) -> None:
 REFUSED = "launching a CUDA kernel failed: CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"
 STEPS = {
     "no driver": (Driver(version=0), {}, "there is no NVIDIA driver, and torch's CUDA"),
-    "old driver": (Driver(version=12_040), {}, "the NVIDIA driver is for CUDA 12.4, and torch's CUDA"),
+    "old driver": (Driver(version=11_080), {}, "the NVIDIA driver is for CUDA 11.8, and torch's CUDA"),
     "unknown architecture": (Driver(), {"capability": (3, 5)}, "the device has compute capability (3, 5)"),
     "module refused": (Driver(loads=False), {}, "loading probe failed: CUDA_ERROR_INVALID_IMAGE"),
     "launch refused": (
