@@ -113,17 +113,30 @@ class Lines(NamedTuple):
         """How many tokens are one group."""
         return math.prod(self.sizes) // self.count
 
-    def all_visible(self, batch: int, device: torch.device) -> VisibleLines | None:
-        """The same lines of `batch` images that show every token; None where a group's tokens are not walked one after
-        the other."""
+    @property
+    def runs(self) -> bool:
+        """Whether the tokens of a group are walked one after the other."""
         pooled = [is_pooled for size, is_pooled in zip(self.sizes, self.pooled) if size > 1]
-        if pooled != sorted(pooled):
-            return None
+        return pooled == sorted(pooled)
+
+    def all_visible(self, batch: int, device: torch.device) -> VisibleLines:
+        """The same groups, of `batch` images that show every token, walked one after the other."""
+        axes = sorted(range(3), key=lambda axis: self.pooled[axis])
+        return self._visible(self._tokens(device).permute(axes).flatten(), batch, self.length)
+
+    def each_visible(self, batch: int, device: torch.device) -> VisibleLines:
+        """Every token a line of its own, in the order of the walk."""
+        return self._visible(self._tokens(device).flatten(), batch, 1)
+
+    def _tokens(self, device: torch.device) -> Tensor:
+        """The token at every place of the grid, as it is walked."""
         first, second, third = (
             torch.arange(size, device=device) * stride for size, stride in zip(self.sizes, self.strides)
         )
-        order = (first[:, None, None] + second[:, None] + third).flatten()
-        starts = torch.arange(0, math.prod(self.sizes) + 1, self.length, device=device)
+        return first[:, None, None] + second[:, None] + third
+
+    def _visible(self, order: Tensor, batch: int, length: int) -> VisibleLines:
+        starts = torch.arange(0, math.prod(self.sizes) + 1, length, device=order.device)
         return VisibleLines(order.expand(batch, -1), starts.expand(batch, -1), self.scale / self.length)
 
 

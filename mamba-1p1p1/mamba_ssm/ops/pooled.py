@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import mamba_ssm.ops.visible  # noqa: F401  the gradients are its operators
 import torch
 import torch.nn.functional as F
 from causal_conv1d._nvrtc import KernelError
@@ -23,7 +24,6 @@ from mamba_ssm.kernels.arguments import Lines, Projections, Taps
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.operators import OPERATORS
 from mamba_ssm.ops.scan import scan_flops, selective_scan_ref
-from mamba_ssm.ops.visible import VisibleLines
 from torch import Tensor
 
 __all__ = [
@@ -304,12 +304,6 @@ def _spread(groups: Tensor, lines: Lines) -> Tensor:
     return groups.unflatten(1, [1 if is_pooled else size for size, is_pooled in zip(lines.sizes, lines.pooled)])
 
 
-def _visible(x: Tensor, lines: Lines, function: str) -> VisibleLines | None:
-    """The same lines as lines of which every token is visible, where the kernel set has `function` for those: a
-    gradient in one pass, instead of one of torch's for each of a dozen terms."""
-    return lines.all_visible(len(x), x.device) if backends.has(x, function) else None
-
-
 def _of_given(tensors: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor | None]:
     return [None if tensor is None else grad for tensor, grad in zip(tensors, grads)]
 
@@ -326,8 +320,12 @@ def _differentiate_conv(ctx, dskip: Tensor, dpooled: Tensor, dpooled_b: Tensor) 
         given = *ctx.saved_tensors, *lines
         return gradients_by_reference(_conv_reference, given, (dskip, dpooled, dpooled_b))
     x, *taps = ctx.saved_tensors
-    visible = _visible(x, lines, "visible_conv_backward")
-    if visible is not None:
+    if backends.has(x, "visible_conv_backward"):  # one pass, instead of one of torch's for each of a dozen terms
+        visible = (lines.all_visible if lines.runs else lines.each_visible)(len(x), x.device)
+        if not lines.runs:
+            dpooled, dpooled_b = (
+                _spread(each, lines).expand(-1, *lines.sizes, -1).flatten(1, 3) for each in (dpooled, dpooled_b)
+            )
         dx, *grads = torch.ops.mamba_ssm.visible_conv_backward(dskip, dpooled, dpooled_b, x, *taps, *visible)
         return dx, *_of_given(taps, grads), None, None, None, None
     x, dskip = _walked(x, lines), _walked(dskip, lines)
@@ -355,9 +353,8 @@ def _differentiate_gate(ctx, dout: Tensor) -> tuple:
         given = *ctx.saved_tensors, ctx.eps, *lines[:3], share
         return gradients_by_reference(_gate_reference, given, (dout,))
     saved = skip, groups, z, weight, bias = ctx.saved_tensors
-    visible = _visible(skip, lines, "visible_gate_backward")
-    if visible is not None:
-        order, starts, _ = visible
+    if backends.has(skip, "visible_gate_backward"):
+        order, starts, _ = lines.all_visible(len(skip), skip.device)
         grads = torch.ops.mamba_ssm.visible_gate_backward(dout, *saved, ctx.eps, order, starts, share)
         return *_of_given(saved, grads), None, None, None, None, None
     total = _in_place((_walked(skip, lines) + _spread(groups, lines)) * share, lines)
