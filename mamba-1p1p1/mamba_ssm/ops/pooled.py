@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-import mamba_ssm.ops.visible  # noqa: F401  the gradients are its operators
 import torch
 import torch.nn.functional as F
 from causal_conv1d._nvrtc import KernelError
@@ -24,6 +23,7 @@ from mamba_ssm.kernels.arguments import Lines, Projections, Taps
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.operators import OPERATORS
 from mamba_ssm.ops.scan import scan_flops, selective_scan_ref
+from mamba_ssm.ops.visible import of_given
 from torch import Tensor
 
 __all__ = [
@@ -304,10 +304,6 @@ def _spread(groups: Tensor, lines: Lines) -> Tensor:
     return groups.unflatten(1, [1 if is_pooled else size for size, is_pooled in zip(lines.sizes, lines.pooled)])
 
 
-def _of_given(tensors: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor | None]:
-    return [None if tensor is None else grad for tensor, grad in zip(tensors, grads)]
-
-
 def _save_conv(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, sizes, strides, pooled, scale = inputs
     ctx.lines = Lines(tuple(sizes), tuple(strides), tuple(pooled), scale)
@@ -327,7 +323,7 @@ def _differentiate_conv(ctx, dskip: Tensor, dpooled: Tensor, dpooled_b: Tensor) 
                 _spread(each, lines).expand(-1, *lines.sizes, -1).flatten(1, 3) for each in (dpooled, dpooled_b)
             )
         dx, *grads = torch.ops.mamba_ssm.visible_conv_backward(dskip, dpooled, dpooled_b, x, *taps, *visible)
-        return dx, *_of_given(taps, grads), None, None, None, None
+        return dx, *of_given(taps, grads), None, None, None, None
     x, dskip = _walked(x, lines), _walked(dskip, lines)
     share, walked, grads, dx = lines.scale / max(lines.length, 1), x.flatten(1, 3).transpose(1, 2), [], None
     for (weight, bias, D), dmean, reverse in ((taps[:3], dpooled, False), (taps[3:], dpooled_b, True)):
@@ -356,7 +352,7 @@ def _differentiate_gate(ctx, dout: Tensor) -> tuple:
     if backends.has(skip, "visible_gate_backward"):
         order, starts, _ = lines.all_visible(len(skip), skip.device)
         grads = torch.ops.mamba_ssm.visible_gate_backward(dout, *saved, ctx.eps, order, starts, share)
-        return *_of_given(saved, grads), None, None, None, None, None
+        return *of_given(saved, grads), None, None, None, None, None
     total = _in_place((_walked(skip, lines) + _spread(groups, lines)) * share, lines)
     dnormed, dweight, dbias = dout * F.silu(z), None, None
     if weight is None:

@@ -256,6 +256,11 @@ def _conv_flops(x: Sequence[int], weight: Sequence[int], *_) -> int:
     return 2 * prod(x) * (2 * weight[1] + 2)
 
 
+def of_given(tensors: Iterable[Tensor | None], grads: Iterable[Tensor]) -> list[Tensor | None]:
+    """The gradients of those tensors that there are, None for the others."""
+    return [None if tensor is None else grad for tensor, grad in zip(tensors, grads)]
+
+
 def _save_conv(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.factor = inputs
     ctx.save_for_backward(*tensors)
@@ -269,7 +274,7 @@ def _differentiate_conv(ctx, dskip: Tensor, dpooled: Tensor, dpooled_b: Tensor) 
     dx, *grads = torch.ops.mamba_ssm.visible_conv_backward(
         dskip, dpooled, dpooled_b, x, *taps, order, starts, ctx.factor
     )
-    return dx, *(None if tap is None else grad for tap, grad in zip(taps, grads)), None, None, None
+    return dx, *of_given(taps, grads), None, None, None
 
 
 def _save_gate(ctx, inputs: tuple, output: Tensor) -> None:
@@ -282,7 +287,7 @@ def _differentiate_gate(ctx, dout: Tensor) -> tuple:
     if torch.is_grad_enabled():
         return gradients_by_reference(_gate_reference, (*tensors, ctx.eps, order, starts, ctx.share), (dout,))
     grads = torch.ops.mamba_ssm.visible_gate_backward(dout, *tensors, ctx.eps, order, starts, ctx.share)
-    return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads)), None, None, None, None
+    return *of_given(tensors, grads), None, None, None, None
 
 
 _TAPS = "Tensor weight, Tensor? bias, Tensor D, Tensor weight_b, Tensor? bias_b, Tensor D_b"
