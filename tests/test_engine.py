@@ -14,11 +14,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch.utils.data import TensorDataset
 
+import datasets
 import engine
 import main
 from loading import SeededSampler, TrainBatches
+from tasks.cells.images import read_picture
+from tasks.dense.data import read_annotation
 from tests import micro_models  # noqa: F401 - its names
 from tests.conftest import QUICK, Result, lines
 from utils import RunError, UsageError
@@ -162,6 +166,23 @@ def test_a_worker_that_gives_nothing_does_not_keep_a_signal_waiting() -> None:
         assert engine._fetch(iter([1]), stop, may_stop=False) == (1, False)
     assert stop.name == "SIGTERM"
     assert time.monotonic() - began < 30
+
+
+def test_a_signal_while_an_image_is_read_is_no_fault_of_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Image.open
+
+    def interrupted(*args: object, **kwargs: object) -> Image.Image:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return opened(*args, **kwargs)
+
+    file = tmp_path / "a.png"
+    Image.new("L", (8, 8)).save(file)
+    monkeypatch.setattr(Image, "open", interrupted)
+    for read in (datasets.load_image, lambda file: read_annotation(file, 3, (8, 8)), read_picture):
+        with StopRequest() as stop:
+            assert engine._fetch((read(file) for _ in range(1)), stop) == (None, True)
 
 
 @pytest.mark.parametrize(

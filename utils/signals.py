@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 
-class StopWaiting(Exception):
-    """A run that waits is to stop."""
+class StopWaiting(BaseException):
+    """A run that waits is to stop. No Exception, like KeyboardInterrupt: it comes in the midst of anything, and must
+    not be taken for a fault of the file that is just read."""
 
 
 class StopRequest:
