@@ -23,7 +23,7 @@ import torch
 
 import checkpoints
 from benchmarks.jobs import Job
-from benchmarks.program import MICRO, finish, lines, ranks_of, start
+from benchmarks.program import MICRO, finish, go_on, lines, ranks_of, start
 
 PATIENCE = 120  # seconds until what does not happen counts as lost
 # the learning rate of an epoch must not depend on how many there are
@@ -75,7 +75,7 @@ def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str], what: 
         if process.poll() is not None or not looks:
             stop_all(process)
             raise Lost(f"no {what}: {process.communicate()[1][-400:]}")
-        time.sleep(0.02)
+        go_on(process, 0.02)
 
 
 def stop_all(process: subprocess.Popen[str]) -> None:

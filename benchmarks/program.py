@@ -60,6 +60,13 @@ def start(*command: object, env: dict[str, str] | None = None) -> subprocess.Pop
     )
 
 
+def go_on(process: subprocess.Popen[str], seconds: float) -> None:
+    """Let what `start` started go on for `seconds`, and take what it says: a pipe that nobody reads gets full, and then
+    who writes to it waits for ever."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.communicate(timeout=seconds)
+
+
 def finish(process: subprocess.Popen[str], timeout: float = 240) -> Result:
     """Wait for what `start` started, as many seconds as `timeout` says without those in which all are stopped. Raises
     subprocess.TimeoutExpired after them."""

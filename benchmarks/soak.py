@@ -11,7 +11,6 @@ import json
 import resource
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 from benchmarks.command import command, parser, write_json
 from benchmarks.faults import STEADY, epochs_in, exit_on_sigterm, launch, stop_all, succeed
 from benchmarks.jobs import JOBS, Job
+from benchmarks.program import go_on
 from benchmarks.summary import markdown
 from utils.flags import number
 
@@ -82,7 +82,7 @@ def soak(job: Job, folder: Path, steps: int, workers: int = 0) -> dict[str, Any]
         while process.poll() is None:
             if epochs_in(output) > len(seen):
                 seen.append(look(process.pid))
-            time.sleep(0.05)
+            go_on(process, 0.05)
         succeed(process)
     finally:
         stop_all(process)

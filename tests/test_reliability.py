@@ -21,7 +21,7 @@ from benchmarks import faults, reliability, sweeps
 from benchmarks.bad_files import places
 from benchmarks.bad_inputs import ACCEPTED, REFUSED, File
 from benchmarks.jobs import JOBS
-from benchmarks.program import EPOCH, call_program
+from benchmarks.program import EPOCH, call_program, finish, start
 from benchmarks.small_data import write_shapes
 from benchmarks.soak import Look, judge
 from tasks.cells.pictures import draw_subsets
@@ -37,6 +37,13 @@ def test_kills_at_random_moments(tmp_path: Path) -> None:
     """Every checkpoint loads, and in the end nothing differs from a run that was left alone."""
     tally = faults.kill(JOBS["classify"], tmp_path, 2, random.Random(0), workers=0)
     assert (tally.tried, tally.failures) == (2, [])
+
+
+def test_a_run_that_says_more_than_a_pipe_holds_is_not_held_up(tmp_path: Path) -> None:
+    file = tmp_path / "done"
+    process = start("-c", f"print('x' * 10**6); open({str(file)!r}, 'w'); import time; time.sleep(1)")
+    faults.wait_until(file.exists, process, "file")
+    assert len(finish(process).out) == 10**6 + 1
 
 
 @contextlib.contextmanager
