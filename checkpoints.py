@@ -284,9 +284,11 @@ def load_strictly(
     )
     if told:
         more = len(missing) + len(unexpected) + len(shapes) - len(told)
-        raise UsageError(
-            f"{path} is no checkpoint of {name}: {', '.join(told)}{f', and {more} more differences' if more else ''}."
-        )
+        others = f", and {more} more differences" if more else ""
+        if not missing and not shapes and all(".mixer.layernorm." in key for key in unexpected):
+            others += "; it has a norm behind its scans, as the Vims of the masked autoencoder have: wanted"
+            others += " vim_SIZE_final_pool_mean_abs_pos_embed_with_midclstok_div2"
+        raise UsageError(f"{path} is no checkpoint of {name}: {', '.join(told)}{others}.")
 
 
 def _fits(value: Tensor, own: Tensor) -> bool:

@@ -195,8 +195,14 @@ for _size, _keywords in _MAMBAREG_SIZES.items():
     REGISTRY[f"dyvm_mambareg_{_size}"] = _MAMBAREG | _keywords | _DYVM | _stages
 
 REGISTRY |= {
-    f"vim_{size}_patch16_224_final_pool_mean_abs_pos_embed_with_midclstok_div2": _VIM_NORM | settings
-    for size, settings in (("tiny", _TINY), ("small", _SMALL), ("base", _BASE), ("large", _LARGE))
+    f"vim_{size}_final_pool_mean_abs_pos_embed_with_midclstok_div2": _VIM_NORM | settings
+    for size, settings in (
+        ("tiny_patch16_224", _TINY),
+        ("small_patch16_224", _SMALL),
+        ("base_patch16_224", _BASE),
+        ("large_patch16_224", _LARGE),
+        ("nano_patch4_32", _NANO),  # this project's
+    )
 }
 
 _LONG = "bimambav2_final_pool_mean_abs_pos_embed_with"

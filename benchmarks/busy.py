@@ -28,7 +28,7 @@ from utils.flags import number
 # scripts/quickstart.sh's
 RECIPE = (
     *("--model", "vim_nano_patch4_32", "--data-set", "DIGITS", "--num_workers", "0", "--batch-size", "32"),
-    *("--unscale-lr", "--lr", "2e-3", "--drop-path", "0", "--no-model-ema", "--mixup", "0", "--cutmix", "0"),
+    *("--unscale-lr", "--lr", "4e-3", "--drop-path", "0", "--no-model-ema", "--mixup", "0", "--cutmix", "0"),
     *("--reprob", "0", "--aa", "none", "--color-jitter", "0", "--no-repeated-aug", "--warmup-epochs", "0"),
     *("--device", "cpu", "--epochs", "1"),
 )

@@ -22,8 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 
+import checkpoints
 import fusion
 import main as program
 from benchmarks import compare
@@ -34,6 +36,7 @@ from tasks.detect import build_detector
 from tasks.segment import build_segmenter
 from tests import micro_models, program_data
 from tests.conftest import Result
+from utils import UsageError
 from utils.flags import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -352,9 +355,12 @@ def test_digits_pretrains_fine_tunes_and_probes(
         check_and_run(without(flags, "--label-share"), files, tmp_path, program)
     assert lines[-1] == ["-m", "benchmarks.few_labels", str(tmp_path / "digits")]
     lines = run_script(clone / "scripts/mae/digits.sh", [], clone, FAMILY="vim", SEEDS="0")
-    assert {value(line, "--model") for line in lines if line[0] == "main.py"} == {
-        *("mae_vim_nano_patch4_32", "vim_nano_patch4_32")
-    }
+    encoder, classifier = dict.fromkeys(value(line, "--model") for line in lines if line[0] == "main.py")
+    weights = tmp_path / "pretrained.pth"
+    torch.save({"model": timm.create_model(encoder).state_dict()}, weights)
+    checkpoints.start(timm.create_model(classifier, num_classes=10), str(weights), classifier, fit=True)
+    with pytest.raises(UsageError, match="wanted vim_SIZE_final_pool_mean_abs_pos_embed_with_midclstok_div2"):
+        checkpoints.start(timm.create_model("vim_nano_patch4_32"), str(weights), "vim_nano_patch4_32", fit=True)
     assert lines[-1][-1] == "output/mae-digits-vim"
 
 

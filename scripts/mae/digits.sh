@@ -27,13 +27,16 @@ run() {
 run pretrain --task pretrain --model "mae_${family}_nano_patch4_32" --iterations "$steps" --eval-interval $((steps / 4)) \
     --batch-size 64 --unscale-lr --lr 1e-3 --min-lr 0 --warmup-iters $((steps / 12)) --visualize "$output/pictures"
 weights=$output/pretrain/checkpoint.pth
-labels=(--model "${family}_nano_patch4_32" --label-share 0.1 --iterations "$few" --batch-size 24 --warmup-iters $((few / 12))
+classifier=${family}_nano_patch4_32
+# the Vim that is pre-trained has a norm behind its scans
+[ "$family" != vim ] || classifier+=_final_pool_mean_abs_pos_embed_with_midclstok_div2
+labels=(--model "$classifier" --label-share 0.1 --iterations "$few" --batch-size 24 --warmup-iters $((few / 12))
     --min-lr 1e-5 --smoothing 0.1 --unscale-lr --lr 2e-3)
 for seed in ${SEEDS:-0 1 2}; do
     run "finetuned-$seed" "${labels[@]}" --seed "$seed" --finetune "$weights"
     run "scratch-$seed" "${labels[@]}" --seed "$seed"
 done
-run probe --model "${family}_nano_patch4_32" --linear-probe --finetune "$weights" --iterations "$few" --batch-size 64 \
+run probe --model "$classifier" --linear-probe --finetune "$weights" --iterations "$few" --batch-size 64 \
     --opt momentum --weight-decay 0 --unscale-lr --lr 0.1 --warmup-iters $((few / 12)) --min-lr 0 --smoothing 0
 
 printf '\n== What was hidden, and what was rebuilt: %s\n\n' "$output/pictures/rebuilt.png"
