@@ -101,7 +101,7 @@ JOBS = {
             {
                 "Vim": _micro("vim"),
                 "Famba-V, `upper`": _micro("vim", *_MERGING, "--fusion-token", "2"),
-                "FastVim": _micro("fastvim"),
+                "FastVim": _micro("fastvim", "--seg-channels", "32"),
                 "DyVM": _micro("dyvm", "--pruning", "token"),
             },
             precision_batch=4,

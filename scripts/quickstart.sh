@@ -40,7 +40,7 @@ train_cells() {
     shift 2
     announce "$cost" "$name" "main.py --task cells $*"
     "$PYTHON" main.py --task cells --data-set CELLS_DIGITS --num_workers 0 "${schedule[@]}" \
-        --weight-decay 0.05 --output_dir "$output/$name" --resume auto "$@"
+        --lr 2e-3 --weight-decay 0.05 --output_dir "$output/$name" --resume auto "$@"
 }
 
 methods=${METHODS:-none upper fastvim dyvm cells}
