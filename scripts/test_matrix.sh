@@ -92,7 +92,9 @@ quickstart() {
     "$python" -m benchmarks.plot "$folder/quickstart/none" "$folder/famba-v" --file "$folder/curves.png"
 }
 
-for step in ${STEPS:-packages suite quickstart}; do
+steps=${STEPS:-packages suite quickstart}
+unset STEPS # scripts of the suite take one of their own
+for step in $steps; do
     printf '\n== %s\n' "$step"
     case $step in
     packages) packages ;;
