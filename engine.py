@@ -234,7 +234,12 @@ def build_precision(
     native = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = getattr(torch, args.amp_dtype or ("bfloat16" if native else "float16"))
     info = Path("/proc/cpuinfo")
-    if args.if_amp and device.type == "cpu" and info.is_file() and not multiplies(dtype, info.read_text()):
+    if (
+        args.if_amp
+        and device.type == "cpu"
+        and info.is_file()
+        and not multiplies(dtype, info.read_text(encoding="utf-8"))
+    ):
         name = str(dtype).removeprefix("torch.")
         _logger.warning("--if_amp gains no speed on this processor, which has no instructions that multiply %s.", name)
     scaler = torch.amp.GradScaler(device.type, enabled=args.if_amp and dtype is torch.float16)

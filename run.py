@@ -402,7 +402,7 @@ def repair_log(file: Path, epoch: int, last: dict[str, Any] | None) -> None:
     """Make log.txt end with epoch `epoch` - 1, whose line is `last`: a kill leaves a line too many or too few."""
     lines = []
     if file.exists():
-        for text in file.read_text(errors="replace").splitlines():
+        for text in file.read_text(errors="replace", encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError, RecursionError):  # a line that a kill cut short
                 line = json.loads(text)
                 # what no run writes is left behind
@@ -454,7 +454,7 @@ def _lock(output: Path) -> contextlib.AbstractContextManager:
     """Hold `output`; a run that is just ending is waited for."""
     if fcntl is None:
         return contextlib.nullcontext()
-    file = open(output / ".lock", "a")  # noqa: SIM115 - held for as long as the run lasts
+    file = open(output / ".lock", "a", encoding="utf-8")  # noqa: SIM115 - held for as long as the run lasts
     for patience in range(LOCK_SECONDS * 10, -1, -1):
         try:
             # of this process alone, so that loader workers that outlive it hold nothing

@@ -48,7 +48,7 @@ def run(sampling: str, seed: int, epochs: int, folder: Path) -> dict[int, list[f
             if program.main(list(command_line)):
                 raise RunError(f"main.py {' '.join(command_line)} failed.")
     sizes: dict[int, list[float]] = {}
-    with open(result, newline="") as file:
+    with open(result, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             sizes.setdefault(int(row["size"]), []).append(float(row["acc1"]))
     return sizes

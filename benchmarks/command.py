@@ -92,7 +92,7 @@ def write(file: Path, text: str) -> None:
     """Write `text` to `file`, in a folder that is made. Raises UsageError where that cannot be."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{file} cannot be written: {error.strerror or error}.") from error
 

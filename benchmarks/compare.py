@@ -76,7 +76,7 @@ def check(runs: Sequence[Run]) -> None:
         # a model to start from is yet to be trained; any file will do to check the flags
         program.parse([*run.flags, *(["--model-path", __file__] if run.start else [])])
         known = run.folder / "flags.json"
-        if known.exists() and known.read_text() != json.dumps(run.flags) + "\n":
+        if known.exists() and known.read_text(encoding="utf-8") != json.dumps(run.flags) + "\n":
             raise UsageError(f"{run.folder} holds a run with other flags; wanted another --output_dir.")
 
 
@@ -94,7 +94,7 @@ def launch(run: Run, args: argparse.Namespace) -> int:
     command = [sys.executable, "-m"]
     if args.gpus > 1:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(args.gpus), "-m"]
-    with open(run.folder / "console.txt", "a") as console:
+    with open(run.folder / "console.txt", "a", encoding="utf-8") as console:
         child = subprocess.Popen(
             [*command, "benchmarks.peers", *run.command()], cwd=ROOT, stdout=console, stderr=subprocess.STDOUT
         )
@@ -119,7 +119,7 @@ def train_all(runs: Sequence[Run], args: argparse.Namespace, launch: Launch) -> 
         code = launch(run, args)
         if code != 0 or not run.finished():
             console = run.folder / "console.txt"
-            last = console.read_text().splitlines()[-1:] if console.exists() else []
+            last = console.read_text(encoding="utf-8").splitlines()[-1:] if console.exists() else []
             raise RunError(f"{run.name} failed with exit code {code}: {''.join(last)} (see {console})")
         elapsed = time.perf_counter() - began
         left = elapsed / (done + 1) * (len(waiting) - done - 1)
@@ -193,7 +193,7 @@ def report(
     text = f"{markdown(rows, {'method': '{title}'} | columns)}\n\n{made}"
     output: Path = args.output_dir
     write(output / "table.md", text)
-    with open(output / "table.csv", "w", newline="") as file:
+    with open(output / "table.csv", "w", newline="", encoding="utf-8") as file:
         kept = [name for name in rows[0] if not name.endswith("_text")]
         writer = csv.DictWriter(file, kept, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()

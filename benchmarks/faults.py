@@ -103,7 +103,7 @@ def ended() -> Iterator[None]:
 def epochs_in(output: Path) -> int:
     """How many epochs log.txt tells of."""
     file = output / "log.txt"
-    return file.read_text().count("\n") if file.exists() else 0
+    return file.read_text(encoding="utf-8").count("\n") if file.exists() else 0
 
 
 def launch(processes: int, *flags: object) -> subprocess.Popen[str]:

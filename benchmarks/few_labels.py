@@ -26,7 +26,7 @@ COLUMNS = {
 
 def flags_of(folder: Path) -> dict[str, Any]:
     """The flags of the run in `folder`."""
-    return json.loads((folder / "args.json").read_text())
+    return json.loads((folder / "args.json").read_text(encoding="utf-8"))
 
 
 def row(name: str, folders: Sequence[Path]) -> dict[str, object]:

@@ -82,7 +82,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 240) -> Result:
 
 def lines(output: Path) -> list[dict[str, float]]:
     """What log.txt of a run's `output` folder holds."""
-    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+    return [json.loads(line) for line in (output / "log.txt").read_text(encoding="utf-8").splitlines()]
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
@@ -91,8 +91,8 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                variables = (entry / "environ").read_text().split("\0")
+                parent = int((entry / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+                variables = (entry / "environ").read_text(encoding="utf-8").split("\0")
             except (OSError, ValueError):
                 continue
             rank = [int(text[5:]) for text in variables if text.startswith("RANK=")]

@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def read(file: Path) -> dict[str, dict[str, Any]]:
     """What was found before; nothing where there is no `file`."""
     with contextlib.suppress(FileNotFoundError):
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     return {}
 
 

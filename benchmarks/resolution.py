@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def kept_rows(file: Path) -> list[dict[str, Any]]:
     """The rows that `file` holds; none if it is not there. Raises UsageError if it is something else."""
     try:
-        return json.loads(file.read_text())["rows"] if file.exists() else []
+        return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UsageError(f"--add wants rows in {file}, which cannot be read: {error}.") from error
 

@@ -83,7 +83,7 @@ def write_index(root: Path, suffix: str = "csv", wells: int = 8) -> Path:
 def write_table(path: Path, rows: list[dict[str, object]]) -> Path:
     """Rows as CSV, TSV, or parquet for any other name."""
     if path.suffix in (".csv", ".tsv"):
-        with open(path, "w", newline="") as file:
+        with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
             writer.writeheader()
             writer.writerows(rows)

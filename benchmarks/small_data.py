@@ -57,7 +57,7 @@ def write_inat(root: Path, year: int = 2019, *, families_on_disk: bool = True) -
         for i in range(4)
     ]
     root.mkdir(parents=True, exist_ok=True)
-    (root / "categories.json").write_text(json.dumps(categories))
+    (root / "categories.json").write_text(json.dumps(categories), encoding="utf-8")
     for part, count in (("train", 4), ("val", 2)):
         images, annotations = [], []
         for category in reversed(categories):
@@ -70,7 +70,9 @@ def write_inat(root: Path, year: int = 2019, *, families_on_disk: bool = True) -
                 file = root / name if families_on_disk else root / parts[0] / parts[2] / parts[3]
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(picture).save(file)
-        (root / f"{part}{year}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+        (root / f"{part}{year}.json").write_text(
+            json.dumps({"images": images, "annotations": annotations}), encoding="utf-8"
+        )
     return root
 
 

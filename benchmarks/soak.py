@@ -48,7 +48,9 @@ def family(process: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                parents[int(entry.name)] = int(
+                    (entry / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
+                )
             except (OSError, ValueError):
                 continue
     found = [process]
@@ -62,7 +64,7 @@ def look(process: int) -> Look:
     pages = files = 0
     for each in family(process):
         try:
-            pages += int(Path(f"/proc/{each}/statm").read_text().split()[1])
+            pages += int(Path(f"/proc/{each}/statm").read_text(encoding="utf-8").split()[1])
             files += len(list(Path(f"/proc/{each}/fd").iterdir()))
         except OSError:  # it has just ended
             continue

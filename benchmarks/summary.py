@@ -64,7 +64,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise UsageError(f"{folder} holds no log.txt; wanted the --output_dir of a run that finished an epoch.")
     try:
-        found = [json.loads(line) for line in file.read_text().splitlines()]
+        found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UsageError(f"{file} cannot be read: {error}.") from error
     if not found or not all(isinstance(line, dict) for line in found):
@@ -76,7 +76,7 @@ def read_flags(folder: Path) -> dict[str, Any]:
     """The flags of the run in `folder`. Raises UsageError if they cannot be read."""
     file = folder / "args.json"
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{file} cannot be read: {error}.") from error
     if not isinstance(found, dict):

@@ -39,7 +39,7 @@ def clock_hertz() -> float | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "chain.c"), Path(folder, "chain.so")
-        source.write_text(_SOURCE)
+        source.write_text(_SOURCE, encoding="utf-8")
         command = [*compiler.split(), "-O1", "-shared", "-fPIC", "-o", str(library), str(source)]
         if subprocess.run(command, capture_output=True).returncode:
             return None

@@ -21,7 +21,7 @@ def processor() -> str:
     fields: dict[str, str] = {}
     info = Path("/proc/cpuinfo")
     if info.exists():
-        for line in info.read_text().splitlines():
+        for line in info.read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")
             fields.setdefault(name.strip(), value.strip())
     name = fields.get("model name") or platform.processor() or platform.machine()

@@ -58,7 +58,7 @@ def _running_totals(call: Call) -> list[int]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "trace.json")
         profile.export_chrome_trace(str(file))
-        events = json.loads(file.read_text())["traceEvents"]
+        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
     totals = [0]
     for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
         if event["args"]["Device Type"] == 0:
@@ -95,7 +95,7 @@ def peak_in_use(call: Call, device: torch.device) -> int:
         synchronize(device)
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError):  # the peak begins anew; where that is not allowed, it is the whole process's
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     call()
     return _resident("VmHWM")
 
@@ -103,7 +103,7 @@ def peak_in_use(call: Call, device: torch.device) -> int:
 def _resident(field: str) -> int:
     # getrusage's peak is no use here: it starts with that of the process that started this one
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
     except (OSError, StopIteration):
         raise RunError("Resident memory is read from /proc/self/status, which this system does not have.") from None

@@ -17,6 +17,9 @@ from utils import telling
 
 __all__ = ["MICRO", "QUICK", "ROOT", "Result", "call_program", "finish", "lines", "ranks_of", "same", "start"]
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+with_onnx = pytest.mark.skipif(TORCH < (2, 9), reason="torch.onnx.export goes by torch.export from torch 2.9 on")
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:

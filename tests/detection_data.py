@@ -57,5 +57,7 @@ def write(root: Path, data: dict[str, Any] | None = None) -> Path:
         for number, (height, width) in SIDES.items():
             pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / part / f"{number:03}.png")
-        (root / "annotations" / f"instances_{part}.json").write_text(json.dumps(data or annotations()))
+        (root / "annotations" / f"instances_{part}.json").write_text(
+            json.dumps(data or annotations()), encoding="utf-8"
+        )
     return root

@@ -132,7 +132,7 @@ def imports_of(root: Path, files: list[str]) -> list[Import]:
     found: dict[Import, None] = {}
     for file in names:
         package = names[file] if file.endswith("__init__.py") else names[file].rpartition(".")[0]
-        for line, name in _named(ast.parse((root / file).read_text()), package):
+        for line, name in _named(ast.parse((root / file).read_text(encoding="utf-8")), package):
             while name and name not in modules:  # a name in a module, or a module of someone else's
                 name = name.rpartition(".")[0]
             if name and modules[name] != file:
@@ -213,7 +213,7 @@ def circles(imports: list[Import]) -> list[str]:
 
 def long_files(root: Path, files: list[str]) -> list[str]:
     """Files of more lines than one reads at a sitting."""
-    counts = {file: (root / file).read_text(errors="replace").count("\n") for file in files}
+    counts = {file: (root / file).read_text(errors="replace", encoding="utf-8").count("\n") for file in files}
     return [
         f"{file} has {count} lines, {MOST_LINES} are the most" for file, count in counts.items() if count > MOST_LINES
     ]
@@ -227,7 +227,7 @@ def names_told(root: Path, files: list[str]) -> list[str]:
     for file in NAMELESS:
         if file not in files:
             continue
-        tree = ast.parse((root / file).read_text())
+        tree = ast.parse((root / file).read_text(encoding="utf-8"))
         for line, text in _spoken(tree):
             for word in re.findall(r"[a-z]+", text.lower()):
                 if word in METHOD_NAMES or word in tasks:
@@ -314,7 +314,7 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
     """The files under `root`."""
     for file, text in files.items():
         (root / file).parent.mkdir(parents=True, exist_ok=True)
-        (root / file).write_text(text)
+        (root / file).write_text(text, encoding="utf-8")
     return root
 
 

@@ -28,7 +28,7 @@ from benchmarks.small_data import write_shapes
 from measure.flops import model_flops
 from tasks import TASKS
 from tests import micro_models
-from tests.conftest import ROOT
+from tests.conftest import ROOT, with_onnx
 from utils import UsageError
 
 
@@ -75,7 +75,7 @@ def test_throughput_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture
     models = ["vim_micro_patch8_32", merging, "dyvm_micro_patch8_32", "test_vit"]
     flags = ["--img-size", "32", "48", "--batch-size", "2", "--dtype", "float32", "bfloat16", "--seconds", "0"]
     throughput.main([*models, *flags, "--train", "--device", "cpu", "--json", str(tmp_path / "sub" / "rows.json")])
-    found = json.loads((tmp_path / "sub" / "rows.json").read_text())
+    found = json.loads((tmp_path / "sub" / "rows.json").read_text(encoding="utf-8"))
     assert len(found["rows"]) == len(models) * 4
     for row in found["rows"]:
         assert min(row["eval_images_per_second"], row["train_images_per_second"]) > 0
@@ -89,6 +89,7 @@ def test_throughput_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture
     assert out.count("\n| ") == 1 + len(found["rows"])
 
 
+@with_onnx
 def test_peers_and_onnx_runtime(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -99,7 +100,7 @@ def test_peers_and_onnx_runtime(tmp_path: Path, capsys: pytest.CaptureFixture[st
     file = tmp_path / "rows.json"
     flags = ["--onnx", "--batch-size", "1", "--seconds", "0", "--threads", "1", "--device", "cpu", "--json", str(file)]
     assert throughput.main(["test_vit", "dyvm_micro_patch8_32:depth=4", *flags]) == 0
-    rows = {(row["model"], row["way"]): row for row in json.loads(file.read_text())["rows"]}
+    rows = {(row["model"], row["way"]): row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
     assert rows["test_vit", "ONNX Runtime"]["eval_images_per_second"] > 0
     assert rows["test_vit", "ONNX Runtime"]["eval_peak_bytes"] is None
     told = rows["dyvm_micro_patch8_32:depth=4", "ONNX Runtime"]["note"]
@@ -133,7 +134,7 @@ def test_an_epoch_beside_busy_processes(monkeypatch: pytest.MonkeyPatch, capsys:
 def test_two_checkouts_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     order = [str(ROOT), str(ROOT), "--models", "vim_nano_patch4_32", "--batch-size", "1", "--train"]
     assert checkouts.main([*order, "--seconds", "0", "--threads", "1", "--json", str(tmp_path / "x.json")]) == 0
-    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["rows"]
     assert [row["kind"] for row in rows] == ["eval", "train"]
     assert all(len(own) == 2 * checkouts.CALLS and min(own) > 0 for row in rows for own in row["seconds"])
     assert "time now over before" in capsys.readouterr().out
@@ -169,7 +170,7 @@ def write_run(folder: Path, epochs: int, **more: float) -> Path:
         dict(epoch=i, train_loss=2.0 - i, test_loss=2.5 - i, test_acc1=10.0 * i, train_lr=0.1, seconds=1.0) | more
         for i in range(epochs)
     ]
-    (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return folder
 
 
@@ -214,9 +215,9 @@ def one_epoch(cifar: Path, tmp_path: Path) -> list[str]:
 def test_one_epoch_comparison(one_epoch: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main([*one_epoch, "--seeds", "0", "1"], launch=in_process) == 0
     output = tmp_path / "compare"
-    rows = {row["method"]: row for row in csv.DictReader((output / "table.csv").open())}
+    rows = {row["method"]: row for row in csv.DictReader((output / "table.csv").open(encoding="utf-8"))}
     assert list(rows) == ["none", "upper", "fastvim", "dyvm-token", "dyvm-block", "dyvm-both", "deit", "mambareg"]
-    table = (output / "table.md").read_text()
+    table = (output / "table.md").read_text(encoding="utf-8")
     assert table in capsys.readouterr().out
     assert "mean ± standard deviation over 2 seeds" in table
     assert f"threads {torch.get_num_threads()}" in table
@@ -237,7 +238,7 @@ def test_one_epoch_comparison(one_epoch: list[str], tmp_path: Path, capsys: pyte
     assert 0 < float(rows["dyvm-block"]["kept_directions"]) <= 1 == float(rows["dyvm-block"]["kept_tokens"])
     assert float(rows["dyvm-both"]["train_peak_bytes"]) > float(rows["none"]["train_peak_bytes"]), "the teacher counts"
 
-    found = json.loads((output / "results.json").read_text())
+    found = json.loads((output / "results.json").read_text(encoding="utf-8"))
     assert len(found["runs"]) == 16
     by_name = {entry["run"]: entry for entry in found["runs"]}
     for name in ("none-seed0", "dyvm-token-seed1"):
@@ -258,7 +259,7 @@ def test_comparison_of_segmenters(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "| mIoU, % |" in table
     assert "| FLOPs of the heads, M |" in table
     assert "nano models, 2 steps, one seed" in table
-    rows = {row["method"]: row for row in csv.DictReader((tmp_path / "compare" / "table.csv").open())}
+    rows = {row["method"]: row for row in csv.DictReader((tmp_path / "compare" / "table.csv").open(encoding="utf-8"))}
     assert float(rows["fastvim"]["flops_full"]) < float(rows["upper"]["flops_full"])
     assert float(rows["upper"]["kept_tokens"]) < 1 == float(rows["fastvim"]["kept_tokens"])
     for name, row in rows.items():
@@ -295,7 +296,7 @@ def test_finished_runs_are_not_repeated(
     assert trained == ["none-seed0", "deit-seed0"]
     assert compare.main(flags, launch=note) == 0
     assert trained == ["none-seed0", "deit-seed0"]
-    assert "±" not in (tmp_path / "compare" / "table.md").read_text(), "one seed has no spread"
+    assert "±" not in (tmp_path / "compare" / "table.md").read_text(encoding="utf-8"), "one seed has no spread"
 
     assert compare.main([*flags, "--lr", "1e-3"], launch=note) == 2
     assert "other flags" in capsys.readouterr().err
@@ -316,7 +317,7 @@ def test_mistakes_are_told_before_any_run(one_epoch: list[str], capsys: pytest.C
 
 def test_failing_run_ends_the_comparison(one_epoch: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     def fail(run: compare.Run, args: argparse.Namespace) -> int:
-        (run.folder / "console.txt").write_text("first\nThe disk is full.\n")
+        (run.folder / "console.txt").write_text("first\nThe disk is full.\n", encoding="utf-8")
         return 1
 
     assert compare.main([*one_epoch, "--methods", "none"], launch=fail) == 1
@@ -357,7 +358,7 @@ def test_processes_of_its_own_survive_a_signal(one_epoch: list[str], tmp_path: P
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert b"goes on" in err
-    assert "saved" in (folder / "console.txt").read_text(), "the run saved itself first"
+    assert "saved" in (folder / "console.txt").read_text(encoding="utf-8"), "the run saved itself first"
 
 
 # --- operators ---
@@ -366,7 +367,7 @@ def test_processes_of_its_own_survive_a_signal(one_epoch: list[str], tmp_path: P
 def test_operators_against_peers_and_ports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "sub" / "ops.json"
     assert ops.main(["--sizes", "1,8,5", "--rounds", "2", "--threads", "1", "--json", str(file)]) == 0
-    found = json.loads(file.read_text())
+    found = json.loads(file.read_text(encoding="utf-8"))
     (result,) = found["sizes"].values()
     assert "selective_scan_ref forward" in result["scan"]["seconds"]
     median, fastest = result["scan"]["seconds"]["selective_scan_fn forward"]
@@ -427,9 +428,9 @@ def test_mistakes_are_one_sentence(
     name: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = write_run(tmp_path / "run", 1)
-    (write_run(tmp_path / "bad", 1) / "log.txt").write_text("[1]\n")
+    (write_run(tmp_path / "bad", 1) / "log.txt").write_text("[1]\n", encoding="utf-8")
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "resolution.json").write_text("{")
+    (tmp_path / "broken" / "resolution.json").write_text("{", encoding="utf-8")
     places = dict(here=tmp_path, run=run, bad=tmp_path / "bad", broken=tmp_path / "broken")
     main = importlib.import_module(f"benchmarks.{name}").main
     assert main([flag.format(**places) for flag in flags]) == 2
@@ -439,7 +440,9 @@ def test_mistakes_are_one_sentence(
 
 
 def test_every_command_is_tried() -> None:
-    commands = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "@command(" in path.read_text()}
+    commands = {
+        path.stem for path in (ROOT / "benchmarks").glob("*.py") if "@command(" in path.read_text(encoding="utf-8")
+    }
     assert commands - {"command"} == MISTAKES.keys() | {"compare"}, "compare's mistakes have a test of their own"
 
 

@@ -207,7 +207,7 @@ def test_evaluation_on_subsets_and_pictures(digits_run: Path, tmp_path: Path, pr
     assert done.code == 0, done.err
     told = done.out + done.err
     assert f"top-1 {trained['test_acc1']:.2f} %" in told
-    rows = (tmp_path / "channel_subsets.csv").read_text().splitlines()
+    rows = (tmp_path / "channel_subsets.csv").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 1 + 31
     assert rows[-1].startswith("5,intensity edge0 edge45 edge90 edge135,360,")
     assert float(rows[-1].split(",")[3]) == pytest.approx(trained["test_acc1"], abs=0.01)

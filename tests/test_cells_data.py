@@ -81,13 +81,13 @@ def broken_images(folder: Path) -> dict[str, tuple[Path, str]]:
 
     image = cells_data.cells(1)[0]
     add("objects.npy", "pickled objects", lambda path: np.save(path, np.array([{}, 1], dtype=object)))
-    add("text.npy", "no NumPy array", lambda path: path.write_text("not an array"))
+    add("text.npy", "no NumPy array", lambda path: path.write_text("not an array", encoding="utf-8"))
     add("words.npy", "wanted whole or floating", lambda path: np.save(path, np.full((3, 4, 4), "a")))
     add("four.npy", "wanted two axes, or three", lambda path: np.save(path, np.zeros((2, 3, 4, 4))))
     add("long.npy", "is 1 x 101; wanted sides of at most 100 to 1", lambda path: np.save(path, np.zeros((1, 101))))
     add("cut.npy", "cannot be read", lambda path: _cut(path, lambda part: np.save(part, image)))
     add("cut.tif", "cannot be read", lambda path: _cut(path, lambda part: tifffile.imwrite(part, image[0])))
-    add("text.tif", "cannot be read", lambda path: path.write_text("not a TIFF"))
+    add("text.tif", "cannot be read", lambda path: path.write_text("not a TIFF", encoding="utf-8"))
     add("stack.tif", "at most one more", lambda path: tifffile.imwrite(path, np.stack([image] * 4), imagej=True))
     add("colour.png", "wanted a grey one", lambda path: Image.new("RGB", (8, 8)).save(path))
 

@@ -274,9 +274,9 @@ def test_log_lines_wait_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "its lines wait" in caplog.text
-    assert file.read_text() == '{"epoch": 0}\n'
+    assert file.read_text(encoding="utf-8") == '{"epoch": 0}\n'
     assert runs.append_log(file, entries[1:]) == []
-    assert [json.loads(line) for line in file.read_text().splitlines()] == entries
+    assert [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == entries
 
 
 @pytest.mark.parametrize(
@@ -296,10 +296,10 @@ def test_repair_log(tmp_path: Path) -> None:
     lines = [{"epoch": epoch, "train_loss": 0.1 * epoch} for epoch in range(4)]
 
     def write(*rows: object) -> None:
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def read() -> list[object]:
-        return [json.loads(line) for line in file.read_text().splitlines()]
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
     runs.repair_log(file, 0, None)
     assert not file.exists()

@@ -54,7 +54,7 @@ KERNEL(planted, Params, 64, 1) { misbehave(p); }
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     path = tmp_path_factory.mktemp("planted") / "planted.cu"
-    path.write_text(PLANTED)
+    path.write_text(PLANTED, encoding="utf-8")
 
     def run(which: int, order: int = 0) -> torch.Tensor:
         x = torch.zeros(64)

@@ -144,7 +144,7 @@ def test_odd_inat_files_are_refused(
     file: str, content: str, flags: Callable[..., argparse.Namespace], tmp_path: Path
 ) -> None:
     program_data.write_inat(tmp_path)
-    (tmp_path / file).write_text(content)
+    (tmp_path / file).write_text(content, encoding="utf-8")
     with pytest.raises(UsageError, match="is no iNaturalist 2019|cannot be read"):
         build(True, flags("--data-set", "INAT19", "--data-path", tmp_path, "--inat-category", "genus"))
 
@@ -171,7 +171,7 @@ def test_web_dataset_shards(flags: Callable[..., argparse.Namespace], tmp_path: 
                     entry = tarfile.TarInfo(f"{number:05}.{suffix}")
                     entry.size = len(content)
                     shard.addfile(entry, io.BytesIO(content))
-    (tmp_path / "_info.json").write_text(json.dumps({"name": "small", "splits": splits}))
+    (tmp_path / "_info.json").write_text(json.dumps({"name": "small", "splits": splits}), encoding="utf-8")
     args = flags("--data-set", "timm/wds/small", "--data-path", tmp_path, "--num-classes", 4, "--batch-size", 4)
     dataset, classes = build(True, args)
     assert classes == 4
@@ -196,7 +196,8 @@ def test_hugging_face_package_is_found_behind_this_module(
         build(True, args)
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "__init__.py").write_text(
-        "def load_dataset(name, **kwargs):\n    raise FileNotFoundError(f'{name} is not on the hub')\n"
+        "def load_dataset(name, **kwargs):\n    raise FileNotFoundError(f'{name} is not on the hub')\n",
+        encoding="utf-8",
     )
     with pytest.raises(UsageError, match="someone/pictures is not on the hub"):
         build(True, args)

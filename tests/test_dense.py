@@ -333,7 +333,7 @@ def test_benchmark_times_whole_and_body(capsys: pytest.CaptureFixture[str], tmp_
     names = ("vim_micro_patch8_32", "fastvim_micro_patch8_32")
     flags = ["--models", *names, "--sizes", 32, "--seconds", 0, "--channels", 8, "--out", tmp_path / "rows.json"]
     assert segmentation.main([str(flag) for flag in flags]) == 0
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))["rows"]
     assert [row["model"] for row in rows] == [*names]
     told = capsys.readouterr().out
     for row in rows:

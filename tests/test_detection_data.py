@@ -146,7 +146,7 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"instances.json does not exist"):
         CocoFile(path)
     for text in ('{"images": [', "[" * 100_000):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         with pytest.raises(UsageError, match=r"instances.json cannot be read"):
             CocoFile(path)
 
@@ -196,8 +196,10 @@ def test_shifted_predictions_have_what_pycocotools_gives(root: Path, tmp_path: P
         {"image_id": 1, "category_id": 7, "bbox": [28, 20, 10, 15], "score": 0.5},
         {"image_id": 4, "category_id": 3, "bbox": [4, 2, 30, 20], "score": 0.9},
     ]
-    (tmp_path / "by_hand.json").write_text(json.dumps(by_hand))
-    (tmp_path / "truth.json").write_text(json.dumps(detection_data.annotations() | {"annotations": data.file._all}))
+    (tmp_path / "by_hand.json").write_text(json.dumps(by_hand), encoding="utf-8")
+    (tmp_path / "truth.json").write_text(
+        json.dumps(detection_data.annotations() | {"annotations": data.file._all}), encoding="utf-8"
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(tmp_path / "truth.json"))
         wanted = COCOeval(truth, truth.loadRes(str(tmp_path / "by_hand.json")), "bbox")
@@ -210,7 +212,7 @@ def test_shifted_predictions_have_what_pycocotools_gives(root: Path, tmp_path: P
     assert 0 < stats["box_ap"] < 100
     assert 0 < stats["mask_ap"] < 100
     # the file that is written is in the same format
-    written = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    written = json.loads((tmp_path / "out" / "predictions.json").read_text(encoding="utf-8"))
     assert [{key: entry[key] for key in ("image_id", "category_id", "bbox")} for entry in written] == [
         {key: entry[key] for key in ("image_id", "category_id", "bbox")} for entry in by_hand
     ]

@@ -116,7 +116,7 @@ def registered() -> Iterator[None]:
 
 
 def code_lines(module: ModuleType, start: str) -> int:
-    code = Path(module.__file__).read_text().partition(start)[2]
+    code = Path(module.__file__).read_text(encoding="utf-8").partition(start)[2]
     return len([line for line in code.splitlines() if line.strip()])
 
 
@@ -179,9 +179,9 @@ def test_methods_from_outside_are_gone_and_names_are_taken_once() -> None:
 
 
 def test_examples_are_the_page_s() -> None:
-    page = (ROOT / "docs" / "add_a_method.md").read_text()
+    page = (ROOT / "docs" / "add_a_method.md").read_text(encoding="utf-8")
     for module in (new_strategy, new_method):
-        assert Path(module.__file__).read_text() in page
+        assert Path(module.__file__).read_text(encoding="utf-8") in page
 
 
 def test_new_task_trains_resumes_and_is_the_page_s_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,14 +197,19 @@ def test_new_task_trains_resumes_and_is_the_page_s_example(tmp_path: Path, capsy
     capsys.readouterr()
     assert program.main(["--turns", "2"]) == 2
     assert capsys.readouterr().err == "main.py: error: --turns belongs to --task rotate; this run is --task classify.\n"
-    assert Path(new_task.__file__).read_text() in (ROOT / "docs" / "add_a_task.md").read_text()
+    assert Path(new_task.__file__).read_text(encoding="utf-8") in (ROOT / "docs" / "add_a_task.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_new_operator_keeps_torch_s_rules_and_is_the_page_s_example() -> None:
     new_operator.check()
-    assert Path(new_operator.__file__).read_text() in (ROOT / "docs" / "add_an_operator.md").read_text()
+    assert Path(new_operator.__file__).read_text(encoding="utf-8") in (ROOT / "docs" / "add_an_operator.md").read_text(
+        encoding="utf-8"
+    )
 
 
+@conftest.with_onnx
 def test_onnx_export_runs(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     assert export_onnx.main(["vim_micro_patch8_32", str(tmp_path / "model.onnx")]) == 0

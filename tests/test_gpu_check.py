@@ -31,7 +31,7 @@ def test_table_and_report(tmp_path, capsys):
     path = tmp_path / "report.json"
     options = ["--device", "cpu", "--sizes", "2,16,10", "--dtypes", "bfloat16", "float32", "--seconds", "0.001"]
     assert gpu_check.main([*options, "--batch", "--output", str(path)]) == 0
-    report = json.loads(path.read_text())
+    report = json.loads(path.read_text(encoding="utf-8"))
     operators = [f"{name} {way}" for name in ("scan", "conv", "norm") for way in ("forward", "backward")]
     assert [row["operator"] for row in report["operators"]] == 2 * operators
     for row in report["operators"]:
@@ -111,7 +111,7 @@ def test_parity_on_the_emulator(monkeypatch, tmp_path, capsys):
     options = ["--device", "cpu", "--tiny", "--parts", "operators", "--dtypes", "float32"]
     path = tmp_path / "parity.json"
     assert gpu_parity.main([*options, "--output", str(path)]) == 0
-    assert all(figure["is_good"] for figure in json.loads(path.read_text()))
+    assert all(figure["is_good"] for figure in json.loads(path.read_text(encoding="utf-8")))
     names = {name for name, _ in device.launched}
     scans, rest = {"scan_forward", "scan_backward"}, {"norm_forward", "norm_backward", "reduce"}
     assert names >= scans | rest | {"conv_forward", "conv_backward", "pooled_conv", "pooled_gate"}
@@ -139,18 +139,18 @@ def test_one_command_has_one_exit_code_within_ten_minutes(tmp_path):
     """All parts run, whichever fails; what each may take makes ten minutes together."""
     script = Path(gpu_check.__file__).with_name("gpu_check.sh")
     stub = tmp_path / "stub"
-    stub.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *"$BROKEN"*) exit 3 ;; esac\n')
+    stub.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *"$BROKEN"*) exit 3 ;; esac\n', encoding="utf-8")
     stub.chmod(0o755)
     for broken, code in (("none of them", 0), ("benchmarks.gpu_check", 1)):
         environment = os.environ | {"PYTHON": str(stub), "SANITIZER": str(stub), "BROKEN": broken}
         ran = subprocess.run(["bash", script, tmp_path / "out"], env=environment, capture_output=True)
-        report = (tmp_path / "out" / "report.txt").read_text()
+        report = (tmp_path / "out" / "report.txt").read_text(encoding="utf-8")
         assert ran.returncode == code, report
         assert report.endswith("all passed\n" if code == 0 else "FAILED: timings (3)\n")
         assert "-m benchmarks.gpu_check --budget 150 --output" in report
         tools = re.findall("ran --tool ([a-z]+)", report)
         assert tools == ["memcheck", "racecheck", "synccheck", "initcheck"]
         assert re.search("ran -m pytest .*-m gpu .*tests/test_golden_models.py", report)
-    seconds = [int(number) for number in re.findall(r'part [a-z"$ ]+ (\d+) ', script.read_text())]
+    seconds = [int(number) for number in re.findall(r'part [a-z"$ ]+ (\d+) ', script.read_text(encoding="utf-8"))]
     assert len(seconds) == 4
     assert sum(seconds) + 3 * seconds[-1] <= 600  # the last for each of four tools

@@ -24,7 +24,7 @@ import models_mae  # noqa: F401 - its models join the registry
 from fusion.pruning_loss import PruningLoss
 from tasks.classify.losses import Classification
 from tasks.classify.task import _Evaluator
-from tests.conftest import QUICK, Result
+from tests.conftest import QUICK, TORCH, Result
 from tests.device_standins import host_reads
 
 MODELS = {
@@ -108,6 +108,7 @@ class _Crossings(TorchDispatchMode):
         return out
 
 
+@pytest.mark.skipif(TORCH < (2, 7), reason="fake tensors of torch 2.6 call the driver")
 @pytest.mark.parametrize("case", ["fastvim", "merging", "pruning", "static"])
 def test_nothing_comes_from_the_host_either(case, monkeypatch):
     """Tensors that seem to be on a GPU: the host makes none of its own that a forward pass would have to wait for."""

@@ -227,4 +227,4 @@ def test_odd_lines_of_a_log_are_left_out(text: str, tmp_path: Path) -> None:
     file = tmp_path / "log.txt"
     file.write_bytes(b'{"epoch": 0}\n' + text.encode() + b"\n\xff\xfe\n")
     runs.repair_log(file, 2, {"epoch": 1})
-    assert [json.loads(line)["epoch"] for line in file.read_text().splitlines()] == [0, 1]
+    assert [json.loads(line)["epoch"] for line in file.read_text(encoding="utf-8").splitlines()] == [0, 1]

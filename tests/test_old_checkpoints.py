@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import Result, lines
 
 FOLDER = Path(__file__).parent / "fixtures" / "before_tasks"
-RUNS = json.loads((FOLDER / "logs.json").read_text())
+RUNS = json.loads((FOLDER / "logs.json").read_text(encoding="utf-8"))
 COMMON = (
     *("--input-size", 32, "--batch-size", 128, "--num_workers", 0, "--device", "cpu", "--warmup-epochs", 0),
     *("--lr", 0.01, "--epochs", 2, "--no-repeated-aug"),

@@ -216,7 +216,7 @@ def test_three_stages_on_a_folder_of_images(tmp_path: Path) -> None:
     result = finish(start(MICRO, *stage, *model, "--layer-decay", 0.65, "--output_dir", tuned))
     assert result.code == 0, result.err
     assert "--pool-scale 0.5" in result.out
-    assert json.loads((tuned / "args.json").read_text())["pool_scale"] == 0.5
+    assert json.loads((tuned / "args.json").read_text(encoding="utf-8"))["pool_scale"] == 0.5
 
     result = finish(start(MICRO, *stage, *model, "--linear-probe", "--output_dir", probe))
     assert result.code == 0, result.err
@@ -339,14 +339,16 @@ def test_table_of_few_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for name, top1 in (("finetuned-0", 90.0), ("finetuned-1", 92.0), ("scratch-0", 80.0), ("probe", 70.0)):
         (tmp_path / name).mkdir()
         line = json.dumps({"epoch": 0, "seconds": 2.0, "test_acc1": top1})
-        (tmp_path / name / "log.txt").write_text(line + "\n")
-        (tmp_path / name / "args.json").write_text(json.dumps({"label_share": 1.0 if name == "probe" else 0.1}))
+        (tmp_path / name / "log.txt").write_text(line + "\n", encoding="utf-8")
+        (tmp_path / name / "args.json").write_text(
+            json.dumps({"label_share": 1.0 if name == "probe" else 0.1}), encoding="utf-8"
+        )
     assert few_labels.main([str(tmp_path)]) == 2
     assert "log.txt" in capsys.readouterr().err
     (tmp_path / "pretrain").mkdir()
-    (tmp_path / "pretrain" / "args.json").write_text(json.dumps({"iterations": 7}))
+    (tmp_path / "pretrain" / "args.json").write_text(json.dumps({"iterations": 7}), encoding="utf-8")
     line = {"epoch": 0, "seconds": 30.0, "test_loss": 0.5, "test_loss_of_means": 0.75}
-    (tmp_path / "pretrain" / "log.txt").write_text(json.dumps(line) + "\n")
+    (tmp_path / "pretrain" / "log.txt").write_text(json.dumps(line) + "\n", encoding="utf-8")
     assert few_labels.main([str(tmp_path)]) == 0
     told = capsys.readouterr().out
     assert "7 steps and 30 s without labels: 0.5000; of predicting each patch's mean: 0.7500" in told

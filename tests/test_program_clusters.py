@@ -39,7 +39,7 @@ if [ "$1" = show ]; then echo localhost; else echo "$@" >>"$STATE/requeued"; fi
 
 def test_slurm_job_saves_itself_and_queues_again(cifar: Path, tmp_path: Path) -> None:
     for name, text in COMMANDS.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8")
         (tmp_path / name).chmod(0o755)
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER", "RANK", "WORLD"))
@@ -60,8 +60,8 @@ def test_slurm_job_saves_itself_and_queues_again(cifar: Path, tmp_path: Path) ->
     assert job.returncode == 0, err
     assert "2 process(es)" in out
     assert err.count("Stopped by SIGUSR1") == 1
-    assert (tmp_path / "requeued").read_text().split() == ["requeue", str(os.getpid())]
-    assert json.loads((output / "log.txt").read_text().splitlines()[0])["epoch"] == 0
+    assert (tmp_path / "requeued").read_text(encoding="utf-8").split() == ["requeue", str(os.getpid())]
+    assert json.loads((output / "log.txt").read_text(encoding="utf-8").splitlines()[0])["epoch"] == 0
 
 
 def test_submitit_runs_the_program(cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,8 +72,8 @@ def test_submitit_runs_the_program(cifar: Path, tmp_path: Path, monkeypatch: pyt
     job = run_with_submitit.submit([*flags, "--cluster", "local", "--ngpus", "2"])
     assert job.results() == [None, None]
     (output,) = (tmp_path / "output" / "jobs").iterdir()
-    assert json.loads((output / "log.txt").read_text())["epoch"] == 0
-    assert json.loads((output / "args.json").read_text())["world_size"] == 2
+    assert json.loads((output / "log.txt").read_text(encoding="utf-8"))["epoch"] == 0
+    assert json.loads((output / "args.json").read_text(encoding="utf-8"))["world_size"] == 2
     assert (output / "jobs").is_dir()
 
 

@@ -55,7 +55,7 @@ def test_evaluation_writes_predictions_and_pictures(run: Path, shapes: Path, tmp
     result = call_program(*flags, "--output_dir", tmp_path, "--visualize", tmp_path / "seen")
     assert result.code == 0, result.err
     assert f"box AP {lines(run)[-1]['test_box_ap']:.2f} %" in result.out + result.err
-    predictions = json.loads((tmp_path / "predictions.json").read_text())
+    predictions = json.loads((tmp_path / "predictions.json").read_text(encoding="utf-8"))
     assert {"image_id", "category_id", "bbox", "score", "segmentation"} == predictions[0].keys()
     assert {entry["image_id"] for entry in predictions} <= {1, 2, 3, 4}
     assert len(list((tmp_path / "seen").glob("image_*.png"))) == 4
@@ -83,7 +83,7 @@ def test_two_processes_equal_one(run: Path, shapes: Path, tmp_path: Path) -> Non
     (line,), wanted = lines(tmp_path), lines(run)[-1]
     for name in ("test_box_ap", "test_box_ap50", "test_mask_ap"):
         assert line[name] == pytest.approx(wanted[name], abs=1e-3), name
-    one, two = (json.loads((folder / "predictions.json").read_text()) for folder in (run, tmp_path))
+    one, two = (json.loads((folder / "predictions.json").read_text(encoding="utf-8")) for folder in (run, tmp_path))
     assert [entry["image_id"] for entry in one] == [entry["image_id"] for entry in two]
     assert sum(first["category_id"] == second["category_id"] for first, second in zip(one, two)) > 0.95 * len(one)
 
@@ -139,6 +139,8 @@ def test_a_bad_annotation_ends_a_run_in_a_sentence(program: Callable[..., Result
     assert result.code == 2
     assert "instances_val2017.json: annotation 2 has the unknown category 9" in result.err
     other = detection_data.annotations() | {"categories": [{"id": 3}, {"id": 7}, {"id": 8}]}
-    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(detection_data.annotations()))
-    (root / "annotations" / "instances_train2017.json").write_text(json.dumps(other))
+    (root / "annotations" / "instances_val2017.json").write_text(
+        json.dumps(detection_data.annotations()), encoding="utf-8"
+    )
+    (root / "annotations" / "instances_train2017.json").write_text(json.dumps(other), encoding="utf-8")
     assert "have other categories" in program(*FLAGS, "--data-set", "COCO", "--data-path", root).err

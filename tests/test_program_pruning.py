@@ -44,7 +44,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, cifar: Path, vim_weights: Pa
 
 
 def test_fine_tuning_logs_the_loss_and_what_is_kept(tuned: Path) -> None:
-    line = json.loads((tuned / "log.txt").read_text())
+    line = json.loads((tuned / "log.txt").read_text(encoding="utf-8"))
     names = ("classification", "token_ratio", "block_ratio", "logit_kl", "token_mse")
     assert sum(line[f"train_{name}"] for name in names) == pytest.approx(line["train_loss"], rel=1e-4)
     assert [line[f"test_kept_tokens_{stage}"] for stage in (1, 2, 3)] == [11 / 16, 7 / 16, 5 / 16]

@@ -20,7 +20,7 @@ SETTINGS = {
 
 
 def log_lines(output: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+    lines = [json.loads(line) for line in (output / "log.txt").read_text(encoding="utf-8").splitlines()]
     return [
         {name: value for name, value in line.items() if name not in ("seconds", "peak_memory_mib")} for line in lines
     ]
@@ -70,8 +70,10 @@ def test_seed_matters(program: Callable[..., Result], cifar: Path, tmp_path: Pat
 def test_log_line_lost_or_doubled_by_a_kill(program: Callable[..., Result], cifar: Path, tmp_path: Path) -> None:
     flags = [*QUICK, "--data-set", "CIFAR", "--data-path", cifar, "--epochs", 3, "--output_dir", tmp_path]
     assert program(*flags).code == 0
-    lines = (tmp_path / "log.txt").read_text()
+    lines = (tmp_path / "log.txt").read_text(encoding="utf-8")
     # killed between checkpoint and log line, and in the middle of a line
-    (tmp_path / "log.txt").write_text("".join(lines.splitlines(keepends=True)[:2]) + '{"train_loss": 2.')
+    (tmp_path / "log.txt").write_text(
+        "".join(lines.splitlines(keepends=True)[:2]) + '{"train_loss": 2.', encoding="utf-8"
+    )
     assert program(*flags, "--resume", "auto").code == 0
-    assert (tmp_path / "log.txt").read_text() == lines
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == lines

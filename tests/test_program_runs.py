@@ -30,7 +30,7 @@ def top1(text: str, what: str = "") -> float:
 
 
 def last_line(output: Path) -> dict[str, float]:
-    return json.loads((output / "log.txt").read_text().splitlines()[-1])
+    return json.loads((output / "log.txt").read_text(encoding="utf-8").splitlines()[-1])
 
 
 @pytest.mark.parametrize("data_set", ["CIFAR", "IMNET", "INAT19"])
@@ -98,7 +98,7 @@ def test_output(trained: Path) -> None:
     assert state["epoch"] == 2
     assert state["args"]["lr"] == 0.02
     assert checkpoints.read(str(trained / "best_checkpoint.pth"))["best_metric"] == best
-    assert json.loads((trained / "args.json").read_text())["model"] == "vim_micro_patch8_32"
+    assert json.loads((trained / "args.json").read_text(encoding="utf-8"))["model"] == "vim_micro_patch8_32"
     events = EventAccumulator(str(trained)).Reload()
     points = events.Scalars("test/acc1")
     assert [point.value for point in points] == pytest.approx([line["test_acc1"] for line in logged], rel=1e-5)
@@ -229,11 +229,11 @@ def test_attention_only_trains_nothing_else(program: Callable[..., Result], cifa
 def test_an_earlier_log_is_put_aside(program: Callable[..., Result], cifar: Path, tmp_path: Path) -> None:
     flags = [*QUICK, "--data-set", "CIFAR", "--data-path", cifar, "--output_dir", tmp_path]
     assert program(*flags).code == 0
-    before = (tmp_path / "log.txt").read_text()
+    before = (tmp_path / "log.txt").read_text(encoding="utf-8")
     result = program(*flags, "--seed", 1)
     assert "log_before.txt" in result.err
-    assert (tmp_path / "log_before.txt").read_text() == before
-    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
+    assert (tmp_path / "log_before.txt").read_text(encoding="utf-8") == before
+    assert len((tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()) == 1
 
 
 def test_full_disk_does_not_end_the_run(
@@ -253,7 +253,7 @@ def test_full_disk_does_not_end_the_run(
     assert result.code == 0
     assert "No space left" in result.err
     assert checkpoints.read(str(tmp_path / "checkpoint.pth"))["epoch"] == 2
-    assert len((tmp_path / "log.txt").read_text().splitlines()) == 3
+    assert len((tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()) == 3
 
 
 def test_learning_rate_is_scaled(program: Callable[..., Result], cifar: Path, tmp_path: Path) -> None:

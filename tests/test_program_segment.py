@@ -210,4 +210,4 @@ def test_published_layout_with_a_folder_around_it(shapes: Path, tmp_path: Path) 
     assert result.code == 0, result.err
     weights = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=False)["model"]
     assert len(weights["decode_head.conv_seg.weight"]) == len(names)
-    assert json.loads((tmp_path / "out" / "args.json").read_text())["slide_stride"] == 32
+    assert json.loads((tmp_path / "out" / "args.json").read_text(encoding="utf-8"))["slide_stride"] == 32

@@ -35,7 +35,7 @@ class Published(NamedTuple):
 def published() -> list[Published]:
     """What the file of commands holds."""
     found = []
-    for block in re.split(r"\n\s*\n", COMMANDS.read_text())[1:]:
+    for block in re.split(r"\n\s*\n", COMMANDS.read_text(encoding="utf-8"))[1:]:
         title, command, *rest = block.strip().splitlines()
         said = dict(line.split(" ", 1) for line in rest)
         found.append(Published(title.lstrip("# "), shlex.split(command), said))
@@ -116,7 +116,7 @@ class Row(NamedTuple):
 def rows() -> list[Row]:
     """The lines of the page's tables."""
     found = []
-    for line in EXPERIMENTS_PAGE.read_text().splitlines():
+    for line in EXPERIMENTS_PAGE.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("|") and cells[1].startswith("scripts/"):
             assert len(cells) == 4, line

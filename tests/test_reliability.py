@@ -78,7 +78,7 @@ def test_what_an_evaluation_writes_may_find_no_room(tmp_path: Path, caplog: pyte
 
 def test_a_new_run_clears_what_a_killed_one_left_of_its_tasks_files(tmp_path: Path) -> None:
     for name in (".predictions.json.abc.tmp", ".checkpoint.pth.abc.tmp", ".mine.tmp"):
-        (tmp_path / name).write_text("half")
+        (tmp_path / name).write_text("half", encoding="utf-8")
     run.claim_output(argparse.Namespace(output_dir=str(tmp_path)), Detect.written).close()
     assert {path.name for path in tmp_path.iterdir()} == {".lock", ".mine.tmp"}
 

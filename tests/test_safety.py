@@ -123,7 +123,9 @@ def test_pictures_keep_their_side_and_range(tmp_path: Path) -> None:
             datasets.load_image(str(tmp_path / name))
     with pytest.raises(UsageError, match="--max-pixels 800 allows it"):
         datasets.load_image(str(tmp_path / "unit.tif"), max_pixels=799)
-    (tmp_path / "program.JPEG").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\nshowpage\n%%EOF\n")
+    (tmp_path / "program.JPEG").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\nshowpage\n%%EOF\n", encoding="utf-8"
+    )
     with pytest.raises(UsageError, match="it is none of JPEG, PNG, WEBP, .* or of numbers that Pillow does not know"):
         datasets.load_image(str(tmp_path / "program.JPEG"))
 
@@ -133,7 +135,7 @@ def test_hidden_folders_are_no_classes(
 ) -> None:
     root = write_image_folder(tmp_path / "data", train=4)
     (root / "train" / ".ipynb_checkpoints").mkdir()
-    (root / "train" / "n00000000" / "notes.txt").write_text("no image")
+    (root / "train" / "n00000000" / "notes.txt").write_text("no image", encoding="utf-8")
     names = datasets.class_names(root / "train")
     assert len(names) == 3
     numbers = {name: number for number, name in enumerate(names[:2])}
@@ -202,7 +204,7 @@ def test_a_run_that_cannot_save_fails(
 def test_a_foreign_package_is_named_and_not_loaded(name: str, told: str, tmp_path: Path) -> None:
     """Whatever it does when it is imported."""
     (tmp_path / name).mkdir()
-    (tmp_path / name / "__init__.py").write_text("raise OSError('undefined symbol')")
+    (tmp_path / name / "__init__.py").write_text("raise OSError('undefined symbol')", encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-c", "import sys; sys.argv[0] = 'main.py'; import fusion"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

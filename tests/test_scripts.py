@@ -110,7 +110,7 @@ def starts_command(line: str) -> bool:
 DOCUMENTED = [
     pytest.param(words, id=f"{page.name}: {' '.join(words)[:70]}")
     for page in PAGES
-    for words in commands(page.read_text())
+    for words in commands(page.read_text(encoding="utf-8"))
 ]
 
 
@@ -243,7 +243,7 @@ printf '%s\\n' "$@" END >>"$NOTES"
 
 def noted(notes: Path) -> list[list[str]]:
     """The command lines that the stand-in for Python was given."""
-    lines = notes.read_text().split("END\n") if notes.exists() else []
+    lines = notes.read_text(encoding="utf-8").split("END\n") if notes.exists() else []
     return [line.splitlines() for line in lines if line]
 
 
@@ -251,7 +251,7 @@ def run_script(script: Path | str, arguments: list[str], folder: Path, **environ
     """Run a script with the stand-in for Python; returns the command lines it was given. `folder`/said holds what the
     script itself said."""
     python, notes = folder / "python", folder / "notes"
-    python.write_text(NOTE)
+    python.write_text(NOTE, encoding="utf-8")
     python.chmod(0o755)
     notes.unlink(missing_ok=True)
     keep = {name: text for name, text in os.environ.items() if name not in ("OUTPUT_DIR", "NNODES", "GPUS")}
@@ -260,7 +260,7 @@ def run_script(script: Path | str, arguments: list[str], folder: Path, **environ
         ["bash", str(script), *arguments], cwd=folder, env=keep, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    (folder / "said").write_text(done.stdout)
+    (folder / "said").write_text(done.stdout, encoding="utf-8")
     return noted(notes)
 
 
@@ -272,10 +272,10 @@ def program_flags(words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("script", EXPERIMENTS)
 def test_experiment_script(script: str, files: Files, program: Callable[..., Result], tmp_path: Path) -> None:
-    asks = "--model-path" in (ROOT / script).read_text()
+    asks = "--model-path" in (ROOT / script).read_text(encoding="utf-8")
     start = "mambareg" if "mambareg" in script else "vim"
     extra = ["--model-path", str(files.weights(start, 3))] if asks else []
-    if "--resume CHECKPOINT" in (ROOT / script).read_text():
+    if "--resume CHECKPOINT" in (ROOT / script).read_text(encoding="utf-8"):
         extra = ["--resume", "CHECKPOINT"]
     (command,) = run_script(ROOT / script, [str(tmp_path), *extra], tmp_path)
     assert Path(command[0]) == ROOT / "main.py"
@@ -317,7 +317,7 @@ def clone(tmp_path: Path) -> Path:
             shutil.copy((ROOT / package).parent / name, (folder / package).parent)
     (folder / ".venv" / "bin").mkdir(parents=True)
     python = folder / ".venv" / "bin" / "python"
-    python.write_text(NOTE)
+    python.write_text(NOTE, encoding="utf-8")
     python.chmod(0o755)
     return folder
 
@@ -328,12 +328,14 @@ def test_quickstart_installs_trains_and_evaluates(
     lines = run_script(clone / "scripts/quickstart.sh", [], clone, EPOCHS="1", OUTPUT_DIR=str(tmp_path / "quick"))
     installs = [line for line in lines if line[:2] == ["-m", "pip"]]
     assert any(".venv/requirements.txt" in line for line in installs)
-    wanted = [line for line in (ROOT / "vim_requirements.txt").read_text().splitlines() if line]
-    assert (clone / ".venv/requirements.txt").read_text().splitlines() == wanted
+    wanted = [line for line in (ROOT / "vim_requirements.txt").read_text(encoding="utf-8").splitlines() if line]
+    assert (clone / ".venv/requirements.txt").read_text(encoding="utf-8").splitlines() == wanted
     assert {line[-1] for line in installs if "-e" in line} == {"./causal_conv1d", "./mamba-1p1p1"}
     runs = [line for line in lines if line[0] == "main.py"]
     assert len(runs) == 6
-    assert (clone / "said").read_text().count("\n   (") == 6, "every stage says before it begins how long it takes"
+    assert (clone / "said").read_text(encoding="utf-8").count("\n   (") == 6, (
+        "every stage says before it begins how long it takes"
+    )
     for line in runs:
         # nothing is there yet to resume
         flags = line[1:] if "--eval" in line else without(line[1:], "--resume")
@@ -418,7 +420,7 @@ def logged_run(folder: Path) -> Path:
     folder.mkdir(parents=True)
     line = {"train_loss": 1.0, "test_loss": 1.0, "train_lr": 1e-3, "test_acc1": 50.0}
     lines = [{"epoch": epoch} | line for epoch in (0, 1)]
-    (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return folder
 
 
@@ -467,7 +469,7 @@ def run_module(name: str, arguments: list[str], files: Files, folder: Path, monk
 def test_flags_in_code_spans_exist() -> None:
     known = set().union(*(program.get_args_parser(TASKS[name])._option_string_actions for name in TASKS))
     for page in PAGES:
-        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
         for span in re.findall(r"`(--[^`\n]+)`", text):
             for flag in re.findall(r"(?<![\w-])--[\w-]+", span):
                 assert flag in known, f"{page.name} names {flag}, which main.py does not know"
@@ -475,7 +477,7 @@ def test_flags_in_code_spans_exist() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
         if "register_model" not in block and "Operators(" not in block:  # tests/test_examples.py runs these
             module = types.ModuleType("page")  # which dataclasses look up
             monkeypatch.setitem(sys.modules, "page", module)
@@ -484,13 +486,13 @@ def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_index_names_every_page_and_picture() -> None:
     """Pictures with the command that makes each, which is documented and so tried."""
-    index = (ROOT / "docs" / "README.md").read_text()
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     pages = {page.name for page in PAGES if page.parent.name == "docs" and page.name != "README.md"}
     assert set(re.findall(r"\]\((\w+\.md)\)", index)) == pages
     rows = [line for line in index.splitlines() if "](images/" in line]
     assert set(re.findall(r"images/(\w+\.png)", index)) == {file.name for file in (ROOT / "docs/images").iterdir()}
     assert all(commands(row.split("|")[2]) for row in rows)
-    shown = "".join(page.read_text() for page in PAGES)
+    shown = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for text in re.findall(r"\]\(([^)#]+\.(?:md|png|csv|json))\)", shown):
         assert any((page.parent / text).is_file() for page in PAGES), f"{text} is not there"
 

@@ -50,7 +50,7 @@ def test_shapes_are_the_same_every_time_and_both_layouts_agree(shapes: Path, tmp
     assert find_shapes(str(shapes)) == shapes
     found = {"polygon": 0, "runs": 0, "crowd": 0}
     for split, coco in (("training", "train2017"), ("validation", "val2017")):
-        annotations = json.loads((shapes / "annotations" / f"instances_{coco}.json").read_text())
+        annotations = json.loads((shapes / "annotations" / f"instances_{coco}.json").read_text(encoding="utf-8"))
         assert [category["name"] for category in annotations["categories"]] == list(CLASSES)
         of_image = {image["id"]: image["file_name"] for image in annotations["images"]}
         painted = {name: np.full((SIDE, SIDE), BACKGROUND) for name in of_image.values()}
@@ -106,7 +106,7 @@ def test_pictures_of_any_suffix_and_one_a_name(tmp_path: Path) -> None:
     before = [SegmentationFolder(root, False, read_names(root))[index][0] for index in range(3)]
     jpg = images / "shapes_0002.jpg"
     (images / ".hidden.jpg").write_bytes(b"no image")
-    (images / "notes.txt").write_text("no image")
+    (images / "notes.txt").write_text("no image", encoding="utf-8")
     Image.open(jpg).save(images / "shapes_0002.PNG")
     with pytest.raises(UsageError, match=r"shapes_0002\.jpg has the name of shapes_0002\.PNG"):
         SegmentationFolder(root, False, ["one"])
@@ -239,7 +239,7 @@ def test_shapes_leave_nothing_behind_that_is_half_made(tmp_path: Path, monkeypat
 
 
 def test_shapes_do_not_bury_other_files(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(UsageError, match="something else than SHAPES"):
         find_shapes(str(tmp_path))
 

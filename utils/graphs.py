@@ -70,7 +70,7 @@ class Replayed:
 
     def __call__(self, *given: Any) -> Any:
         leaves, spec = tree_flatten(given)
-        kind = spec, tuple(_kind(leaf) for leaf in leaves)
+        kind = repr(spec), tuple(_kind(leaf) for leaf in leaves)  # before torch 2.7 specs cannot be hashed
         if self._replay is None:
             if self._seen[kind] < WARM_UP:
                 self._seen[kind] += 1

@@ -91,6 +91,8 @@ def init_processes(args: argparse.Namespace) -> torch.device:
         args.rank = 0
     if args.fsdp and not args.distributed:
         raise UsageError("--fsdp divides a model among processes, and there is one; wanted torchrun or srun.")
+    if args.fsdp and device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise UsageError(f"--fsdp on CPUs is not in torch {torch.__version__}; wanted a newer one, or GPUs.")
     if args.distributed:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = _meeting_place(args) if launched else dist.HashStore()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import multiprocessing
-import multiprocessing.util
+import multiprocessing.util  # noqa: F401 - registers what it does at exit
 import os
 import signal
 from collections.abc import Iterator

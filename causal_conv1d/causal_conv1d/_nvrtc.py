@@ -139,7 +139,7 @@ def _local_includes(source: str) -> list[str]:
 @cache
 def _sources(path: Path) -> tuple[str, dict[str, str]]:
     """The text of a `.cu` file, and of every header it includes, directly or not, by name."""
-    source, headers = path.read_text(), {}
+    source, headers = path.read_text(encoding="utf-8"), {}
     wanted = _local_includes(source)
     while wanted:
         name = wanted.pop()
@@ -147,7 +147,7 @@ def _sources(path: Path) -> tuple[str, dict[str, str]]:
         if name in headers or name == "cuda_emulator.h":
             continue
         header = next(folder / name for folder in (path.parent, SHARED_SOURCES) if (folder / name).is_file())
-        headers[name] = header.read_text()
+        headers[name] = header.read_text(encoding="utf-8")
         wanted += _local_includes(headers[name])
     return source, headers
 

@@ -96,7 +96,8 @@ def small_kernel(tmp_path, monkeypatch):
     monkeypatch.setenv(_nvrtc.CACHE_VARIABLE, str(tmp_path / "cache"))
     path = tmp_path / "small.cu"
     path.write_text(
-        '#include "device.h"\nstruct P { float *x; };\nKERNEL(small, P, 32, 1) { *p.x = KERNEL_ARGUMENTS; }\n'
+        '#include "device.h"\nstruct P { float *x; };\nKERNEL(small, P, 32, 1) { *p.x = KERNEL_ARGUMENTS; }\n',
+        encoding="utf-8",
     )
     return path
 
@@ -113,7 +114,7 @@ def test_cache_compiles_once(small_kernel, tmp_path, monkeypatch):
 def test_cache_tells_apart_what_differs(small_kernel, tmp_path):
     for arguments, target in (("1.f", "sm_90"), ("2.f", "sm_90"), ("1.f", "sm_80")):
         _nvrtc.cached_kernel(small_kernel, arguments, target)
-    small_kernel.write_text(small_kernel.read_text() + "\n")
+    small_kernel.write_text(small_kernel.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     _nvrtc._sources.cache_clear()
     _nvrtc.cached_kernel(small_kernel, "1.f", "sm_90")
     assert len(list((tmp_path / "cache").iterdir())) == 4
@@ -139,7 +140,7 @@ def test_cache_filled_by_several_at_once_holds_whole_files(small_kernel, tmp_pat
 
 @compiled
 def test_cache_that_cannot_be_written_is_done_without(small_kernel, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv(_nvrtc.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
     assert _nvrtc.cached_kernel(small_kernel, "1.f", "sm_90")
 

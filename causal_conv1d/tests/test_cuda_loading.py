@@ -160,7 +160,7 @@ def test_rocm(machine, monkeypatch):
 def test_a_kernel_that_does_not_compile(which, machine, monkeypatch, tmp_path):
     machine(Driver())
     broken = tmp_path / "broken.cu"
-    broken.write_text("nothing\n")
+    broken.write_text("nothing\n", encoding="utf-8")
     if which == "the first kernel":
         monkeypatch.setattr(_nvrtc, "_PROBE", broken)
     else:

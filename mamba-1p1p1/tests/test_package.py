@@ -18,7 +18,7 @@ COMMAND = "pip install ./causal_conv1d ./mamba-1p1p1"
 
 def test_one_command_gives_both_packages():
     """As pip resolves it, with what is installed here: `mamba_ssm` wants this very `causal_conv1d`."""
-    assert COMMAND in (ROOT / "README.md").read_text()
+    assert COMMAND in (ROOT / "README.md").read_text(encoding="utf-8")
     options = ["--dry-run", "--quiet", "--no-index", "--no-build-isolation", "--report", "-"]
     command = [sys.executable, "-m", *COMMAND.split()[:2], *options, *COMMAND.split()[2:]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

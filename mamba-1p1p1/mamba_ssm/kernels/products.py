@@ -13,7 +13,7 @@ import torch
 def _mkl_on_amd() -> bool:
     """Whether torch multiplies with MKL on a processor that it was not made for."""
     info = Path("/proc/cpuinfo")
-    return torch.backends.mkl.is_available() and info.is_file() and "AuthenticAMD" in info.read_text()
+    return torch.backends.mkl.is_available() and info.is_file() and "AuthenticAMD" in info.read_text(encoding="utf-8")
 
 
 # MKL leaves half of the vector units of AMD's AVX-512 unused.

@@ -182,4 +182,4 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(self.state_dict(), folder / "pytorch_model.bin")
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=4))
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=4), encoding="utf-8")

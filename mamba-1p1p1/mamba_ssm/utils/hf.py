@@ -30,7 +30,7 @@ def _file(model_name: str, name: str) -> Path:
 
 def load_config_hf(model_name: str) -> dict[str, Any]:
     """The settings in `config.json` of a folder, or of a model on the hub."""
-    return json.loads(_file(model_name, "config.json").read_text())
+    return json.loads(_file(model_name, "config.json").read_text(encoding="utf-8"))
 
 
 def load_state_dict_hf(model_name: str, device=None, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
