@@ -213,7 +213,7 @@ def test_evaluation_on_subsets_and_pictures(digits_run: Path, tmp_path: Path, pr
     assert float(rows[-1].split(",")[3]) == pytest.approx(trained["test_acc1"], abs=0.01)
     for name in ("channels.png", "channel_subsets.png"):
         assert (tmp_path / "pictures" / name).stat().st_size > 5000
-    some = program(*flags, "--channels", "edge0,intensity")
+    some = program(*flags, "--channels", "intensity,edge0")
     assert some.code == 0
     row = next(row for row in rows if row.startswith("2,intensity edge0,"))
     assert f"top-1 {float(row.split(',')[3]):.2f} %" in some.out + some.err
