@@ -330,7 +330,7 @@ def test_seed_after_seed_and_what_others_start_from_first() -> None:
     assert [run.name for run in runs] == ["none-seed3", "dyvm-both-seed3", "none-seed4", "dyvm-both-seed4"]
     assert runs[3].start is runs[2]
     parsed = program.get_args_parser().parse_args(runs[3].flags)
-    assert (parsed.seed, parsed.mixup, parsed.epochs, parsed.model) == (4, 0.1, 15, "dyvm_nano_patch4_32")
+    assert (parsed.seed, parsed.mixup, parsed.epochs, parsed.model) == (4, 0.1, 12, "dyvm_nano_patch4_32")
     assert (args.data_set, args.data_path, args.size) == ("DIGITS", "", "nano")
     merging = compare.plan(compare.parse(["--methods", "merging", "--seeds", "0"])[0], [])
     assert len({tuple(run.flags) for run in merging}) == len(merging) == 9, "every strategy and order, and none"
