@@ -28,7 +28,7 @@ def check_ndim(name: str, tensor: Tensor, layout: str) -> None:
 
 def check_shape(name: str, tensor: Tensor, wanted: Sequence[int], layout: str) -> None:
     """Raise ValueError unless `tensor` has shape `wanted`; `layout` names the dimensions."""
-    if tensor.dim() != len(wanted) or any(given != want for given, want in zip(tensor.shape, wanted)):
+    if tensor.shape != tuple(wanted):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, wanted {layout} = {tuple(wanted)}")
 
 

@@ -16,7 +16,9 @@ def address(x: Tensor | None) -> int:
 
 def float32(x: Tensor | None) -> Tensor | None:
     """`x` in contiguous float32, copied only if it is not."""
-    return None if x is None else x.to(torch.float32).contiguous()
+    if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
+        return x
+    return x.to(torch.float32).contiguous()
 
 
 def channel_last(x: Tensor) -> Tensor:

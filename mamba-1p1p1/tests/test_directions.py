@@ -1,9 +1,12 @@
 """The mixer's inside as one operator, and the published functions on it, against the reference operators."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from causal_conv1d import backend, causal_conv1d_ref
+from mamba_ssm.kernels import products
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.directions import Direction, directions_fn
 from mamba_ssm.ops.selective_scan_interface import (
@@ -96,6 +99,46 @@ def assert_as_reference(xz, directions, share, dtype):
 def test_directions(ways, optional, kernels):
     xz, directions = arguments(ways=ways, optional=optional)
     assert_as_reference(xz, directions, 0.5, torch.float32)
+
+
+@pytest.mark.skipif(backends.available("cpu") != "cpp", reason="no C++ kernels")
+@pytest.mark.parametrize("ways", [(True,), (False, True)])
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize(("batch", "threads"), [(1, 1), (1, 2), (2, 3), (5, 2)])
+def test_in_one_call_of_the_library(ways, optional, batch, threads, isa, monkeypatch):
+    """Where own products are preferred, all is one call: as much as in steps, what it keeps for backward included,
+    however images meet threads; log(-A) is as good as A."""
+    module, before = importlib.import_module("mamba_ssm.kernels.cpp.directions"), torch.get_num_threads()
+    called, plain = [], module._in_one
+    monkeypatch.setattr(module, "_in_one", lambda *given: called.append(given) or plain(*given))
+    xz, directions = arguments(batch, 70, 40, 3, 16, ways=ways, optional=optional)
+    xz = torch.cat([xz, xz], -1)[..., : xz.shape[-1]]
+    logs = [each._replace(A=(-each.A).log()) for each in directions]
+    torch.set_num_threads(threads)
+    try:
+        monkeypatch.setattr(products, "PREFER_OWN", True)
+        found = [module.directions_forward(xz, directions, 0.5, keep, False) for keep in (False, True)]
+        found.append(module.directions_forward(xz, logs, 0.5, True, True))
+        assert len(called) == 3
+        monkeypatch.setattr(products, "PREFER_OWN", False)
+        monkeypatch.setattr(products, "PREFER_OWN_NARROW", False)
+        wanted = module.directions_forward(xz, directions, 0.5, True, False)
+        assert len(called) == 3
+    finally:
+        torch.set_num_threads(before)
+    for out, x_dbls, states in found:
+        torch.testing.assert_close(out, wanted[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(x_dbls, wanted[1], rtol=1e-4, atol=1e-5)
+        if states[0].numel():
+            torch.testing.assert_close(states, wanted[2], rtol=1e-4, atol=1e-5)
+    assert [len(states[0]) for _, _, states in found] == [0, batch, batch]
+
+
+def test_directions_of_unequal_sizes(kernels):
+    """Each direction may have a rank, states and taps of its own."""
+    xz, (first,) = arguments(ways=(False,))
+    _, (second,) = arguments(dt_rank=2, dstate=7, width=3, ways=(True,))
+    assert_as_reference(xz, [first, second], 1.0, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

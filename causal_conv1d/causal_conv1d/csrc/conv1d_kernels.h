@@ -255,7 +255,7 @@ template <class T> auto worker(const ConvArgs &s) {
     return s.width == 2 ? work<T, 2> : s.width == 3 ? work<T, 3> : work<T, 4>;
 }
 
-// Forward if s.out is there, else backward. Returns the number of shares that found no memory.
+// Forward if s.out is there, else backward. One where there was no memory, else zero.
 inline int convolution(const ConvArgs &s) {
     const int64_t pitch = round_up(s.dim, LANES), rows = (s.width + 1) * pitch;
     const int64_t blocks = s.channel_last ? pitch / LANES : s.dim;

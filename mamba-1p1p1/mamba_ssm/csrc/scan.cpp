@@ -13,7 +13,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Zero, or the number of threads that found no memory.
+// Zero, or one where a thread found no memory.
 EXPORT int mamba_scan_forward(const ScanArgs *args) { return ISA_CALL(scan_forward, *args); }
 EXPORT int mamba_scan_backward(const ScanArgs *args) { return ISA_CALL(scan_backward, *args); }
 EXPORT int mamba_scan_args_bytes() { return sizeof(ScanArgs); }

@@ -343,7 +343,7 @@ inline int scan_backward(const ScanArgs &s) {
             backward_band(scan, band, pair, pair + matrix);
         }
     });
-    if (failures) return failures;
+    if (failures) return 1;
     for (int share = 1; share < shares; ++share) {
         const Block b = scan.block(parallel::share_of(tasks, shares, share).begin);
         if (b.group_block == 0) continue;

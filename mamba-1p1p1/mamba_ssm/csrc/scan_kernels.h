@@ -385,5 +385,5 @@ inline int scan_forward(const ScanArgs &s) {
             }
         }
     });
-    return failures;
+    return failures ? 1 : 0;
 }

@@ -66,6 +66,11 @@ class Direction(NamedTuple):
 DIRECTION_TENSORS = 7
 
 
+def with_rates(directions: Sequence[Direction], log_decay: bool) -> list[Direction]:
+    """The directions with A in the place of log(-A), if `log_decay` says that they hold that."""
+    return [each._replace(A=-each.A.exp()) if log_decay else each for each in directions]
+
+
 class Lines(NamedTuple):
     """A token grid of three axes, in the order in which they are walked, whose `pooled` ones become one token: `scale`
     times the mean.

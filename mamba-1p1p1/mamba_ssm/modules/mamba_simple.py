@@ -31,6 +31,8 @@ DirectionGate = Callable[[Tensor], Tensor | tuple[bool, ...]]
 
 def _wide(parameter: Tensor) -> Tensor:
     """A parameter of the scan in float32, or in float64 if it is."""
+    if parameter.dtype == torch.float32:
+        return parameter
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 

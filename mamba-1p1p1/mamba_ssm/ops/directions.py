@@ -19,7 +19,7 @@ from causal_conv1d.checks import check_device, check_dtype, check_ndim, check_sh
 from causal_conv1d.derivatives import gradients_by_reference, wants_reference
 from causal_conv1d.ops.convolution import WIDTHS, causal_conv1d_ref
 from mamba_ssm.kernels import composed
-from mamba_ssm.kernels.arguments import DIRECTION_TENSORS, Direction, split_matrices
+from mamba_ssm.kernels.arguments import DIRECTION_TENSORS, Direction, split_matrices, with_rates
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.operators import OPERATORS
 from mamba_ssm.ops.scan import scan_flops, selective_scan_ref
@@ -143,11 +143,6 @@ def _own(kernels: Any, xz: Tensor, directions: Sequence[Direction]) -> str | Non
     return "plain" if hasattr(kernels, "directions_forward") else None
 
 
-def _rates(directions: Sequence[Direction], log_decay: bool) -> list[Direction]:
-    """The directions with A in the place of log(-A)."""
-    return [each._replace(A=-each.A.exp()) if log_decay else each for each in directions]
-
-
 def _forward(xz, *arguments):
     *parameters, reverse, share, save_states, log_decay = arguments
     kernels, directions = backends.pick(xz), _split(parameters, reverse)
@@ -156,10 +151,10 @@ def _forward(xz, *arguments):
         if own == "stacked":
             out, x_dbl, weights, states = kernels.stacked_forward(xz, directions, share, save_states, log_decay)
             return out, x_dbl, weights, *_two(xz, [states])
-        directions = _rates(directions, log_decay)
         if own == "plain":
-            out, x_dbls, states = kernels.directions_forward(xz, directions, share, save_states)
+            out, x_dbls, states = kernels.directions_forward(xz, directions, share, save_states, log_decay)
         else:
+            directions = with_rates(directions, log_decay)
             out, x_dbls, states = composed.directions_forward(kernels, xz, directions, share, save_states)
     return out, *_two(xz, x_dbls), *_two(xz, states)
 
@@ -173,7 +168,7 @@ def _backward(dout, xz, *arguments):
         if stacked and own == "stacked":
             grads = kernels.stacked_backward(dout, xz, directions, *x_dbls, states[0], share, log_decay)
         else:
-            given, directions = directions, _rates(directions, log_decay)
+            given, directions = directions, with_rates(directions, log_decay)
             x_dbls, states = (x_dbls[0].unbind(), ()) if stacked else (x_dbls, states)
             x_dbls = x_dbls[: len(directions)]
             if own == "plain" and not stacked:

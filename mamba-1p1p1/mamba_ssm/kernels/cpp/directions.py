@@ -7,10 +7,13 @@ from collections.abc import Sequence
 
 import torch
 from causal_conv1d.kernels import cpp as conv
-from causal_conv1d.layout import channel_last
-from mamba_ssm.kernels.arguments import Direction, Scan, ScanGradients, split_matrices
+from causal_conv1d.layout import address, channel_last, float32
+from causal_conv1d.native import bits
+from mamba_ssm.kernels import products
+from mamba_ssm.kernels.arguments import Direction, Scan, ScanGradients, split_matrices, with_rates
+from mamba_ssm.kernels.cpp.library import LIBRARY
 from mamba_ssm.kernels.cpp.linear import product, product_into, weight_gradient
-from mamba_ssm.kernels.cpp.scan import scan_backward_into, scan_into, states_shape
+from mamba_ssm.kernels.cpp.scan import interval_of, scan_backward_into, scan_into, states_shape
 from torch import Tensor
 
 
@@ -21,11 +24,14 @@ def _convolved(x: Tensor, direction: Direction) -> Tensor:
 
 
 def directions_forward(
-    xz: Tensor, directions: Sequence[Direction], share: float, save_states: bool
+    xz: Tensor, directions: Sequence[Direction], share: float, save_states: bool, log_decay: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """(out, x_dbl of each direction, saved states of each direction)."""
+    """(out, x_dbl of each direction, saved states of each direction); with `log_decay`, `A` is log(-A)."""
     xz = channel_last(xz)
     batch, seqlen, width = xz.shape
+    if _fits_in_one(xz, directions):
+        return _in_one(xz, directions, share, save_states, log_decay)
+    directions = with_rates(directions, log_decay)
     x, z = xz.transpose(1, 2).chunk(2, dim=1)
     out = xz.new_empty(batch, seqlen, width // 2)
     x_dbls, states = [], []
@@ -42,6 +48,54 @@ def directions_forward(
         scan_into(out.transpose(1, 2), None, kept, scan, accumulate=number > 0, share=factor)
         x_dbls.append(x_dbl)
         states.append(kept)
+    return out, x_dbls, states
+
+
+def _fits_in_one(xz: Tensor, directions: Sequence[Direction]) -> bool:
+    """Whether `_in_one` does it: float32, directions of equal sizes, and where the own products are preferred."""
+    sizes = {(each.dt_proj_weight.shape[1], each.A.shape[1], each.conv_weight.shape[1]) for each in directions}
+    return xz.dtype == torch.float32 and len(sizes) == 1 and (products.PREFER_OWN or products.PREFER_OWN_NARROW)
+
+
+def _in_one(
+    xz: Tensor, directions: Sequence[Direction], share: float, save_states: bool, log_decay: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The same in one call of the library, float32, with its own products: image by image, so that what is between the
+    steps stays in the cache."""
+    batch, seqlen, dim, structs = *xz.shape[:2], xz.shape[2] // 2, LIBRARY.structs
+    out = xz.new_empty(batch, seqlen, dim)
+    weights, x_dbls, states, alive = [], [], [], []
+    for each in directions:
+        *tensors, reverse = each
+        conv, conv_bias, x_proj, dt_proj, dt_bias, A, D = (float32(tensor) for tensor in tensors)
+        dstate, rank = A.shape[1], dt_proj.shape[1]
+        x_dbl = xz.new_empty(batch, seqlen, rank + 2 * dstate)
+        kept = xz.new_empty(states_shape(batch, dim, seqlen, dstate) if save_states else (0,))
+        given = conv, conv_bias, x_proj, dt_proj, dt_bias, A, D, x_dbl, kept if kept.numel() else None
+        weights.append(structs.DirectionWeights(reverse, *map(address, given)))
+        alive.append(given)  # copies among them would be gone before they are read
+        x_dbls.append(x_dbl)
+        states.append(kept)
+    arguments = structs.DirectionsArgs(
+        batch=batch,
+        dim=dim,
+        seqlen=seqlen,
+        dstate=dstate,
+        rank=rank,
+        width=conv.shape[1],
+        directions=len(directions),
+        threads=torch.get_num_threads(),
+        interval=interval_of(dstate),
+        log_decay=log_decay,
+        share=bits(share),
+        xz=address(xz),
+        xz_batch_stride=xz.stride(0),
+        xz_step_stride=xz.stride(1),
+        out=address(out),
+        first=weights[0],
+        second=weights[-1],
+    )
+    LIBRARY.call("mamba_directions", arguments)
     return out, x_dbls, states
 
 

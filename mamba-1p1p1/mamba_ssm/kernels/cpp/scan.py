@@ -10,14 +10,14 @@ from mamba_ssm.kernels.cpp.library import LIBRARY
 from torch import Tensor
 
 
-def _interval(dstate: int) -> int:
+def interval_of(dstate: int) -> int:
     """Steps from one saved state to the next: so many that the saved states take no more room than half of `u`."""
     return max(32, 2 * dstate)
 
 
 def states_shape(batch: int, dim: int, seqlen: int, dstate: int) -> tuple[int, ...]:
     """Shape of the saved states: none are needed before the first interval or after the last."""
-    return batch, max(0, -(-seqlen // _interval(dstate)) - 1), dstate, dim
+    return batch, max(0, -(-seqlen // interval_of(dstate)) - 1), dstate, dim
 
 
 def _matrix(matrix: Tensor) -> tuple[int, ...]:
@@ -46,7 +46,7 @@ def _arguments(scan: Scan, states: Tensor, accumulate: bool, share: float) -> di
         "softplus": scan.delta_softplus,
         "reverse": scan.reverse,
         "threads": torch.get_num_threads(),
-        "interval": _interval(dstate),
+        "interval": interval_of(dstate),
         "accumulate": accumulate,
         "share": bits(share),
         "u": signal(scan.u),

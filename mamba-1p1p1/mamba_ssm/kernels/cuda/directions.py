@@ -18,7 +18,15 @@ from causal_conv1d.kernels.cuda.convolution import Conv
 from causal_conv1d.layout import channel_last
 from mamba_ssm.kernels import composed
 from mamba_ssm.kernels import torch as torch_kernels
-from mamba_ssm.kernels.arguments import DIRECTION_TENSORS, Direction, MixerSizes, Scan, ScanGradients, split_matrices
+from mamba_ssm.kernels.arguments import (
+    DIRECTION_TENSORS,
+    Direction,
+    MixerSizes,
+    Scan,
+    ScanGradients,
+    split_matrices,
+    with_rates,
+)
 from mamba_ssm.kernels.cuda import ahead, scan
 from mamba_ssm.kernels.cuda.scan import How, states_shape
 from torch import Tensor
@@ -97,7 +105,7 @@ def _scans(
 def _forward_by_torch(
     xz: Tensor, directions: Sequence[Direction], share: float, save_states: bool, log_decay: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rates = [each._replace(A=-each.A.exp()) if log_decay else each for each in directions]
+    rates = with_rates(directions, log_decay)
     out, x_dbls, _ = composed.directions_forward(torch_kernels, xz, rates, share, False)
     (batch, seqlen, width), dstate = xz.shape, directions[0].A.shape[1]
     kept = (len(directions), *states_shape(batch, width // 2, seqlen, dstate)) if save_states else (0,)
@@ -115,7 +123,7 @@ def _backward_by_torch(
     share: float,
     log_decay: bool,
 ) -> list[Tensor | None]:
-    rates = [each._replace(A=-each.A.exp()) if log_decay else each for each in directions]
+    rates = with_rates(directions, log_decay)
     none = [states.new_empty(0)] * len(directions)
     grads = composed.directions_backward(torch_kernels, dout, xz, rates, x_dbl.unbind(), none, share)
     for number, rate in enumerate(rates if log_decay else ()):

@@ -1,0 +1,20 @@
+// A mixer between its projections for CPUs: a C interface without torch.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+
+#include "conv1d_abi.h"
+#include "directions_abi.h"
+#include "gemm_abi.h"
+#include "isa.h"
+#include "memory.h"
+#include "parallel.h"
+#include "scan_abi.h"
+
+#define KERNELS "directions_kernels.h"
+#include "each_isa.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Zero, or one where there was no memory.
+EXPORT int mamba_directions(const DirectionsArgs *args) { return ISA_CALL(directions_forward, *args); }

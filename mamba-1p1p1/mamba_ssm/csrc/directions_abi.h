@@ -1,0 +1,25 @@
+// The C interface of a mixer between its projections: one argument, a struct of 64-bit integers (addresses, sizes, strides in
+// elements). Python reads the structs from here (causal_conv1d/native.py).
+#pragma once
+
+#include <cstdint>
+
+// One direction's weights, contiguous float32; biases and D that are 0 are not there.
+struct DirectionWeights {
+    int64_t reverse;
+    int64_t conv, conv_bias;  // (dim, width), (dim,)
+    int64_t x_proj, dt_proj;  // (rank + 2 dstate, dim), (dim, rank)
+    int64_t dt_bias, A, D;    // (dim,), (dim, dstate), (dim,)
+    int64_t x_dbl;            // written: (batch, seqlen, rank + 2 dstate)
+    int64_t states;           // written, if it is there: as ScanArgs has them
+};
+
+// out (batch, seqlen, dim) = share * sum over directions of scan(conv(x)) * silu(z); xz (batch, seqlen, 2 dim), float32.
+struct DirectionsArgs {
+    int64_t batch, dim, seqlen, dstate, rank, width, directions, threads, interval;
+    int64_t log_decay;  // A holds log(-A)
+    int64_t share;      // the bits of a double
+    int64_t xz, xz_batch_stride, xz_step_stride;
+    int64_t out;  // contiguous
+    DirectionWeights first, second;
+};
