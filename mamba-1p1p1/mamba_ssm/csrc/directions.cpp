@@ -18,3 +18,4 @@
 
 // Zero, or one where there was no memory.
 EXPORT int mamba_directions(const DirectionsArgs *args) { return ISA_CALL(directions_forward, *args); }
+EXPORT int mamba_directions_backward(const DirectionsBackwardArgs *args) { return ISA_CALL(directions_backward, *args); }

@@ -23,3 +23,16 @@ struct DirectionsArgs {
     int64_t out;  // contiguous
     DirectionWeights first, second;
 };
+
+// Gradients of one direction's weights, contiguous float32, 0 where the weight is: like them, but that dt_proj's is (rank, dim).
+struct DirectionGradients {
+    int64_t conv, conv_bias, x_proj, dt_proj, dt_bias, A, D;
+};
+
+// Of `forward`, whose x_dbl and states are read and whose out is 0; `A` with log_decay is the gradient of what A holds.
+struct DirectionsBackwardArgs {
+    DirectionsArgs forward;
+    int64_t dout, dout_batch_stride, dout_step_stride;
+    int64_t dxz;  // contiguous (batch, seqlen, 2 dim)
+    DirectionGradients first, second;
+};

@@ -1,21 +1,15 @@
 // A mixer between its projections on CPU vectors: convolution, x_proj, dt_proj and scan of one image after the other, so
-// that what one of them writes is still in the cache when the next one reads it. Included inside an instruction set's
-// namespace (see each_isa.h).
+// that what one of them writes is still in the cache when the next one reads it; and their gradients likewise. Included
+// inside an instruction set's namespace (see each_isa.h).
+#include "scan_cpu_kernels.h"
 #include "gemm_kernels.h"
-#include "scan_kernels.h"
 namespace conv {
 #include "conv1d_kernels.h"
 }  // namespace conv
 
-// rows of `from` times the transpose of weight (columns, depth); all are contiguous but `from`.
-inline int project(int64_t rows, int64_t columns, int64_t depth, int64_t threads, const float *from, int64_t stride,
-                   int64_t weight, float *to) {
-    GemmArgs args{};
-    args.rows = rows, args.columns = columns, args.depth = depth, args.threads = threads;
-    args.a = {reinterpret_cast<int64_t>(from), stride, 1}, args.b = {weight, 1, depth};
-    args.c = reinterpret_cast<int64_t>(to), args.c_stride = columns;
-    return gemm(args);
-}
+inline int64_t at(const void *data) { return reinterpret_cast<int64_t>(data); }
+inline float *floats(int64_t data) { return reinterpret_cast<float *>(data); }
+inline int64_t bytes(int64_t count) { return count * int64_t(sizeof(float)); }
 
 // log(-A) -> A.
 inline void rates(const float *logs, int64_t count, float *A) {
@@ -25,70 +19,232 @@ inline void rates(const float *logs, int64_t count, float *A) {
     }
 }
 
-// One direction of one image; u and delta (seqlen, dim) are for what stands between the steps.
-inline int mix_direction(const DirectionsArgs &s, int64_t image, bool first, bool last, int64_t threads, const float *A,
-                         float *u, float *delta) {
-    const DirectionWeights &own = first ? s.first : s.second;
-    const int64_t narrow = s.rank + 2 * s.dstate, none = 0;
-    const int64_t x = s.xz + image * s.xz_batch_stride * int64_t(sizeof(float));
-    float *const x_dbl = reinterpret_cast<float *>(own.x_dbl) + image * s.seqlen * narrow;
-    const int64_t u_at = reinterpret_cast<int64_t>(u), delta_at = reinterpret_cast<int64_t>(delta);
-
-    ConvArgs convolved{};
-    convolved.batch = 1, convolved.dim = s.dim, convolved.seqlen = s.seqlen, convolved.width = s.width;
-    convolved.silu = 1, convolved.reverse = own.reverse, convolved.threads = threads, convolved.channel_last = 1;
-    convolved.x = {x, FLOAT32, none, 1, s.xz_step_stride}, convolved.out = {u_at, FLOAT32, none, 1, s.dim};
-    convolved.weight = own.conv, convolved.bias = own.conv_bias;
-    if (conv::convolution(convolved)) return 1;
-    if (project(s.seqlen, narrow, s.dim, threads, u, s.dim, own.x_proj, x_dbl)) return 1;
-    if (project(s.seqlen, s.dim, s.rank, threads, x_dbl, narrow, own.dt_proj, delta)) return 1;
-
-    const int64_t chunks = (s.seqlen + s.interval - 1) / s.interval - 1;
-    const auto part = [&](int64_t skipped) {
-        return Matrix{1, reinterpret_cast<int64_t>(x_dbl + skipped), FLOAT32, none, none, 1, narrow};
-    };
-    ScanArgs scan{};
-    scan.batch = 1, scan.dim = s.dim, scan.seqlen = s.seqlen, scan.dstate = s.dstate, scan.groups = 1;
-    scan.softplus = 1, scan.reverse = own.reverse, scan.threads = threads, scan.interval = s.interval;
-    const double whole = 1;
-    scan.accumulate = !first, scan.share = s.share;
-    if (!last) std::memcpy(&scan.share, &whole, sizeof whole);
-    scan.u = {u_at, FLOAT32, none, 1, s.dim}, scan.delta = {delta_at, FLOAT32, none, 1, s.dim};
-    if (last) scan.z = {x + s.dim * int64_t(sizeof(float)), FLOAT32, none, 1, s.xz_step_stride};
-    scan.out = {s.out + image * s.seqlen * s.dim * int64_t(sizeof(float)), FLOAT32, none, 1, s.dim};
-    scan.B = part(s.rank), scan.C = part(s.rank + s.dstate);
-    scan.A = A ? reinterpret_cast<int64_t>(A) : own.A, scan.D = own.D, scan.delta_bias = own.dt_bias;
-    if (own.states) scan.states = own.states + image * chunks * s.dstate * s.dim * int64_t(sizeof(float));
-    return scan_forward(scan);
+// to (rows, columns) (+)= a (rows, depth) times b (depth, columns).
+inline int multiply(int64_t rows, int64_t columns, int64_t depth, int64_t threads, Factor a, Factor b, float *to,
+                    int64_t to_stride, bool accumulate) {
+    GemmArgs args{};
+    args.rows = rows, args.columns = columns, args.depth = depth, args.threads = threads, args.accumulate = accumulate;
+    args.a = a, args.b = b, args.c = at(to), args.c_stride = to_stride;
+    return gemm(args);
 }
 
-// One where there was no memory, else zero.
-inline int directions_forward(const DirectionsArgs &s) {
-    const int64_t decays = s.dim * s.dstate;
-    const memory::Buffer own_rates(s.log_decay ? s.directions * decays * sizeof(float) : sizeof(float));
-    float *const A = static_cast<float *>(own_rates.data());
-    if (!A) return 1;
-    for (int64_t number = 0; s.log_decay && number < s.directions; ++number)
-        rates(reinterpret_cast<const float *>(number ? s.second.A : s.first.A), decays, A + number * decays);
-    const auto mix = [&](int64_t begin, int64_t end, int64_t threads) {
-        const int64_t size = s.seqlen * s.dim;
-        const memory::Buffer buffer(2 * size * sizeof(float));
-        float *const u = static_cast<float *>(buffer.data());
-        if (!u) return 1;
-        for (int64_t image = begin; image < end; ++image)
-            for (int64_t number = 0; number < s.directions; ++number)
-                if (mix_direction(s, image, number == 0, number + 1 == s.directions, threads,
-                                  s.log_decay ? A + number * decays : nullptr, u, u + size))
-                    return 1;
-        return 0;
-    };
-    // Every thread takes as many whole images as the others; the threads share those that are left.
-    const int64_t work = s.batch * s.seqlen * s.dim * s.dstate / LANES;
-    const int shares = s.batch < s.threads ? 1 : parallel::shares_for(s.threads, s.batch, work);
+// One direction of one image: where its parts lie, and what the kernels are told of them.
+struct DirectionOfImage {
+    const DirectionsArgs &s;
+    const DirectionWeights &own;
+    bool first, last;
+    int64_t threads, narrow, xz;
+    float *x_dbl;
+    const float *A;
+
+    // `A` holds the rates of all directions where the weights hold their logarithms.
+    DirectionOfImage(const DirectionsArgs &s, int64_t number, int64_t image, int64_t threads, const float *A)
+        : s(s), own(number ? s.second : s.first), first(number == 0), last(number + 1 == s.directions), threads(threads),
+          narrow(s.rank + 2 * s.dstate), xz(s.xz + bytes(image * s.xz_batch_stride)),
+          x_dbl(floats(own.x_dbl) + image * s.seqlen * narrow),
+          A(s.log_decay ? A + number * s.dim * s.dstate : floats(own.A)) {}
+
+    // A contiguous (seqlen, dim), or one of that width with other steps; as both packages' structs have it.
+    template <class Struct> Struct rows(int64_t data, int64_t step_stride) const {
+        return {data, FLOAT32, 0, 1, step_stride};
+    }
+    Matrix columns(float *rows, int64_t skipped) const { return {1, at(rows + skipped), FLOAT32, 0, 0, 1, narrow}; }
+
+    ConvArgs conv_args() const {
+        ConvArgs args{};
+        args.batch = 1, args.dim = s.dim, args.seqlen = s.seqlen, args.width = s.width, args.silu = 1;
+        args.reverse = own.reverse, args.threads = threads, args.channel_last = 1;
+        args.x = rows<ConvSignal>(xz, s.xz_step_stride), args.weight = own.conv, args.bias = own.conv_bias;
+        return args;
+    }
+    ScanArgs scan_args(int64_t image, const float *u, const float *delta) const {
+        const int64_t chunks = (s.seqlen + s.interval - 1) / s.interval - 1;
+        ScanArgs args{};
+        args.batch = 1, args.dim = s.dim, args.seqlen = s.seqlen, args.dstate = s.dstate, args.groups = 1;
+        args.softplus = 1, args.reverse = own.reverse, args.threads = threads, args.interval = s.interval;
+        args.accumulate = !first, args.share = s.share;
+        args.u = rows<Signal>(at(u), s.dim), args.delta = rows<Signal>(at(delta), s.dim);
+        args.z = rows<Signal>(xz + bytes(s.dim), s.xz_step_stride);
+        args.B = columns(x_dbl, s.rank), args.C = columns(x_dbl, s.rank + s.dstate);
+        args.A = at(A), args.D = own.D, args.delta_bias = own.dt_bias;
+        if (own.states) args.states = own.states + bytes(image * chunks * s.dstate * s.dim);
+        return args;
+    }
+    // What backward computes anew, too.
+    int find_u(float *u) const {
+        ConvArgs args = conv_args();
+        args.out = rows<ConvSignal>(at(u), s.dim);
+        return conv::convolution(args);
+    }
+    int find_delta(float *delta) const {
+        return multiply(s.seqlen, s.dim, s.rank, threads, {at(x_dbl), narrow, 1}, {own.dt_proj, 1, s.rank}, delta, s.dim,
+                        false);
+    }
+};
+
+// body(first image, end, threads, share) -> not zero where there was no memory: every thread takes as many whole images as
+// the others, as one of `shares`; the threads divide those that are left, in share 0.
+template <class Body> int each_image(const DirectionsArgs &s, int shares, Body body) {
     const int64_t whole = shares > 1 ? s.batch / shares : 0;
     std::atomic<int> failures{0};
     if (whole)
-        parallel::run(shares, [&](int share) { failures += mix(share * whole, (share + 1) * whole, 1); });
-    if (shares * whole < s.batch) failures += mix(shares * whole, s.batch, s.threads);
+        parallel::run(shares, [&](int share) { failures += body(share * whole, (share + 1) * whole, int64_t(1), share); });
+    if (shares * whole < s.batch) failures += body(shares * whole, s.batch, s.threads, 0);
     return failures ? 1 : 0;
+}
+inline int shares_of_images(const DirectionsArgs &s) {
+    const int64_t work = s.batch * s.seqlen * s.dim * s.dstate / LANES;
+    return s.batch < s.threads ? 1 : parallel::shares_for(s.threads, s.batch, work);
+}
+
+// The rates of all directions where the weights hold their logarithms.
+struct Rates {
+    const memory::Buffer buffer;
+    float *const A;
+
+    explicit Rates(const DirectionsArgs &s)
+        : buffer(s.log_decay ? bytes(s.directions * s.dim * s.dstate) : 1), A(static_cast<float *>(buffer.data())) {
+        for (int64_t number = 0; A && s.log_decay && number < s.directions; ++number)
+            rates(floats(number ? s.second.A : s.first.A), s.dim * s.dstate, A + number * s.dim * s.dstate);
+    }
+};
+
+// One where there was no memory, else zero.
+inline int directions_forward(const DirectionsArgs &s) {
+    const Rates rates(s);
+    if (!rates.A) return 1;
+    const int64_t size = s.seqlen * s.dim;
+    return each_image(s, shares_of_images(s), [&](int64_t begin, int64_t end, int64_t threads, int) {
+        const memory::Buffer buffer(bytes(2 * size));
+        float *const u = static_cast<float *>(buffer.data()), *const delta = u + size;
+        if (!u) return 1;
+        for (int64_t image = begin; image < end; ++image)
+            for (int64_t number = 0; number < s.directions; ++number) {
+                const DirectionOfImage here(s, number, image, threads, rates.A);
+                if (here.find_u(u)) return 1;
+                if (multiply(s.seqlen, here.narrow, s.dim, threads, {at(u), s.dim, 1}, {here.own.x_proj, 1, s.dim},
+                             here.x_dbl, here.narrow, false))
+                    return 1;
+                if (here.find_delta(delta)) return 1;
+                ScanArgs scan = here.scan_args(image, u, delta);
+                if (!here.last) {  // the last one's gate and share are those of the sum
+                    const double one = 1;
+                    std::memcpy(&scan.share, &one, sizeof one);
+                    scan.z = Signal{};
+                }
+                scan.out = here.rows<Signal>(s.out + bytes(image * size), s.dim);
+                if (scan_forward(scan)) return 1;
+            }
+        return 0;
+    });
+}
+
+// A direction's gradients, one after the other.
+struct GradientSums {
+    float *conv, *conv_bias, *x_proj, *dt_proj, *dt_bias, *A, *D, *end;
+
+    GradientSums(const DirectionsArgs &s, float *memory)
+        : conv(memory), conv_bias(conv + s.dim * s.width), x_proj(conv_bias + s.dim),
+          dt_proj(x_proj + (s.rank + 2 * s.dstate) * s.dim), dt_bias(dt_proj + s.rank * s.dim), A(dt_bias + s.dim),
+          D(A + s.dim * s.dstate), end(D + s.dim) {}
+    static int64_t size(const DirectionsArgs &s) {
+        return s.dim * (s.width + 1 + (s.rank + 2 * s.dstate) + s.rank + 1 + s.dstate + 1);
+    }
+};
+
+inline void add(const float *from, int64_t count, float *to) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        const int some = int(std::min<int64_t>(LANES, count - i));
+        store_some(to + i, load_some(to + i, some) + load_some(from + i, some), some);
+    }
+}
+
+// What the gradients of one direction of one image need: (seqlen, dim) each, then (seqlen, narrow).
+struct GradientRows {
+    float *u, *delta, *du, *ddelta, *dx_dbl;
+
+    GradientRows(const DirectionsArgs &s, float *memory)
+        : u(memory), delta(u + s.seqlen * s.dim), du(delta + s.seqlen * s.dim), ddelta(du + s.seqlen * s.dim),
+          dx_dbl(ddelta + s.seqlen * s.dim) {}
+    static int64_t size(const DirectionsArgs &s) { return s.seqlen * (4 * s.dim + s.rank + 2 * s.dstate); }
+};
+
+// Adds to `sums`; `found` is for what the kernels do not add to what is there.
+inline int direction_backward(const DirectionsBackwardArgs &args, const DirectionOfImage &here, int64_t image,
+                              const GradientRows &rows, const GradientSums &sums, const GradientSums &found) {
+    const DirectionsArgs &s = args.forward;
+    const int64_t narrow = here.narrow, threads = here.threads, dxz = args.dxz + bytes(image * s.seqlen * 2 * s.dim);
+    if (here.find_u(rows.u) || here.find_delta(rows.delta)) return 1;
+
+    ScanArgs scan = here.scan_args(image, rows.u, rows.delta);
+    scan.dout = here.rows<Signal>(args.dout + bytes(image * args.dout_batch_stride), args.dout_step_stride);
+    scan.du = here.rows<Signal>(at(rows.du), s.dim), scan.ddelta = here.rows<Signal>(at(rows.ddelta), s.dim);
+    scan.dz = here.rows<Signal>(dxz + bytes(s.dim), 2 * s.dim);
+    scan.dB = here.columns(rows.dx_dbl, s.rank), scan.dC = here.columns(rows.dx_dbl, s.rank + s.dstate);
+    scan.dA = at(found.A), scan.dD = at(found.D), scan.ddelta_bias = at(found.dt_bias);
+    if (scan_backward(scan)) return 1;
+    add(found.A, s.dim * s.dstate, sums.A);
+    if (here.own.D) add(found.D, s.dim, sums.D);
+    if (here.own.dt_bias) add(found.dt_bias, s.dim, sums.dt_bias);
+
+    const Factor dt_across{at(here.x_dbl), 1, narrow}, narrow_across{at(rows.dx_dbl), 1, narrow};
+    if (multiply(s.seqlen, s.rank, s.dim, threads, {at(rows.ddelta), s.dim, 1}, {here.own.dt_proj, s.rank, 1}, rows.dx_dbl,
+                 narrow, false))
+        return 1;
+    if (multiply(s.rank, s.dim, s.seqlen, threads, dt_across, {at(rows.ddelta), s.dim, 1}, sums.dt_proj, s.dim, true))
+        return 1;
+    if (multiply(narrow, s.dim, s.seqlen, threads, narrow_across, {at(rows.u), s.dim, 1}, sums.x_proj, s.dim, true))
+        return 1;
+    if (multiply(s.seqlen, s.dim, narrow, threads, {at(rows.dx_dbl), narrow, 1}, {here.own.x_proj, s.dim, 1}, rows.du, s.dim,
+                 true))
+        return 1;
+
+    ConvArgs convolved = here.conv_args();
+    convolved.accumulate = !here.first;
+    convolved.dout = here.rows<ConvSignal>(at(rows.du), s.dim), convolved.dx = here.rows<ConvSignal>(dxz, 2 * s.dim);
+    convolved.dweight = at(found.conv), convolved.dbias = here.own.conv_bias ? at(found.conv_bias) : 0;
+    if (conv::convolution(convolved)) return 1;
+    add(found.conv, s.dim * s.width, sums.conv);
+    if (here.own.conv_bias) add(found.conv_bias, s.dim, sums.conv_bias);
+    return 0;
+}
+
+// The sums of all shares, in their order, to where they are wanted.
+inline void write_gradients(const DirectionsArgs &s, const DirectionGradients &to, const float *A, const GradientSums &sums) {
+    const auto write = [](int64_t where, const float *from, int64_t count) {
+        if (where) std::memcpy(floats(where), from, size_t(bytes(count)));
+    };
+    write(to.conv, sums.conv, s.dim * s.width), write(to.conv_bias, sums.conv_bias, s.dim);
+    write(to.x_proj, sums.x_proj, (s.rank + 2 * s.dstate) * s.dim), write(to.dt_proj, sums.dt_proj, s.rank * s.dim);
+    write(to.dt_bias, sums.dt_bias, s.dim), write(to.D, sums.D, s.dim);
+    for (int64_t i = 0; i < s.dim * s.dstate; ++i) floats(to.A)[i] = s.log_decay ? sums.A[i] * A[i] : sums.A[i];
+}
+
+// One where there was no memory, else zero.
+inline int directions_backward(const DirectionsBackwardArgs &args) {
+    const DirectionsArgs &s = args.forward;
+    const Rates rates(s);
+    const int shares = shares_of_images(s);
+    const int64_t sums = GradientSums::size(s), of_share = (s.directions + 1) * sums;
+    float *const all = static_cast<float *>(std::calloc(size_t(shares * of_share), sizeof(float)));
+    if (!all || !rates.A) return std::free(all), 1;
+    const int failed = each_image(s, shares, [&](int64_t begin, int64_t end, int64_t threads, int share) {
+        const memory::Buffer buffer(bytes(GradientRows::size(s)));
+        if (!buffer.data()) return 1;
+        const GradientRows rows(s, static_cast<float *>(buffer.data()));
+        float *const own = all + share * of_share;
+        const GradientSums found(s, own + s.directions * sums);
+        for (int64_t image = begin; image < end; ++image)
+            for (int64_t number = 0; number < s.directions; ++number) {
+                const DirectionOfImage here(s, number, image, threads, rates.A);
+                if (direction_backward(args, here, image, rows, GradientSums(s, own + number * sums), found)) return 1;
+            }
+        return 0;
+    });
+    for (int share = 1; share < shares; ++share) add(all + share * of_share, s.directions * sums, all);
+    for (int64_t number = 0; number < s.directions; ++number)
+        write_gradients(s, number ? args.second : args.first, rates.A + (s.log_decay ? number * s.dim * s.dstate : 0),
+                        GradientSums(s, all + number * sums));
+    std::free(all);
+    return failed;
 }

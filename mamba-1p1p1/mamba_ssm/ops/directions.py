@@ -168,21 +168,18 @@ def _backward(dout, xz, *arguments):
         if stacked and own == "stacked":
             grads = kernels.stacked_backward(dout, xz, directions, *x_dbls, states[0], share, log_decay)
         else:
-            given, directions = directions, with_rates(directions, log_decay)
             x_dbls, states = (x_dbls[0].unbind(), ()) if stacked else (x_dbls, states)
-            x_dbls = x_dbls[: len(directions)]
+            x_dbls, states = x_dbls[: len(directions)], states[: len(directions)]
             if own == "plain" and not stacked:
-                states = states[: len(directions)]
-                grads = kernels.directions_backward(dout, xz, directions, x_dbls, states, share)
+                grads = kernels.directions_backward(dout, xz, directions, x_dbls, states, share, log_decay)
             else:
                 # the forward may have run on another kernel set, and left nothing that this one can start from
                 kernels = backends.fallback if stacked or own == "stacked" else kernels
-                states = states[: len(directions)] or [xz.new_empty(0)] * len(directions)
-                grads = composed.directions_backward(kernels, dout, xz, directions, x_dbls, states, share)
-            if log_decay:
-                for number, direction in enumerate(directions):
-                    place = 1 + number * DIRECTION_TENSORS + given[number]._fields.index("A")
-                    grads[place] = grads[place] * direction.A
+                states, rates = states or [xz.new_empty(0)] * len(directions), with_rates(directions, log_decay)
+                grads = composed.directions_backward(kernels, dout, xz, rates, x_dbls, states, share)
+                for number, rate in enumerate(rates if log_decay else ()):
+                    place = 1 + number * DIRECTION_TENSORS + rate._fields.index("A")
+                    grads[place] = grads[place] * rate.A
         grads += [None] * (1 + 2 * DIRECTION_TENSORS - len(grads))
         return tuple(
             xz.new_empty(0) if like is None else grad.to(like.dtype).contiguous()

@@ -10,7 +10,7 @@ from causal_conv1d.kernels import cpp as conv
 from causal_conv1d.layout import address, channel_last, float32
 from causal_conv1d.native import bits
 from mamba_ssm.kernels import products
-from mamba_ssm.kernels.arguments import Direction, Scan, ScanGradients, split_matrices, with_rates
+from mamba_ssm.kernels.arguments import DIRECTION_TENSORS, Direction, Scan, ScanGradients, split_matrices, with_rates
 from mamba_ssm.kernels.cpp.library import LIBRARY
 from mamba_ssm.kernels.cpp.linear import product, product_into, weight_gradient
 from mamba_ssm.kernels.cpp.scan import interval_of, scan_backward_into, scan_into, states_shape
@@ -57,46 +57,92 @@ def _fits_in_one(xz: Tensor, directions: Sequence[Direction]) -> bool:
     return xz.dtype == torch.float32 and len(sizes) == 1 and (products.PREFER_OWN or products.PREFER_OWN_NARROW)
 
 
-def _in_one(
-    xz: Tensor, directions: Sequence[Direction], share: float, save_states: bool, log_decay: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The same in one call of the library, float32, with its own products: image by image, so that what is between the
-    steps stays in the cache."""
-    batch, seqlen, dim, structs = *xz.shape[:2], xz.shape[2] // 2, LIBRARY.structs
-    out = xz.new_empty(batch, seqlen, dim)
-    weights, x_dbls, states, alive = [], [], [], []
-    for each in directions:
-        *tensors, reverse = each
+def _told(
+    xz: Tensor,
+    directions: Sequence[Direction],
+    x_dbls: Sequence[Tensor],
+    states: Sequence[Tensor],
+    share: float,
+    log_decay: bool,
+) -> tuple[dict, list[tuple[Tensor | None, ...]]]:
+    """The library's arguments of both ways, and what has to live as long as it works with them."""
+    alive, weights = [], []
+    for *tensors, reverse in directions:
         conv, conv_bias, x_proj, dt_proj, dt_bias, A, D = (float32(tensor) for tensor in tensors)
-        dstate, rank = A.shape[1], dt_proj.shape[1]
-        x_dbl = xz.new_empty(batch, seqlen, rank + 2 * dstate)
-        kept = xz.new_empty(states_shape(batch, dim, seqlen, dstate) if save_states else (0,))
-        given = conv, conv_bias, x_proj, dt_proj, dt_bias, A, D, x_dbl, kept if kept.numel() else None
-        weights.append(structs.DirectionWeights(reverse, *map(address, given)))
-        alive.append(given)  # copies among them would be gone before they are read
-        x_dbls.append(x_dbl)
-        states.append(kept)
-    arguments = structs.DirectionsArgs(
-        batch=batch,
-        dim=dim,
-        seqlen=seqlen,
-        dstate=dstate,
-        rank=rank,
+        kept = states[len(alive)]
+        given = conv, conv_bias, x_proj, dt_proj, dt_bias, A, D, x_dbls[len(alive)], kept if kept.numel() else None
+        weights.append(LIBRARY.structs.DirectionWeights(reverse, *map(address, given)))
+        alive.append(given)
+    told = dict(
+        batch=xz.shape[0],
+        dim=xz.shape[2] // 2,
+        seqlen=xz.shape[1],
+        dstate=A.shape[1],
+        rank=dt_proj.shape[1],
         width=conv.shape[1],
         directions=len(directions),
         threads=torch.get_num_threads(),
-        interval=interval_of(dstate),
+        interval=interval_of(A.shape[1]),
         log_decay=log_decay,
         share=bits(share),
         xz=address(xz),
         xz_batch_stride=xz.stride(0),
         xz_step_stride=xz.stride(1),
-        out=address(out),
         first=weights[0],
         second=weights[-1],
     )
-    LIBRARY.call("mamba_directions", arguments)
+    return told, alive
+
+
+def _in_one(
+    xz: Tensor, directions: Sequence[Direction], share: float, save_states: bool, log_decay: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """`directions_forward` in one call of the library with its own products: image by image, so that what is between
+    the steps stays in the cache."""
+    (batch, seqlen, _), dim = xz.shape, xz.shape[2] // 2
+    out, x_dbls, states = xz.new_empty(batch, seqlen, dim), [], []
+    for each in directions:
+        x_dbls.append(xz.new_empty(batch, seqlen, each.x_proj_weight.shape[0]))
+        states.append(xz.new_empty(states_shape(batch, dim, seqlen, each.A.shape[1]) if save_states else (0,)))
+    told, alive = _told(xz, directions, x_dbls, states, share, log_decay)
+    LIBRARY.call("mamba_directions", LIBRARY.structs.DirectionsArgs(**told, out=address(out)))
+    del alive
     return out, x_dbls, states
+
+
+def _backward_in_one(
+    dout: Tensor,
+    xz: Tensor,
+    directions: Sequence[Direction],
+    x_dbls: Sequence[Tensor],
+    states: Sequence[Tensor],
+    share: float,
+    log_decay: bool,
+) -> list[Tensor | None]:
+    """`directions_backward` in one call of the library."""
+    structs, dout = LIBRARY.structs, channel_last(dout)
+    dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
+    grads, written = [dxz], []
+    for each in directions:
+        own = [None if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in each[:DIRECTION_TENSORS]]
+        place = each._fields.index("dt_proj_weight")
+        own[place] = own[place].view(own[place].shape[::-1])
+        written.append(structs.DirectionGradients(*map(address, own)))
+        own[place] = own[place].t()
+        grads += own
+    told, alive = _told(xz, directions, x_dbls, states, share, log_decay)
+    arguments = structs.DirectionsBackwardArgs(
+        forward=structs.DirectionsArgs(**told),
+        dout=address(dout),
+        dout_batch_stride=dout.stride(0),
+        dout_step_stride=dout.stride(1),
+        dxz=address(dxz),
+        first=written[0],
+        second=written[-1],
+    )
+    LIBRARY.call("mamba_directions_backward", arguments)
+    del alive
+    return grads
 
 
 def directions_backward(
@@ -106,9 +152,13 @@ def directions_backward(
     x_dbls: Sequence[Tensor],
     states: Sequence[Tensor],
     share: float,
+    log_decay: bool,
 ) -> list[Tensor | None]:
     """Gradients of xz and of each direction's tensors."""
     xz = channel_last(xz)
+    if dout.dtype == torch.float32 and _fits_in_one(xz, directions):
+        return _backward_in_one(dout, xz, directions, x_dbls, states, share, log_decay)
+    directions = with_rates(directions, log_decay)
     x, z = xz.transpose(1, 2).chunk(2, dim=1)
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx, dz = dxz.transpose(1, 2).chunk(2, dim=1)
@@ -141,5 +191,5 @@ def directions_backward(
             direction.reverse,
             accumulate=number > 0,
         )
-        grads += [*dconv, dx_weight, ddt_weight, dbias, dA, dD]
+        grads += [*dconv, dx_weight, ddt_weight, dbias, dA * direction.A if log_decay else dA, dD]
     return grads
