@@ -104,7 +104,7 @@ def test_directions(ways, optional, kernels):
 @pytest.mark.skipif(backends.available("cpu") != "cpp", reason="no C++ kernels")
 @pytest.mark.parametrize("ways", [(True,), (False, True)])
 @pytest.mark.parametrize("optional", [True, False])
-@pytest.mark.parametrize(("batch", "threads"), [(1, 1), (1, 2), (2, 3), (5, 2)])
+@pytest.mark.parametrize(("batch", "threads"), [(1, 1), (1, 2), (2, 3), (5, 2), (21, 2)])
 def test_in_one_call_of_the_library(ways, optional, batch, threads, isa, monkeypatch):
     """Where own products are preferred, each way is one call: as much as in steps, what is kept for backward included,
     however images meet threads; log(-A) is as good as A."""
