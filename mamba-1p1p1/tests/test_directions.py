@@ -110,7 +110,7 @@ def test_in_one_call_of_the_library(ways, optional, batch, threads, isa, monkeyp
     however images meet threads; log(-A) is as good as A."""
     module, before = importlib.import_module("mamba_ssm.kernels.cpp.directions"), torch.get_num_threads()
     called = []
-    for name in ("_in_one", "_backward_in_one"):
+    for name in ("forward_in_one", "backward_in_one"):
         plain = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *given, plain=plain: called.append(given) or plain(*given))
     xz, directions = arguments(batch, 70, 40, 3, 16, ways=ways, optional=optional)

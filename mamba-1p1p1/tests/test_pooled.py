@@ -193,6 +193,13 @@ def test_scan(batch, lines, dim, rank, dstate, isa):
     ]
     groups, groups_b = random(batch, lines, dim), random(lines, batch, dim).transpose(0, 1)
     wanted = scan_formula(groups.double(), groups_b.double(), [[t.double() for t in p] for p in projections])
+    leaves = [t.requires_grad_() for t in (groups, groups_b, *projections[0], *projections[1])]
+    function = lambda g, h, *p: pooled_scan_fn(g, h, Projections(*p[:4]), Projections(*p[4:]))  # noqa: E731
+    formula = lambda g, h, *p: scan_formula(g, h, (p[:4], p[4:]))  # noqa: E731
+    assert "pooled_scan" in str(function(*leaves).grad_fn)
+    assert_as_formula(function, formula, leaves, torch.float32)
+    projections = [Projections(*(t.detach() for t in each)) for each in projections]
+    groups, groups_b = groups.detach(), groups_b.detach()
     for dtype in (torch.float32, torch.bfloat16):
         found = pooled_scan_fn(groups.to(dtype), groups_b.to(dtype), *projections)
         assert found.dtype == dtype
@@ -233,7 +240,9 @@ def test_registration():
     projections = [random(9, 8), random(8, 1), random(8), random(8, 4)]
     tensors = [random(2, 5, 8), random(2, 5, 8), *projections, *projections]
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.mamba_ssm.pooled_scan.default, tuple(tensors), test_utils=tests)
+    torch.library.opcheck(torch.ops.mamba_ssm.pooled_scan.default, (*tensors, False), test_utils=tests)
+    tensors = [tensor.clone().requires_grad_() for tensor in tensors]
+    torch.library.opcheck(torch.ops.mamba_ssm.pooled_scan.default, (*tensors, True))
 
 
 def test_empty_batch_and_errors():

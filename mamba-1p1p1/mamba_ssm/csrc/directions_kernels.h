@@ -33,48 +33,49 @@ struct DirectionOfImage {
     const DirectionsArgs &s;
     const DirectionWeights &own;
     bool first, last;
-    int64_t threads, narrow, xz;
+    int64_t image, threads, narrow;
     float *x_dbl;
     const float *A;
 
     // `A` holds the rates of all directions where the weights hold their logarithms.
     DirectionOfImage(const DirectionsArgs &s, int64_t number, int64_t image, int64_t threads, const float *A)
-        : s(s), own(number ? s.second : s.first), first(number == 0), last(number + 1 == s.directions), threads(threads),
-          narrow(s.rank + 2 * s.dstate), xz(s.xz + bytes(image * s.xz_batch_stride)),
+        : s(s), own(number ? s.second : s.first), first(number == 0), last(number + 1 == s.directions), image(image),
+          threads(threads), narrow(s.rank + 2 * s.dstate),
           x_dbl(floats(own.x_dbl) + image * s.seqlen * narrow),
           A(s.log_decay ? A + number * s.dim * s.dstate : floats(own.A)) {}
 
-    // A contiguous (seqlen, dim), or one of that width with other steps; as both packages' structs have it.
-    template <class Struct> Struct rows(int64_t data, int64_t step_stride) const {
-        return {data, FLOAT32, 0, 1, step_stride};
+    // This image's (seqlen, dim), or one that is contiguous; as both packages' structs have it.
+    template <class Struct> Struct rows(const TokenRows &of) const {
+        return {of.data ? of.data + bytes(image * of.batch_stride) : 0, FLOAT32, 0, 1, of.step_stride};
     }
+    template <class Struct> Struct rows(const float *data) const { return {at(data), FLOAT32, 0, 1, s.dim}; }
     Matrix columns(float *rows, int64_t skipped) const { return {1, at(rows + skipped), FLOAT32, 0, 0, 1, narrow}; }
 
     ConvArgs conv_args() const {
         ConvArgs args{};
         args.batch = 1, args.dim = s.dim, args.seqlen = s.seqlen, args.width = s.width, args.silu = 1;
         args.reverse = own.reverse, args.threads = threads, args.channel_last = 1;
-        args.x = rows<ConvSignal>(xz, s.xz_step_stride), args.weight = own.conv, args.bias = own.conv_bias;
+        args.x = rows<ConvSignal>(own.x), args.weight = own.conv, args.bias = own.conv_bias;
         return args;
     }
-    ScanArgs scan_args(int64_t image, const float *u, const float *delta) const {
+    ScanArgs scan_args(const float *u, const float *delta) const {
         const int64_t chunks = (s.seqlen + s.interval - 1) / s.interval - 1;
         ScanArgs args{};
         args.batch = 1, args.dim = s.dim, args.seqlen = s.seqlen, args.dstate = s.dstate, args.groups = 1;
         args.softplus = 1, args.reverse = own.reverse, args.threads = threads, args.interval = s.interval;
         args.accumulate = !first, args.share = s.share;
-        args.u = rows<Signal>(at(u), s.dim), args.delta = rows<Signal>(at(delta), s.dim);
-        args.z = rows<Signal>(xz + bytes(s.dim), s.xz_step_stride);
+        args.u = rows<Signal>(u), args.delta = rows<Signal>(delta), args.z = rows<Signal>(s.z);
         args.B = columns(x_dbl, s.rank), args.C = columns(x_dbl, s.rank + s.dstate);
         args.A = at(A), args.D = own.D, args.delta_bias = own.dt_bias;
         if (own.states) args.states = own.states + bytes(image * chunks * s.dstate * s.dim);
         return args;
     }
-    // What backward computes anew, too.
-    int find_u(float *u) const {
+    // What backward computes anew, too: what is scanned, in `memory` if it is not there already; null where there was none.
+    const float *find_u(float *memory) const {
+        if (!own.conv) return floats(rows<Signal>(own.x).data);
         ConvArgs args = conv_args();
-        args.out = rows<ConvSignal>(at(u), s.dim);
-        return conv::convolution(args);
+        args.out = rows<ConvSignal>(memory);
+        return conv::convolution(args) ? nullptr : memory;
     }
     int find_delta(float *delta) const {
         return multiply(s.seqlen, s.dim, s.rank, threads, {at(x_dbl), narrow, 1}, {own.dt_proj, 1, s.rank}, delta, s.dim,
@@ -116,23 +117,24 @@ inline int directions_forward(const DirectionsArgs &s) {
     const int64_t size = s.seqlen * s.dim;
     return each_image(s, shares_of_images(s), [&](int64_t begin, int64_t end, int64_t threads, int) {
         const memory::Buffer buffer(bytes(2 * size));
-        float *const u = static_cast<float *>(buffer.data()), *const delta = u + size;
-        if (!u) return 1;
+        float *const memory = static_cast<float *>(buffer.data()), *const delta = memory + size;
+        if (!memory) return 1;
         for (int64_t image = begin; image < end; ++image)
             for (int64_t number = 0; number < s.directions; ++number) {
                 const DirectionOfImage here(s, number, image, threads, rates.A);
-                if (here.find_u(u)) return 1;
+                const float *const u = here.find_u(memory);
+                if (!u) return 1;
                 if (multiply(s.seqlen, here.narrow, s.dim, threads, {at(u), s.dim, 1}, {here.own.x_proj, 1, s.dim},
                              here.x_dbl, here.narrow, false))
                     return 1;
                 if (here.find_delta(delta)) return 1;
-                ScanArgs scan = here.scan_args(image, u, delta);
+                ScanArgs scan = here.scan_args(u, delta);
                 if (!here.last) {  // the last one's gate and share are those of the sum
                     const double one = 1;
                     std::memcpy(&scan.share, &one, sizeof one);
                     scan.z = Signal{};
                 }
-                scan.out = here.rows<Signal>(s.out + bytes(image * size), s.dim);
+                scan.out = here.rows<Signal>(floats(s.out) + image * size);
                 if (scan_forward(scan)) return 1;
             }
         return 0;
@@ -170,16 +172,19 @@ struct GradientRows {
 };
 
 // Adds to `sums`; `found` is for what the kernels do not add to what is there.
-inline int direction_backward(const DirectionsBackwardArgs &args, const DirectionOfImage &here, int64_t image,
-                              const GradientRows &rows, const GradientSums &sums, const GradientSums &found) {
+inline int direction_backward(const DirectionsBackwardArgs &args, const DirectionOfImage &here,
+                              const DirectionGradients &to, const GradientRows &rows, const GradientSums &sums,
+                              const GradientSums &found) {
     const DirectionsArgs &s = args.forward;
-    const int64_t narrow = here.narrow, threads = here.threads, dxz = args.dxz + bytes(image * s.seqlen * 2 * s.dim);
-    if (here.find_u(rows.u) || here.find_delta(rows.delta)) return 1;
+    const int64_t narrow = here.narrow, threads = here.threads;
+    const float *const u = here.find_u(rows.u);
+    if (!u || here.find_delta(rows.delta)) return 1;
+    // without a convolution this is the gradient of x
+    float *const du = here.own.conv ? rows.du : floats(here.rows<Signal>(to.x).data);
 
-    ScanArgs scan = here.scan_args(image, rows.u, rows.delta);
-    scan.dout = here.rows<Signal>(args.dout + bytes(image * args.dout_batch_stride), args.dout_step_stride);
-    scan.du = here.rows<Signal>(at(rows.du), s.dim), scan.ddelta = here.rows<Signal>(at(rows.ddelta), s.dim);
-    scan.dz = here.rows<Signal>(dxz + bytes(s.dim), 2 * s.dim);
+    ScanArgs scan = here.scan_args(u, rows.delta);
+    scan.dout = here.rows<Signal>(args.dout), scan.dz = here.rows<Signal>(args.dz);
+    scan.du = here.rows<Signal>(du), scan.ddelta = here.rows<Signal>(rows.ddelta);
     scan.dB = here.columns(rows.dx_dbl, s.rank), scan.dC = here.columns(rows.dx_dbl, s.rank + s.dstate);
     scan.dA = at(found.A), scan.dD = at(found.D), scan.ddelta_bias = at(found.dt_bias);
     if (scan_backward(scan)) return 1;
@@ -193,15 +198,15 @@ inline int direction_backward(const DirectionsBackwardArgs &args, const Directio
         return 1;
     if (multiply(s.rank, s.dim, s.seqlen, threads, dt_across, {at(rows.ddelta), s.dim, 1}, sums.dt_proj, s.dim, true))
         return 1;
-    if (multiply(narrow, s.dim, s.seqlen, threads, narrow_across, {at(rows.u), s.dim, 1}, sums.x_proj, s.dim, true))
+    if (multiply(narrow, s.dim, s.seqlen, threads, narrow_across, {at(u), s.dim, 1}, sums.x_proj, s.dim, true))
         return 1;
-    if (multiply(s.seqlen, s.dim, narrow, threads, {at(rows.dx_dbl), narrow, 1}, {here.own.x_proj, s.dim, 1}, rows.du, s.dim,
-                 true))
+    if (multiply(s.seqlen, s.dim, narrow, threads, {at(rows.dx_dbl), narrow, 1}, {here.own.x_proj, s.dim, 1}, du, s.dim, true))
         return 1;
+    if (!here.own.conv) return 0;
 
     ConvArgs convolved = here.conv_args();
     convolved.accumulate = !here.first;
-    convolved.dout = here.rows<ConvSignal>(at(rows.du), s.dim), convolved.dx = here.rows<ConvSignal>(dxz, 2 * s.dim);
+    convolved.dout = here.rows<ConvSignal>(du), convolved.dx = here.rows<ConvSignal>(to.x);
     convolved.dweight = at(found.conv), convolved.dbias = here.own.conv_bias ? at(found.conv_bias) : 0;
     if (conv::convolution(convolved)) return 1;
     add(found.conv, s.dim * s.width, sums.conv);
@@ -237,7 +242,8 @@ inline int directions_backward(const DirectionsBackwardArgs &args) {
         for (int64_t image = begin; image < end; ++image)
             for (int64_t number = 0; number < s.directions; ++number) {
                 const DirectionOfImage here(s, number, image, threads, rates.A);
-                if (direction_backward(args, here, image, rows, GradientSums(s, own + number * sums), found)) return 1;
+                const DirectionGradients &to = number ? args.second : args.first;
+                if (direction_backward(args, here, to, rows, GradientSums(s, own + number * sums), found)) return 1;
             }
         return 0;
     });

@@ -16,7 +16,7 @@ from mamba_ssm.kernels.arguments import Direction, Lines, MixerSizes, Projection
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.bidirectional import bidirectional_scan_fn
 from mamba_ssm.ops.directions import directions_fn
-from mamba_ssm.ops.pooled import pooled_conv_fn, pooled_gate_fn, pooled_scan_fn
+from mamba_ssm.ops.pooled import has_scan_gradients, pooled_conv_fn, pooled_gate_fn, pooled_scan_fn
 from mamba_ssm.ops.scan import selective_scan_fn
 from mamba_ssm.ops.visible import visible_conv_fn, visible_gate_fn
 from torch import Tensor, nn
@@ -238,7 +238,8 @@ def _run(branches: Sequence[Branch], scans: Sequence[tuple[Tensor | None, ...]])
 
 def _scan_groups(branches: Sequence[Branch], groups: Sequence[Tensor], pair: bool) -> Tensor:
     """The sum of the branches' scans, each over its own groups (B, G, d_inner), without D and z."""
-    if pair and not torch.is_grad_enabled() and backends.has(groups[0], "pooled_scan"):
+    trains, amp = torch.is_grad_enabled(), torch.is_autocast_enabled(groups[0].device.type)
+    if pair and (has_scan_gradients(groups[0]) and not amp if trains else backends.has(groups[0], "pooled_scan")):
         return pooled_scan_fn(*groups, *(branch.projections() for branch in branches))
     scans = [_scan(branch, u, *branch.project(u), None, None) for branch, u in zip(branches, groups)]
     parts = _run(branches, scans)

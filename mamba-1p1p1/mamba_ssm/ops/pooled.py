@@ -31,6 +31,7 @@ __all__ = [
     "Projections",
     "Taps",
     "has_kernels",
+    "has_scan_gradients",
     "pooled_conv_fn",
     "pooled_conv_ref",
     "pooled_gate_fn",
@@ -45,6 +46,11 @@ _DTYPES = (*KERNEL_DTYPES, torch.float64)
 def has_kernels(x: Tensor) -> bool:
     """Whether there are kernels for `x`."""
     return backends.has(x, "pooled_conv")
+
+
+def has_scan_gradients(groups: Tensor) -> bool:
+    """Whether there are kernels for the gradients of `pooled_scan_fn`."""
+    return groups.dtype == torch.float32 and backends.has(groups, "pooled_scan_backward")
 
 
 def pooled_conv_fn(x: Tensor, forward: Taps, backward: Taps, lines: Lines) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +87,7 @@ def pooled_conv_fn(x: Tensor, forward: Taps, backward: Taps, lines: Lines) -> tu
 
 def pooled_scan_fn(groups: Tensor, groups_b: Tensor, forward: Projections, backward: Projections) -> Tensor:
     """The projections and scans of both directions' pooled tokens, summed, without D and z; the backward one runs from
-    the last line to the first. Where a gradient is wanted, `pooled_scan_ref` runs.
+    the last line to the first. Where a gradient is wanted and `has_scan_gradients` says no, `pooled_scan_ref` runs.
 
     Args:
         groups, groups_b: (batch, lines, dim), of one dtype: float32, bfloat16, float16 or float64.
@@ -110,9 +116,9 @@ def pooled_scan_fn(groups: Tensor, groups_b: Tensor, forward: Projections, backw
         _check_parameters(groups, "groups", zip(Projections._fields, projections, shapes, layouts))
     tensors = groups, groups_b, *forward, *backward
     wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if wants_gradient or wants_reference(*tensors):
+    if wants_reference(*tensors) or (wants_gradient and not has_scan_gradients(groups)):
         return pooled_scan_ref(groups, groups_b, forward, backward)
-    return torch.ops.mamba_ssm.pooled_scan(*tensors)
+    return torch.ops.mamba_ssm.pooled_scan(*tensors, wants_gradient)[0]
 
 
 def pooled_gate_fn(
@@ -248,8 +254,20 @@ def _conv(x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled, sca
     return _by_kernels("pooled_conv", given, _conv_reference)
 
 
-def _scan(groups, groups_b, *projections):
-    return _by_kernels("pooled_scan", (groups, groups_b, *projections), _scan_reference)
+def _scan(groups, groups_b, *arguments):
+    *projections, save = arguments
+    kernels = backends.pick(groups)
+    if save and groups.numel() and hasattr(kernels, "pooled_scan_saving"):
+        return kernels.pooled_scan_saving(groups, groups_b, *projections)
+    out = _by_kernels("pooled_scan", (groups, groups_b, *projections), _scan_reference)
+    return out, *(groups.new_empty(0) for _ in range(4))
+
+
+def _scan_backward(dout, groups, groups_b, x_dbl, x_dbl_b, states, states_b, *projections):
+    saved = (x_dbl, x_dbl_b), (states, states_b)
+    grads = backends.pick(groups).pooled_scan_backward(dout, groups, groups_b, *saved, *projections)
+    wanted = groups, groups_b, *projections
+    return tuple(grad.to(like.dtype).contiguous() for grad, like in zip(grads, wanted))
 
 
 def _gate(skip, groups, z, weight, bias, eps, sizes, strides, pooled, share):
@@ -274,8 +292,18 @@ def _fake_conv(x, weight, bias, D, weight_b, bias_b, D_b, sizes, strides, pooled
     return x.new_empty(x.shape), x.new_empty(means), x.new_empty(means)
 
 
-def _fake_scan(groups, groups_b, *projections):
-    return groups.new_empty(groups.shape)
+def _fake_scan(groups, groups_b, *arguments):
+    (x_proj, _, _, A_log), save, kernels = arguments[:4], arguments[-1], backends.pick(groups)
+    shapes = [(0,)] * 4
+    if save and hasattr(kernels, "pooled_scan_saving"):
+        batch, lines, dim = groups.shape
+        states = kernels.states_shape(batch, dim, lines, A_log.shape[1])
+        shapes = [(batch, lines, x_proj.shape[0])] * 2 + [states] * 2
+    return groups.new_empty(groups.shape), *(groups.new_empty(shape) for shape in shapes)
+
+
+def _fake_scan_backward(dout, groups, groups_b, x_dbl, x_dbl_b, states, states_b, *projections):
+    return tuple(like.new_empty(like.shape) for like in (groups, groups_b, *projections))
 
 
 def _fake_gate(skip, groups, z, weight, bias, eps, sizes, strides, pooled, share):
@@ -335,6 +363,21 @@ def _differentiate_conv(ctx, dskip: Tensor, dpooled: Tensor, dpooled_b: Tensor) 
         dx = part if dx is None else dx + part
     dx = _in_place(dx.transpose(1, 2).unflatten(1, lines.sizes), lines)
     return dx, *grads, None, None, None, None
+
+
+def _save_scan(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # what is kept for backward has no gradient
+    ctx.save_for_backward(*output[1:], *inputs[:-1])
+
+
+def _differentiate_scan(ctx, dout: Tensor | None, *_) -> tuple:
+    *kept, groups, groups_b = ctx.saved_tensors[:6]
+    projections = ctx.saved_tensors[6:]
+    if dout is None:
+        return (None,) * 11
+    if torch.is_grad_enabled() or not kept[0].numel() or not has_scan_gradients(groups):
+        return *gradients_by_reference(_scan_reference, (groups, groups_b, *projections), (dout,)), None
+    return *torch.ops.mamba_ssm.pooled_scan_backward(dout, groups, groups_b, *kept, *projections), None
 
 
 def _save_gate(ctx, inputs: tuple, output: Tensor) -> None:
@@ -397,7 +440,19 @@ OPERATORS.register(
     flops=_conv_flops,
 )
 OPERATORS.register(
-    f"pooled_scan(Tensor groups, Tensor groups_b, {_PROJECTIONS}) -> Tensor", _scan, _fake_scan, flops=_scan_flops
+    f"pooled_scan(Tensor groups, Tensor groups_b, {_PROJECTIONS}, bool save)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _scan,
+    _fake_scan,
+    save=_save_scan,
+    differentiate=_differentiate_scan,
+    flops=_scan_flops,
+)
+OPERATORS.register(
+    "pooled_scan_backward(Tensor dout, Tensor groups, Tensor groups_b, Tensor x_dbl, Tensor x_dbl_b, Tensor states,"
+    f" Tensor states_b, {_PROJECTIONS}) -> ({', '.join(['Tensor'] * 10)})",
+    _scan_backward,
+    _fake_scan_backward,
 )
 OPERATORS.register(
     f"pooled_gate(Tensor skip, Tensor groups, Tensor z, Tensor? weight, Tensor? bias, float eps, {_LINES},"

@@ -4,7 +4,7 @@ from mamba_ssm.kernels.cpp.directions import directions_backward, directions_for
 from mamba_ssm.kernels.cpp.linear import gemm, linear, linear_backward
 from mamba_ssm.kernels.cpp.merging import match_tokens, merge_tokens
 from mamba_ssm.kernels.cpp.norm import norm_backward, norm_forward
-from mamba_ssm.kernels.cpp.pooled import pooled_conv, pooled_gate, pooled_scan
+from mamba_ssm.kernels.cpp.pooled import pooled_conv, pooled_gate, pooled_scan, pooled_scan_backward, pooled_scan_saving
 from mamba_ssm.kernels.cpp.scan import scan_backward, scan_forward, states_shape
 from mamba_ssm.kernels.cpp.visible import (
     visible_conv,
@@ -26,6 +26,8 @@ __all__ = [
     "pooled_conv",
     "pooled_gate",
     "pooled_scan",
+    "pooled_scan_backward",
+    "pooled_scan_saving",
     "scan_backward",
     "scan_forward",
     "states_shape",

@@ -30,7 +30,8 @@ def directions_forward(
     xz = channel_last(xz)
     batch, seqlen, width = xz.shape
     if _fits_in_one(xz, directions):
-        return _in_one(xz, directions, share, save_states, log_decay)
+        x, z = xz.chunk(2, dim=-1)
+        return forward_in_one([x] * len(directions), z, directions, share, save_states, log_decay)
     directions = with_rates(directions, log_decay)
     x, z = xz.transpose(1, 2).chunk(2, dim=1)
     out = xz.new_empty(batch, seqlen, width // 2)
@@ -52,91 +53,101 @@ def directions_forward(
 
 
 def _fits_in_one(xz: Tensor, directions: Sequence[Direction]) -> bool:
-    """Whether `_in_one` does it: float32, directions of equal sizes, and where the own products are preferred."""
+    """Whether `forward_in_one` and `backward_in_one` do it: float32, directions of equal sizes, and where the own
+    products are preferred."""
     sizes = {(each.dt_proj_weight.shape[1], each.A.shape[1], each.conv_weight.shape[1]) for each in directions}
     return xz.dtype == torch.float32 and len(sizes) == 1 and (products.PREFER_OWN or products.PREFER_OWN_NARROW)
 
 
+def _rows(x: Tensor | None) -> tuple[int, int, int]:
+    """(batch, seqlen, dim) as `TokenRows` of directions_abi.h."""
+    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+
+
 def _told(
-    xz: Tensor,
+    xs: Sequence[Tensor],
+    z: Tensor | None,
     directions: Sequence[Direction],
     x_dbls: Sequence[Tensor],
     states: Sequence[Tensor],
     share: float,
     log_decay: bool,
 ) -> tuple[dict, list[tuple[Tensor | None, ...]]]:
-    """The library's arguments of both ways, and what has to live as long as it works with them."""
+    """The library's arguments of both ways, for each direction's x (batch, seqlen, dim), and what has to live as long
+    as it works with them."""
     alive, weights = [], []
-    for *tensors, reverse in directions:
+    for x, x_dbl, kept, (*tensors, reverse) in zip(xs, x_dbls, states, directions):
         conv, conv_bias, x_proj, dt_proj, dt_bias, A, D = (float32(tensor) for tensor in tensors)
-        kept = states[len(alive)]
-        given = conv, conv_bias, x_proj, dt_proj, dt_bias, A, D, x_dbls[len(alive)], kept if kept.numel() else None
-        weights.append(LIBRARY.structs.DirectionWeights(reverse, *map(address, given)))
+        given = conv, conv_bias, x_proj, dt_proj, dt_bias, A, D, x_dbl, kept if kept.numel() else None
+        weights.append(LIBRARY.structs.DirectionWeights(_rows(x), reverse, *map(address, given)))
         alive.append(given)
     told = dict(
-        batch=xz.shape[0],
-        dim=xz.shape[2] // 2,
-        seqlen=xz.shape[1],
+        batch=xs[0].shape[0],
+        dim=xs[0].shape[2],
+        seqlen=xs[0].shape[1],
         dstate=A.shape[1],
         rank=dt_proj.shape[1],
-        width=conv.shape[1],
+        width=0 if conv is None else conv.shape[1],
         directions=len(directions),
         threads=torch.get_num_threads(),
         interval=interval_of(A.shape[1]),
         log_decay=log_decay,
         share=bits(share),
-        xz=address(xz),
-        xz_batch_stride=xz.stride(0),
-        xz_step_stride=xz.stride(1),
+        z=_rows(z),
         first=weights[0],
         second=weights[-1],
     )
     return told, alive
 
 
-def _in_one(
-    xz: Tensor, directions: Sequence[Direction], share: float, save_states: bool, log_decay: bool
+def forward_in_one(
+    xs: Sequence[Tensor],
+    z: Tensor | None,
+    directions: Sequence[Direction],
+    share: float,
+    save_states: bool,
+    log_decay: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """`directions_forward` in one call of the library with its own products: image by image, so that what is between
-    the steps stays in the cache."""
-    (batch, seqlen, _), dim = xz.shape, xz.shape[2] // 2
-    out, x_dbls, states = xz.new_empty(batch, seqlen, dim), [], []
-    for each in directions:
-        x_dbls.append(xz.new_empty(batch, seqlen, each.x_proj_weight.shape[0]))
-        states.append(xz.new_empty(states_shape(batch, dim, seqlen, each.A.shape[1]) if save_states else (0,)))
-    told, alive = _told(xz, directions, x_dbls, states, share, log_decay)
+    the steps stays in the cache. Each direction has an x of its own (batch, seqlen, dim), contiguous where there is no
+    convolution; without z there is no gate."""
+    (batch, seqlen, dim), x_dbls, states = xs[0].shape, [], []
+    out = xs[0].new_empty(batch, seqlen, dim)
+    for x, each in zip(xs, directions):
+        x_dbls.append(x.new_empty(batch, seqlen, each.x_proj_weight.shape[0]))
+        states.append(x.new_empty(states_shape(batch, dim, seqlen, each.A.shape[1]) if save_states else (0,)))
+    told, alive = _told(xs, z, directions, x_dbls, states, share, log_decay)
     LIBRARY.call("mamba_directions", LIBRARY.structs.DirectionsArgs(**told, out=address(out)))
     del alive
     return out, x_dbls, states
 
 
-def _backward_in_one(
+def backward_in_one(
     dout: Tensor,
-    xz: Tensor,
+    xs: Sequence[Tensor],
+    z: Tensor | None,
     directions: Sequence[Direction],
     x_dbls: Sequence[Tensor],
     states: Sequence[Tensor],
     share: float,
     log_decay: bool,
+    dxs: Sequence[Tensor],
+    dz: Tensor | None,
 ) -> list[Tensor | None]:
-    """`directions_backward` in one call of the library."""
-    structs, dout = LIBRARY.structs, channel_last(dout)
-    dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
-    grads, written = [dxz], []
-    for each in directions:
+    """Gradients of each direction's tensors; those of x and z go to `dxs` and `dz`, strided like x and z or not."""
+    structs, dout, grads, written = LIBRARY.structs, channel_last(dout), [], []
+    for dx, each in zip(dxs, directions):
         own = [None if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in each[:DIRECTION_TENSORS]]
         place = each._fields.index("dt_proj_weight")
         own[place] = own[place].view(own[place].shape[::-1])
-        written.append(structs.DirectionGradients(*map(address, own)))
+        written.append(structs.DirectionGradients(_rows(dx), *map(address, own)))
         own[place] = own[place].t()
         grads += own
-    told, alive = _told(xz, directions, x_dbls, states, share, log_decay)
+    told, alive = _told(xs, z, directions, x_dbls, states, share, log_decay)
     arguments = structs.DirectionsBackwardArgs(
         forward=structs.DirectionsArgs(**told),
-        dout=address(dout),
-        dout_batch_stride=dout.stride(0),
-        dout_step_stride=dout.stride(1),
-        dxz=address(dxz),
+        dout=_rows(dout),
+        dz=_rows(dz),
         first=written[0],
         second=written[-1],
     )
@@ -157,7 +168,10 @@ def directions_backward(
     """Gradients of xz and of each direction's tensors."""
     xz = channel_last(xz)
     if dout.dtype == torch.float32 and _fits_in_one(xz, directions):
-        return _backward_in_one(dout, xz, directions, x_dbls, states, share, log_decay)
+        dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
+        (x, z), (dx, dz) = xz.chunk(2, dim=-1), dxz.chunk(2, dim=-1)
+        xs, dxs = [x] * len(directions), [dx] * len(directions)
+        return [dxz, *backward_in_one(dout, xs, z, directions, x_dbls, states, share, log_decay, dxs, dz)]
     directions = with_rates(directions, log_decay)
     x, z = xz.transpose(1, 2).chunk(2, dim=1)
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from causal_conv1d.layout import address, channel_last, float32
 from causal_conv1d.native import DTYPE_CODES, bits, tokens_of
+from mamba_ssm.kernels.arguments import Direction
+from mamba_ssm.kernels.cpp.directions import backward_in_one, forward_in_one
 from mamba_ssm.kernels.cpp.library import LIBRARY
 from torch import Tensor
 
@@ -108,6 +110,34 @@ def pooled_scan(groups: Tensor, groups_b: Tensor, *projections: Tensor) -> Tenso
         )
         LIBRARY.call("mamba_pooled_scan", arguments)
     return out
+
+
+def _directions(projections: Sequence[Tensor]) -> list[Direction]:
+    """Both directions' scans as those of a mixer without convolution, D and gate."""
+    pairs = (projections[:4], False), (projections[4:], True)
+    return [Direction(None, None, x_proj, dt, bias, A_log, None, way) for (x_proj, dt, bias, A_log), way in pairs]
+
+
+def pooled_scan_saving(groups: Tensor, groups_b: Tensor, *projections: Tensor) -> tuple[Tensor, ...]:
+    """`pooled_scan`, and for `pooled_scan_backward` both directions' x_dbl and saved states; float32."""
+    xs = groups.contiguous(), groups_b.contiguous()
+    out, x_dbls, states = forward_in_one(xs, None, _directions(projections), 1.0, True, True)
+    return out, *x_dbls, *states
+
+
+def pooled_scan_backward(
+    dout: Tensor,
+    groups: Tensor,
+    groups_b: Tensor,
+    x_dbls: Sequence[Tensor],
+    states: Sequence[Tensor],
+    *projections: Tensor,
+) -> list[Tensor]:
+    """Gradients of both directions' groups, then of their projections."""
+    xs = groups.contiguous(), groups_b.contiguous()
+    dxs = [torch.empty_like(x) for x in xs]
+    found = backward_in_one(dout, xs, None, _directions(projections), x_dbls, states, 1.0, True, dxs, None)
+    return [*dxs, *(grad for grad in found if grad is not None)]
 
 
 def pooled_gate(
