@@ -371,13 +371,14 @@ def _save_scan(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _differentiate_scan(ctx, dout: Tensor | None, *_) -> tuple:
-    *kept, groups, groups_b = ctx.saved_tensors[:6]
-    projections = ctx.saved_tensors[6:]
+    x_dbl, x_dbl_b, states, states_b, *given = ctx.saved_tensors
     if dout is None:
         return (None,) * 11
-    if torch.is_grad_enabled() or not kept[0].numel() or not has_scan_gradients(groups):
-        return *gradients_by_reference(_scan_reference, (groups, groups_b, *projections), (dout,)), None
-    return *torch.ops.mamba_ssm.pooled_scan_backward(dout, groups, groups_b, *kept, *projections), None
+    groups, groups_b, *projections = given
+    if torch.is_grad_enabled() or not x_dbl.numel() or not has_scan_gradients(groups):
+        return *gradients_by_reference(_scan_reference, given, (dout,)), None
+    saved = x_dbl, x_dbl_b, states, states_b
+    return *torch.ops.mamba_ssm.pooled_scan_backward(dout, groups, groups_b, *saved, *projections), None
 
 
 def _save_gate(ctx, inputs: tuple, output: Tensor) -> None:
