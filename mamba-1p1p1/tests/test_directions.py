@@ -159,6 +159,21 @@ def test_other_sizes(kernels):
     assert_as_reference(*arguments(1, 70, 33, 4, 8, 3), 1.0, torch.float32)
 
 
+def test_no_rank(kernels):
+    """Step sizes of the bias alone."""
+    xz, directions = arguments(dt_rank=1)
+    without = [
+        each._replace(x_proj_weight=each.x_proj_weight[1:], dt_proj_weight=each.dt_proj_weight[:, :0])
+        for each in directions
+    ]
+    none = [each._replace(dt_proj_weight=0 * each.dt_proj_weight) for each in directions]
+    (out, grads), (wanted, wanted_grads) = (
+        gradients(directions_fn, xz, given, 1.0, torch.float32) for given in (without, none)
+    )
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(grads[0], wanted_grads[0], rtol=1e-4, atol=1e-5)
+
+
 def test_channel_slices(kernels):
     """xz may itself be a view, as of a wider projection."""
     xz, directions = arguments()

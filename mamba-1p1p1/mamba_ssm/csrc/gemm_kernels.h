@@ -125,6 +125,7 @@ inline void multiply_block(const GemmArgs &s, int64_t row, int64_t first, int64_
 
 // Not zero where there was no memory.
 inline int gemm(const GemmArgs &s) {
+    if (s.rows == 0 || s.columns == 0) return 0;  // of nothing there are no shares
     const int64_t panels = (s.columns + PANEL - 1) / PANEL, row_tiles = (s.rows + TILE_ROWS - 1) / TILE_ROWS;
     const int64_t tiles = panels * row_tiles, block = panels * BLOCK_TILES, vectors = (s.columns + LANES - 1) / LANES;
     const int64_t passes = s.depth > BLOCK_DEPTH ? (s.depth + BLOCK_DEPTH - 1) / BLOCK_DEPTH : 1;
