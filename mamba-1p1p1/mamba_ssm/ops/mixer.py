@@ -238,8 +238,8 @@ def _run(branches: Sequence[Branch], scans: Sequence[tuple[Tensor | None, ...]])
 
 def _scan_groups(branches: Sequence[Branch], groups: Sequence[Tensor], pair: bool) -> Tensor:
     """The sum of the branches' scans, each over its own groups (B, G, d_inner), without D and z."""
-    trains, amp = torch.is_grad_enabled(), torch.is_autocast_enabled(groups[0].device.type)
-    if pair and (has_scan_gradients(groups[0]) and not amp if trains else backends.has(groups[0], "pooled_scan")):
+    trains = torch.is_grad_enabled()
+    if pair and (has_scan_gradients(groups[0]) if trains else backends.has(groups[0], "pooled_scan")):
         return pooled_scan_fn(*groups, *(branch.projections() for branch in branches))
     scans = [_scan(branch, u, *branch.project(u), None, None) for branch, u in zip(branches, groups)]
     parts = _run(branches, scans)

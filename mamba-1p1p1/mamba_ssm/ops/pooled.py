@@ -49,8 +49,10 @@ def has_kernels(x: Tensor) -> bool:
 
 
 def has_scan_gradients(groups: Tensor) -> bool:
-    """Whether there are kernels for the gradients of `pooled_scan_fn`."""
-    return groups.dtype == torch.float32 and backends.has(groups, "pooled_scan_backward")
+    """Whether there are kernels for the gradients of `pooled_scan_fn`: not where its products are autocast's."""
+    if groups.dtype != torch.float32 or not backends.has(groups, "pooled_scan_backward"):
+        return False
+    return not torch.is_autocast_enabled(groups.device.type)
 
 
 def pooled_conv_fn(x: Tensor, forward: Taps, backward: Taps, lines: Lines) -> tuple[Tensor, Tensor, Tensor]:
