@@ -4,15 +4,12 @@
 
 #include <cstdint>
 
-// (batch, seqlen, dim) with stride 1 along dim, float32; data is 0 where there is none.
-struct TokenRows {
-    int64_t data, batch_stride, step_stride;
-};
+#include "tokens_abi.h"
 
 // One direction's weights, contiguous float32; biases and D that are 0 are not there. Without convolution x is what is scanned,
 // contiguous.
 struct DirectionWeights {
-    TokenRows x;
+    Tokens x;
     int64_t reverse;
     int64_t conv, conv_bias;  // (dim, width), (dim,)
     int64_t x_proj, dt_proj;  // (rank + 2 dstate, dim), (dim, rank)
@@ -26,20 +23,20 @@ struct DirectionsArgs {
     int64_t batch, dim, seqlen, dstate, rank, width, directions, threads, interval;
     int64_t log_decay;  // A holds log(-A)
     int64_t share;      // the bits of a double
-    TokenRows z;
+    Tokens z;
     int64_t out;  // contiguous
     DirectionWeights first, second;
 };
 
-// Gradients of one direction's weights, contiguous float32, 0 where the weight is: like them, but that dt_proj's is (rank, dim).
+// Gradients of one direction's weights, contiguous float32, 0 where the weight is: like them, but dt_proj's is (rank, dim).
 struct DirectionGradients {
-    TokenRows x;  // where both directions have one convolution's x, the second adds to it
+    Tokens x;  // where both directions have one convolution's x, the second adds to it
     int64_t conv, conv_bias, x_proj, dt_proj, dt_bias, A, D;
 };
 
 // Of `forward`, whose x_dbl and states are read and whose out is 0; `A` with log_decay is the gradient of what A holds.
 struct DirectionsBackwardArgs {
     DirectionsArgs forward;
-    TokenRows dout, dz;
+    Tokens dout, dz;
     DirectionGradients first, second;
 };

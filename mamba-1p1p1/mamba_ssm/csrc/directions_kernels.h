@@ -45,8 +45,8 @@ struct DirectionOfImage {
           A(s.log_decay ? A + number * s.dim * s.dstate : floats(own.A)) {}
 
     // This image's (seqlen, dim), or one that is contiguous; as both packages' structs have it.
-    template <class Struct> Struct rows(const TokenRows &of) const {
-        return {of.data ? of.data + bytes(image * of.batch_stride) : 0, FLOAT32, 0, 1, of.step_stride};
+    template <class Struct> Struct rows(const Tokens &of) const {
+        return {of.data ? of.data + bytes(image * of.batch_stride) : 0, FLOAT32, 0, 1, of.token_stride};
     }
     template <class Struct> Struct rows(const float *data) const { return {at(data), FLOAT32, 0, 1, s.dim}; }
     Matrix columns(float *rows, int64_t skipped) const { return {1, at(rows + skipped), FLOAT32, 0, 0, 1, narrow}; }
@@ -143,12 +143,12 @@ inline int directions_forward(const DirectionsArgs &s) {
 
 // A direction's gradients, one after the other.
 struct GradientSums {
-    float *conv, *conv_bias, *x_proj, *dt_proj, *dt_bias, *A, *D, *end;
+    float *conv, *conv_bias, *x_proj, *dt_proj, *dt_bias, *A, *D;
 
     GradientSums(const DirectionsArgs &s, float *memory)
         : conv(memory), conv_bias(conv + s.dim * s.width), x_proj(conv_bias + s.dim),
           dt_proj(x_proj + (s.rank + 2 * s.dstate) * s.dim), dt_bias(dt_proj + s.rank * s.dim), A(dt_bias + s.dim),
-          D(A + s.dim * s.dstate), end(D + s.dim) {}
+          D(A + s.dim * s.dstate) {}
     static int64_t size(const DirectionsArgs &s) {
         return s.dim * (s.width + 1 + (s.rank + 2 * s.dstate) + s.rank + 1 + s.dstate + 1);
     }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from causal_conv1d.kernels import cpp as conv
 from causal_conv1d.layout import address, channel_last, float32
-from causal_conv1d.native import bits
+from causal_conv1d.native import bits, tokens_of
 from mamba_ssm.kernels import products
 from mamba_ssm.kernels.arguments import DIRECTION_TENSORS, Direction, Scan, ScanGradients, split_matrices, with_rates
 from mamba_ssm.kernels.cpp.library import LIBRARY
@@ -59,11 +59,6 @@ def _fits_in_one(xz: Tensor, directions: Sequence[Direction]) -> bool:
     return xz.dtype == torch.float32 and len(sizes) == 1 and (products.PREFER_OWN or products.PREFER_OWN_NARROW)
 
 
-def _rows(x: Tensor | None) -> tuple[int, int, int]:
-    """(batch, seqlen, dim) as `TokenRows` of directions_abi.h."""
-    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
-
-
 def _told(
     xs: Sequence[Tensor],
     z: Tensor | None,
@@ -79,7 +74,7 @@ def _told(
     for x, x_dbl, kept, (*tensors, reverse) in zip(xs, x_dbls, states, directions):
         conv, conv_bias, x_proj, dt_proj, dt_bias, A, D = (float32(tensor) for tensor in tensors)
         given = conv, conv_bias, x_proj, dt_proj, dt_bias, A, D, x_dbl, kept if kept.numel() else None
-        weights.append(LIBRARY.structs.DirectionWeights(_rows(x), reverse, *map(address, given)))
+        weights.append(LIBRARY.structs.DirectionWeights(tokens_of(x), reverse, *map(address, given)))
         alive.append(given)
     told = dict(
         batch=xs[0].shape[0],
@@ -93,7 +88,7 @@ def _told(
         interval=interval_of(A.shape[1]),
         log_decay=log_decay,
         share=bits(share),
-        z=_rows(z),
+        z=(0, 0, 0) if z is None else tokens_of(z),
         first=weights[0],
         second=weights[-1],
     )
@@ -140,14 +135,14 @@ def backward_in_one(
         own = [None if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in each[:DIRECTION_TENSORS]]
         place = each._fields.index("dt_proj_weight")
         own[place] = own[place].view(own[place].shape[::-1])
-        written.append(structs.DirectionGradients(_rows(dx), *map(address, own)))
+        written.append(structs.DirectionGradients(tokens_of(dx), *map(address, own)))
         own[place] = own[place].t()
         grads += own
     told, alive = _told(xs, z, directions, x_dbls, states, share, log_decay)
     arguments = structs.DirectionsBackwardArgs(
         forward=structs.DirectionsArgs(**told),
-        dout=_rows(dout),
-        dz=_rows(dz),
+        dout=tokens_of(dout),
+        dz=(0, 0, 0) if dz is None else tokens_of(dz),
         first=written[0],
         second=written[-1],
     )
