@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "conv1d_abi.h"
+#include "directions_abi.h"
 #include "gemm_abi.h"
 #include "norm_abi.h"
 #include "scan_abi.h"
@@ -15,6 +16,8 @@
 extern "C" {
 int mamba_scan_forward(const ScanArgs *);
 int mamba_scan_backward(const ScanArgs *);
+int mamba_directions(const DirectionsArgs *);
+int mamba_directions_backward(const DirectionsBackwardArgs *);
 int mamba_gemm(const GemmArgs *);
 int mamba_norm(const NormArgs *);
 int causal_conv1d(const ConvArgs *);
@@ -149,6 +152,115 @@ struct ScanCase {
     }
 };
 
+// ---- a mixer between its projections: both directions in one call ----
+
+constexpr int64_t RANK = 5, WIDTH = 4, NARROW = RANK + 2 * DSTATE;
+constexpr double SHARE = .5;
+
+// x and z, then the weights of either direction, in the order of DirectionWeights.
+enum { X, Z, FIRST };
+enum { CONV, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, LOG_A, SKIP, WEIGHTS };
+constexpr const char *WEIGHT_NAMES[] = {"convolution", "convolution's bias", "x_proj", "dt_proj", "dt_proj's bias", "log(-A)", "D"};
+constexpr int PARTS = FIRST + 2 * WEIGHTS;
+
+void add_direction(const std::vector<Doubles> &parts, int number, int64_t image, Doubles &out) {
+    const Doubles *const w = &parts[FIRST + number * WEIGHTS];
+    const auto at = [&](int64_t t, int64_t c) { return (image * SEQLEN + (number ? SEQLEN - 1 - t : t)) * DIM + c; };
+    Doubles h(DIM * DSTATE), u(DIM), x_dbl(NARROW);
+    for (int64_t t = 0; t < SEQLEN; ++t) {
+        for (int64_t c = 0; c < DIM; ++c) {
+            double sum = w[CONV_BIAS][c];
+            for (int64_t k = 0; k < WIDTH; ++k)
+                if (t + k >= WIDTH - 1) sum += w[CONV][c * WIDTH + k] * parts[X][at(t + k - (WIDTH - 1), c)];
+            u[c] = sum * sigmoid(sum);
+        }
+        for (int64_t j = 0; j < NARROW; ++j) {
+            x_dbl[j] = 0;
+            for (int64_t c = 0; c < DIM; ++c) x_dbl[j] += w[X_PROJ][j * DIM + c] * u[c];
+        }
+        for (int64_t c = 0; c < DIM; ++c) {
+            double raw = w[DT_BIAS][c], y = w[SKIP][c] * u[c];
+            for (int64_t r = 0; r < RANK; ++r) raw += w[DT_PROJ][c * RANK + r] * x_dbl[r];
+            const double dt = std::log1p(std::exp(raw));
+            for (int64_t n = 0; n < DSTATE; ++n) {
+                double &state = h[c * DSTATE + n];
+                state = std::exp(-dt * std::exp(w[LOG_A][c * DSTATE + n])) * state + dt * u[c] * x_dbl[RANK + n];
+                y += state * x_dbl[RANK + DSTATE + n];
+            }
+            const double z = parts[Z][at(t, c)];
+            out[at(t, c)] += SHARE * y * z * sigmoid(z);
+        }
+    }
+}
+
+Doubles both_directions(const std::vector<Doubles> &parts) {
+    Doubles out(BATCH * SEQLEN * DIM);
+    for (int number : {0, 1})
+        for (int64_t image = 0; image < BATCH; ++image) add_direction(parts, number, image, out);
+    return out;
+}
+
+void check_directions() {
+    const int64_t count = BATCH * SEQLEN * DIM;
+    const Floats dout = numbers(count, -1, 1);
+    std::vector<Floats> parts{numbers(count, -2, 2), numbers(count, -2, 2)}, grads, x_dbl, states;
+    while (parts.size() < size_t(PARTS)) {
+        for (int64_t size : {DIM * WIDTH, DIM, NARROW * DIM, DIM * RANK, DIM}) parts.push_back(numbers(size, -1, 1));
+        parts.push_back(numbers(DIM * DSTATE, -2, 2)), parts.push_back(numbers(DIM, -1, 1));
+        x_dbl.emplace_back(BATCH * SEQLEN * NARROW), states.emplace_back(BATCH * (CHUNKS - 1) * DSTATE * DIM);
+    }
+    std::vector<Doubles> exact;
+    for (const Floats &part : parts) exact.emplace_back(part.begin(), part.end()), grads.emplace_back(part.size());
+
+    const auto tokens = [](const Floats &of) { return Tokens{address(of), SEQLEN * DIM, DIM}; };
+    const auto weights = [&](int number) {
+        const Floats *const w = &parts[FIRST + number * WEIGHTS];
+        return DirectionWeights{tokens(parts[X]),      number,             address(w[CONV]),    address(w[CONV_BIAS]),
+                                address(w[X_PROJ]),    address(w[DT_PROJ]), address(w[DT_BIAS]), address(w[LOG_A]),
+                                address(w[SKIP]),      address(x_dbl[number]), address(states[number])};
+    };
+    const auto gradients = [&](int number) {
+        const Floats *const w = &grads[FIRST + number * WEIGHTS];
+        return DirectionGradients{tokens(grads[X]),    address(w[CONV]),    address(w[CONV_BIAS]), address(w[X_PROJ]),
+                                  address(w[DT_PROJ]), address(w[DT_BIAS]), address(w[LOG_A]),     address(w[SKIP])};
+    };
+    Floats out(count);
+    DirectionsBackwardArgs args{};
+    DirectionsArgs &forward = args.forward;
+    forward.batch = BATCH, forward.dim = DIM, forward.seqlen = SEQLEN, forward.dstate = DSTATE, forward.rank = RANK;
+    forward.width = WIDTH, forward.directions = 2, forward.threads = 1, forward.interval = INTERVAL, forward.log_decay = 1;
+    std::memcpy(&forward.share, &SHARE, sizeof SHARE);
+    forward.z = tokens(parts[Z]), forward.out = address(out), forward.first = weights(0), forward.second = weights(1);
+    failures += mamba_directions(&forward);
+    compare("both directions: forward", out, both_directions(exact), 2e-6);
+
+    forward.out = 0, args.dout = tokens(dout), args.dz = tokens(grads[Z]);
+    args.first = gradients(0), args.second = gradients(1);
+    failures += mamba_directions_backward(&args);
+    for (int part = 0; part < PARTS; ++part) {
+        // along a random way: what the gradients say, and what a step to either side finds
+        const Floats way = numbers(parts[part].size(), -1, 1);
+        const double step = 1e-5;
+        double found = 0, sizes = 0, wanted = 0;
+        for (size_t i = 0; i < way.size(); ++i) {
+            size_t place = i;
+            if (part >= FIRST && (part - FIRST) % WEIGHTS == DT_PROJ) place = i % RANK * DIM + i / RANK;  // (rank, dim)
+            const double product = double(way[i]) * grads[part][place];
+            found += product, sizes += std::fabs(product);
+        }
+        for (double side : {1., -1.}) {
+            std::vector<Doubles> moved = exact;
+            for (size_t i = 0; i < way.size(); ++i) moved[part][i] += side * step * way[i];
+            const Doubles there = both_directions(moved);
+            for (int64_t i = 0; i < count; ++i) wanted += side * dout[i] * there[i] / (2 * step);
+        }
+        char name[64];
+        const char *const what = part == X ? "x" : part == Z ? "z" : WEIGHT_NAMES[(part - FIRST) % WEIGHTS];
+        std::snprintf(name, sizeof name, "both directions: gradient of %s", what);
+        compare(name, {float(found), float(sizes)}, {wanted, sizes}, 3e-6);
+    }
+}
+
 // ---- convolution ----
 
 void check_convolution(bool last) {
@@ -277,6 +389,7 @@ int main() {
         for (bool reverse : {false, true}) ScanCase(last, reverse).check();
         check_convolution(last);
     }
+    check_directions();
     check_halves(true), check_halves(false);
     check_product(false), check_product(true);
     check_norm(false), check_norm(true);
