@@ -22,7 +22,7 @@ announce() {
     if [ -n "$vim" ]; then
         seconds="about $((vim * $1 / 100 + 10)) s here"
     else
-        seconds="$((epochs * 3 * $1 / 100 + 10)) s on two free cores with AVX-512, four to five times that with AVX2"
+        seconds="$((epochs * 3 * $1 / 100 + 10)) s on two free cores with AVX-512, three times that with AVX2"
     fi
     printf '\n== %s: %s\n   (%s; stopped, it goes on from where it was)\n' "$2" "$3" "$seconds"
 }
@@ -49,10 +49,10 @@ for method in $methods; do
     none) train 100 none --model vim_nano_patch4_32 --fusion-strategy no ;;
     upper) train 95 upper --model vim_nano_patch4_32 --fusion-strategy upper --fusion-layer 2 --fusion-token 8 ;;
     fastvim) train 80 fastvim --model fastvim_nano_patch4_32 ;;
-    dyvm) train 170 dyvm --model dyvm_nano_patch4_32 --model-path "$output/none/checkpoint.pth" --token-keep-ratio 0.7 \
+    dyvm) train 185 dyvm --model dyvm_nano_patch4_32 --model-path "$output/none/checkpoint.pth" --token-keep-ratio 0.7 \
         --token-pruning-weight 10 --block-pruning-weight 10 --warmup-lr 1e-6 \
         --block-keep-ratio 0.8 --gate-noise-end 0 ;;
-    cells) train_cells 100 cells --model fastchannelvim_nano_patch4_32 ;;
+    cells) train_cells 190 cells --model fastchannelvim_nano_patch4_32 ;;
     *) echo "METHODS names $method; wanted none, upper, fastvim, dyvm or cells." >&2 && exit 2 ;;
     esac
 done
