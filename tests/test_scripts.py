@@ -43,9 +43,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts").rglob("*.sh"))
 # not experiments: what each is, and which test runs it
-SOURCED = {"scripts/launch.sh", "scripts/fambav/experiment.sh"}
+SOURCED = {"scripts/launch.sh", "scripts/built_anew.sh", "scripts/fambav/experiment.sh"}
 # the suite runs inside the first two; the others make an environment, or a build, of their own for a part of it
-INSTALLS = {f"scripts/{name}.sh" for name in ("setup", "test", "test_transformers", "test_matrix", "asan", "asan_cuda")}
+INSTALLS = {
+    f"scripts/{name}.sh"
+    for name in ("setup", "test", "test_transformers", "test_matrix", "asan", "asan_cuda", "avx512")
+}
 WHOLE = {
     "scripts/quickstart.sh",
     "scripts/compare.sh",

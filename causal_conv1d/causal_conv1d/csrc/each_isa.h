@@ -21,7 +21,12 @@
 
 #if ISA_X86
 
-#if defined(__clang__)
+// Tests may want the code for AVX-512 on a processor without: then it is compiled for AVX2.
+#if defined(AVX512_EMULATED)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#include "avx512_emulated.h"
+#elif defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c"))), \
                              apply_to = function)
 #else

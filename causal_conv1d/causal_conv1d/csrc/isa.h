@@ -15,9 +15,13 @@ inline Level best() {
     unsigned eax, ebx, ecx = 0, edx;
     bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c) {
+#if defined(AVX512_EMULATED)
+        return AVX512;
+#else
         bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
         return wide ? AVX512 : AVX2;
+#endif
     }
 #endif
     return PLAIN;
