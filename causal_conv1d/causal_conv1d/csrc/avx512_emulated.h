@@ -15,29 +15,27 @@ union HalfLanes {
     __m128i half[2];
 };
 
+// body(which) -> that half.
+template <class Body> inline __m512 by_halves(Body body) {
+    Lanes result;
+    for (int i : {0, 1}) result.half[i] = body(i);
+    return result.all;
+}
 inline __m512 fmadd(const __m512 &a, const __m512 &b, const __m512 &c) {
     const Lanes x{a}, y{b}, z{c};
-    Lanes result;
-    for (int i : {0, 1}) result.half[i] = _mm256_fmadd_ps(x.half[i], y.half[i], z.half[i]);
-    return result.all;
+    return by_halves([&](int i) { return _mm256_fmadd_ps(x.half[i], y.half[i], z.half[i]); });
 }
 inline __m512 larger(const __m512 &a, const __m512 &b) {
     const Lanes x{a}, y{b};
-    Lanes result;
-    for (int i : {0, 1}) result.half[i] = _mm256_max_ps(x.half[i], y.half[i]);
-    return result.all;
+    return by_halves([&](int i) { return _mm256_max_ps(x.half[i], y.half[i]); });
 }
 inline __m512 smaller(const __m512 &a, const __m512 &b) {
     const Lanes x{a}, y{b};
-    Lanes result;
-    for (int i : {0, 1}) result.half[i] = _mm256_min_ps(x.half[i], y.half[i]);
-    return result.all;
+    return by_halves([&](int i) { return _mm256_min_ps(x.half[i], y.half[i]); });
 }
 inline __m512 nearest(const __m512 &a) {
     const Lanes x{a};
-    Lanes result;
-    for (int i : {0, 1}) result.half[i] = _mm256_round_ps(x.half[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return result.all;
+    return by_halves([&](int i) { return _mm256_round_ps(x.half[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); });
 }
 // a * 2^floor(b); 0 for a b of minus infinity, infinity for one of plus infinity, even if a is NaN, as a is there.
 inline __m512 scale(const __m512 &a, const __m512 &b) {
@@ -68,9 +66,7 @@ inline __m512 reciprocal(const __m512 &a) {
 }
 inline __m512 from_halves(const __m256i &h) {
     const HalfLanes x{h};
-    Lanes result;
-    for (int i : {0, 1}) result.half[i] = _mm256_cvtph_ps(x.half[i]);
-    return result.all;
+    return by_halves([&](int i) { return _mm256_cvtph_ps(x.half[i]); });
 }
 inline __m256i to_halves(const __m512 &a) {
     const Lanes x{a};
