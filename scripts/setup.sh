@@ -16,9 +16,24 @@ find_python() {
     exit 2
 }
 
+# a disk that cannot hold the environment is told of before gigabytes are loaded onto it; only Linux's torch brings CUDA along
+check_room() {
+    local free wanted=2 hint=
+    if [ "$(uname -s)" = Linux ] && [[ ${PIP_EXTRA_INDEX_URL:-} != */cpu ]]; then
+        wanted=7
+        hint=", or 2 with torch for CPUs alone: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu bash scripts/setup.sh"
+    fi
+    free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024 / 1024) }')
+    if [ "$free" -lt "$wanted" ]; then
+        echo "$free GiB are free on the disk of $PWD; wanted $wanted for .venv$hint" >&2
+        exit 2
+    fi
+}
+
 # one whose first install did not end is made anew, with the Python that is asked for now
 [ ! -e .venv/unfinished ] || rm -rf .venv
 if [ ! -x .venv/bin/python ]; then
+    check_room
     "$(find_python)" -m venv .venv
     touch .venv/unfinished
 fi

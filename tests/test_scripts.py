@@ -325,6 +325,34 @@ def clone(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("free", "index", "refused"), [("6.9", "", True), ("1.9", "/cpu", True), ("2.1", "/cpu", False), ("7.1", "", False)]
+)
+def test_setup_looks_for_room_first(clone: Path, free: str, index: str, refused: bool) -> None:
+    """The disk is looked at before anything is made; one with room goes on to make `.venv`."""
+    shutil.rmtree(clone / ".venv")
+    tools = clone / "tools"
+    tools.mkdir()
+    told = "Filesystem 1024-blocks Used Available Capacity Mounted on\n/dev/disk 9 9 {} 9% /"
+    for name, lines in (
+        ("df", f"echo '{told.format(int(float(free) * 2**20))}'"),
+        ("uname", "echo Linux"),
+        ("python", 'if [ "$1 $2" = "-m venv" ]; then echo "made $3"; exit 9; fi'),
+    ):
+        (tools / name).write_text(f"#!/bin/sh\n{lines}\n", encoding="utf-8")
+        (tools / name).chmod(0o755)
+    keep = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": "python", "PIP_EXTRA_INDEX_URL": index}
+    done = subprocess.run(["bash", "scripts/setup.sh"], cwd=clone, env=keep, capture_output=True, text=True, timeout=60)
+    if refused:
+        assert done.returncode == 2
+        assert not (clone / ".venv").exists()
+        (line,) = done.stderr.splitlines()
+        assert f"{int(float(free))} GiB are free" in line
+        assert f"wanted {2 if index else 7} for .venv" in line
+    else:
+        assert (done.returncode, done.stdout) == (9, "made .venv\n"), done.stderr
+
+
 def test_quickstart_installs_trains_and_evaluates(
     clone: Path, files: Files, program: Callable[..., Result], tmp_path: Path
 ) -> None:
