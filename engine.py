@@ -57,11 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--iterations", type=number(int, 1), default=None, metavar="N", help="train for N steps instead of epochs"
     )
     group.add_argument(
-        "--eval-interval",
-        type=number(int, 1),
-        default=None,
-        metavar="N",
-        help="steps between two evaluations, of --iterations (default: all of them)",
+        "--eval-interval", type=number(int, 1), default=None, metavar="N", help="steps between evaluations (default: all)"
     )
     group.add_argument(
         "--accum-iter",
@@ -193,7 +189,13 @@ def check(args: argparse.Namespace, typed: set[str]) -> None:
     interval = args.iterations if args.eval_interval is None else args.eval_interval
     if args.iterations % interval:
         raise UsageError(f"--eval-interval {interval} does not divide --iterations {args.iterations}.")
+    share = args.warmup_epochs / args.epochs  # as the recipe has it
     args.epochs, args.steps_per_epoch = args.iterations // interval, interval * args.accum_iter
+    typed.add("epochs")  # an epoch is what lies between two evaluations now: no recipe's number of them holds
+    if not typed & {"sched_on_updates", "warmup_epochs", "decay_epochs"}:
+        args.sched_on_updates = args.sched != "plateau"
+    if not typed & {"warmup_epochs", "warmup_iters"}:
+        args.warmup_epochs = args.epochs * share if args.sched_on_updates else int(args.epochs * share)
 
 
 def check_replay(task: type[Task], model: nn.Module, args: argparse.Namespace) -> None:

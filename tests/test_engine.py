@@ -139,6 +139,38 @@ def test_iterations_are_steps_of_an_endless_stream(program: Callable[..., Result
     assert [index for index, _ in sampler] == seen[4 * 7 + 3 : 5 * 7]
 
 
+@pytest.mark.parametrize(
+    ("flags", "epochs", "by_update", "warmup"),
+    [
+        ((), 1, True, 5 / 300),
+        (("--eval-interval", 50), 5, True, 5 * 5 / 300),
+        (("--sched", "plateau"), 1, False, 0),
+        (("--warmup-epochs", 2, "--eval-interval", 50), 5, False, 2),
+        (("--task", "cells", "--eval-interval", 50), 5, True, 0.5),
+        (("--task", "pretrain", "--eval-interval", 125), 2, True, 2 * 5 / 300),
+        (("--model", "dyvm_micro_patch8_32", "--model-path", "FILE"), 1, True, 5 / 300),
+        (("--model", "dyvm_micro_patch8_32", "--model-path", "FILE", "--eval-interval", 25), 10, True, 10 * 5 / 300),
+        (("--task", "segment", "--eval-interval", 50), 5, True, None),
+        (("--task", "detect", "--eval-interval", 50), 5, True, None),
+    ],
+)
+def test_iterations_outdo_every_recipe(
+    flags: tuple[object, ...], epochs: int, by_update: bool, warmup: float | None, tmp_path: Path
+) -> None:
+    """So many steps and no more, whatever epochs a task's or a method's recipe has; the warm-up, where it is not in
+    steps, keeps its share of them."""
+    weights = tmp_path / "weights.pth"
+    torch.save({}, weights)
+    given = [str(weights) if flag == "FILE" else str(flag) for flag in flags]
+    args = main.parse(["--iterations", "250", "--device", "cpu", *given])
+    assert args.epochs * args.steps_per_epoch == 250
+    assert (args.epochs, args.sched_on_updates) == (epochs, by_update)
+    if warmup is None:
+        assert 0 < args.warmup_iters <= 25
+    else:
+        assert args.warmup_epochs == pytest.approx(warmup)
+
+
 def test_a_worker_that_dies_ends_the_run_in_a_sentence() -> None:
     class Deadly(TensorDataset):
         def __getitem__(self, index: int):
