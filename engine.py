@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--iterations", type=number(int, 1), default=None, metavar="N", help="train for N steps instead of epochs"
     )
     group.add_argument(
-        "--eval-interval", type=number(int, 1), default=None, metavar="N", help="steps between evaluations (default: all)"
+        "--eval-interval", type=number(int, 1), default=None, metavar="N", help="steps per evaluation (default: all)"
     )
     group.add_argument(
         "--accum-iter",
