@@ -243,7 +243,7 @@ def build_precision(
         and not multiplies(dtype, info.read_text(encoding="utf-8"))
     ):
         name = str(dtype).removeprefix("torch.")
-        _logger.warning("--if_amp gains no speed on this processor, which has no instructions that multiply %s.", name)
+        _logger.warning("--if_amp makes this processor slower, since it has no instructions that multiply %s.", name)
     scaler = torch.amp.GradScaler(device.type, enabled=args.if_amp and dtype is torch.float16)
     return partial(torch.autocast, device.type, dtype=dtype, enabled=args.if_amp), scaler
 
