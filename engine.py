@@ -35,7 +35,6 @@ from utils.flags import add_switch, number
 from utils.groups import layer_scales, parameter_groups
 from utils.memory import reset_peak_memory
 from utils.processes import any_process, rank, sum_over_processes, world_size
-from utils.processor import multiplies
 from utils.signals import StopRequest, StopWaiting
 from utils.telling import Board, Progress
 
@@ -228,22 +227,18 @@ def check_processes(args: argparse.Namespace) -> None:
 # Building
 
 
+def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
+    """Of mixed precision: what the flags say, else bfloat16 where the device has it."""
+    native = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return getattr(torch, args.amp_dtype or ("bfloat16" if native else "float16"))
+
+
 def build_precision(
     args: argparse.Namespace, device: torch.device
 ) -> tuple[Callable[[], contextlib.AbstractContextManager], torch.amp.GradScaler]:
     """The context of a forward pass, in the arithmetic that the flags ask for, and the gradient scaler, which only
     float16 needs."""
-    native = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = getattr(torch, args.amp_dtype or ("bfloat16" if native else "float16"))
-    info = Path("/proc/cpuinfo")
-    if (
-        args.if_amp
-        and device.type == "cpu"
-        and info.is_file()
-        and not multiplies(dtype, info.read_text(encoding="utf-8"))
-    ):
-        name = str(dtype).removeprefix("torch.")
-        _logger.warning("--if_amp makes this processor slower, since it has no instructions that multiply %s.", name)
+    dtype = amp_dtype(args, device)
     scaler = torch.amp.GradScaler(device.type, enabled=args.if_amp and dtype is torch.float16)
     return partial(torch.autocast, device.type, dtype=dtype, enabled=args.if_amp), scaler
 

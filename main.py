@@ -23,6 +23,7 @@ import utils.threads  # noqa: F401  before torch
 
 import torch
 import torch.distributed as dist
+from mamba_ssm.kernels import products
 from torch import nn
 
 import checkpoints
@@ -262,6 +263,14 @@ def draw(args: argparse.Namespace, task: Task, batches: EvalBatches, meters: lis
         _logger.warning("%s cannot hold the pictures (%s); there are none.", args.visualize, error)
 
 
+def tell_of_precision(args: argparse.Namespace, device: torch.device) -> None:
+    """Say so if mixed precision is a loss here."""
+    dtype = engine.amp_dtype(args, device)
+    if args.if_amp and device.type == "cpu" and dtype in products.WIDENED:
+        name = str(dtype).removeprefix("torch.")
+        _logger.warning("--if_amp makes this processor slower, since it has no instructions that multiply %s.", name)
+
+
 def work(args: argparse.Namespace, stop: StopRequest) -> None:
     """Everything after the flags are read: processes, data, model, weights, then training or evaluation."""
     device = init_processes(args)
@@ -269,6 +278,7 @@ def work(args: argparse.Namespace, stop: StopRequest) -> None:
     if args.deterministic:
         use_deterministic_algorithms()
     seed_everything(args.seed)
+    tell_of_precision(args, device)
     task_class = TASKS[args.task]
     data = task_class.build_data(args, train=not args.eval)
     args.nb_classes = data.num_classes

@@ -5,9 +5,10 @@ import logging
 
 import pytest
 import torch
+from mamba_ssm.kernels import products
+from mamba_ssm.kernels.products import multiplies
 
-import engine
-from utils.processor import multiplies
+import main
 
 INFO = {
     "Zen 3": "processor\t: 0\nflags\t\t: fpu avx2 f16c\n\nprocessor\t: 1\nflags\t\t: fpu avx2 f16c\n",
@@ -36,9 +37,9 @@ def test_types_that_a_processor_multiplies(name, bfloat16, float16):
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("asked", [False, True])
 def test_the_program_says_that_amp_gains_nothing(native, asked, monkeypatch, caplog):
-    monkeypatch.setattr(engine, "multiplies", lambda dtype, info: native)
+    monkeypatch.setattr(products, "WIDENED", set() if native else {torch.bfloat16})
     with caplog.at_level(logging.WARNING):
-        engine.build_precision(argparse.Namespace(if_amp=asked, amp_dtype=None), torch.device("cpu"))
+        main.tell_of_precision(argparse.Namespace(if_amp=asked, amp_dtype=None), torch.device("cpu"))
     told = [record.getMessage() for record in caplog.records]
     wanted = "--if_amp makes this processor slower, since it has no instructions that multiply bfloat16."
     assert told == ([wanted] if asked and not native else [])

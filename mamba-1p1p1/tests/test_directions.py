@@ -154,6 +154,22 @@ def test_dtypes(dtype, kernels):
     assert_as_reference(*arguments(seqlen=40, dstate=16), 1.0, dtype)
 
 
+@pytest.mark.skipif(backends.available("cpu") != "cpp", reason="no C++ kernels")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("why", ["one call", "not multiplied"])
+def test_sixteen_bits_are_rounded_once(dtype, why, monkeypatch):
+    """Where a mixer is one call, or where the processor does not multiply them."""
+    monkeypatch.setattr(products, "PREFER_OWN_NARROW", why == "one call")
+    monkeypatch.setattr(products, "WIDENED", {dtype} if why == "not multiplied" else set())
+    xz, directions = arguments(seqlen=40, dstate=16)
+    xz = xz.to(dtype)
+    out, (dxz, *_) = gradients(directions_fn, xz, directions, 1.0, dtype)
+    wanted, (wanted_dxz, *_) = gradients(directions_fn, xz.float(), directions, 1.0, torch.float32)
+    assert out.dtype == dxz.dtype == dtype
+    assert torch.equal(out, wanted.to(dtype))
+    assert relative_error(dxz, wanted_dxz) <= TOLERANCE[dtype]
+
+
 def test_other_sizes(kernels):
     assert_as_reference(*arguments(3, 1, 5, 1, 2, 2), 1.0, torch.float32)
     assert_as_reference(*arguments(1, 70, 33, 4, 8, 3), 1.0, torch.float32)

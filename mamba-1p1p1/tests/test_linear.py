@@ -175,6 +175,37 @@ def test_narrow_products_have_their_own_preference(narrow, monkeypatch):
     assert len(calls) == 2 * narrow
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_16_bits_that_are_not_multiplied(dtype, bias, monkeypatch):
+    """In float32, rounded once: under autocast, which hands on what is not rounded yet, and of rounded numbers."""
+    monkeypatch.setattr(products, "WIDENED", {dtype})
+    layer, x = Linear(40, 24, bias), torch.randn(3, 5, 40, requires_grad=True)
+    wanted = F.linear(x, layer.weight, layer.bias)
+    with torch.autocast("cpu", dtype):
+        out = layer(x)
+    assert torch.equal(out, wanted.to(dtype))
+    given = torch.autograd.grad(out, [x, layer.weight], torch.ones_like(out))
+    for grad, want in zip(given, torch.autograd.grad(wanted, [x, layer.weight], torch.ones_like(wanted))):
+        torch.testing.assert_close(grad, want)
+    narrow, x = layer.to(dtype), x.to(dtype)
+    parameters = (None if each is None else each.float() for each in (narrow.weight, narrow.bias))
+    assert torch.equal(narrow(x), F.linear(x.float(), *parameters).to(dtype))
+
+
+def test_other_products_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(products, "WIDENED", {torch.bfloat16})
+    x, weight = torch.randn(3, 40), torch.randn(24, 40)
+    assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
+    assert linear(x.half(), weight.half()).dtype == torch.float16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x.double(), weight.double()).dtype == torch.float64
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(x.bfloat16(), weight)
+    traced = torch.jit.trace(lambda x: linear(x, weight.bfloat16()), x.bfloat16())
+    assert "aten::linear" in str(traced.graph)
+
+
 @compiled
 def test_only_float32_products_worth_it_in_eager_mode(monkeypatch):
     monkeypatch.setattr(module, "_PREFER_OWN", True)

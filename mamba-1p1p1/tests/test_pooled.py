@@ -222,6 +222,21 @@ def test_half_precision(dtype, isa):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_scans_have_gradients(dtype, isa):
+    """Under autocast, too, whose products of float32 groups would be of another dtype."""
+    groups, groups_b = random(2, 5, 8, dtype=dtype), random(2, 5, 8, dtype=dtype)
+    projections = [Projections(random(9, 8), random(8, 1), random(8), random(8, 4)) for _ in range(2)]
+    leaves = [groups, groups_b, *projections[0], *projections[1]]
+    function = lambda g, h, *p: pooled_scan_fn(g, h, Projections(*p[:4]), Projections(*p[4:]))  # noqa: E731
+    formula = lambda g, h, *p: scan_formula(g, h, (p[:4], p[4:]))  # noqa: E731
+    assert_as_formula(function, formula, leaves, dtype)
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    with torch.autocast("cpu", dtype):
+        assert "pooled_scan" in str(function(*leaves).grad_fn)
+        assert "pooled_scan" not in str(function(*(leaf.float() for leaf in leaves)).grad_fn)
+
+
 def test_mixer_without_gradients_is_the_mixer_with_them():
     torch.manual_seed(0)
     model, x = PooledMixer(), random(3, 4, 8)

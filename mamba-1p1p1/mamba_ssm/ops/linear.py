@@ -7,8 +7,10 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
+from causal_conv1d.backend import KERNEL_DTYPES
 from causal_conv1d.checks import check_device, check_dtype, check_tensor
 from causal_conv1d.derivatives import wants_reference
+from mamba_ssm.kernels import products
 from mamba_ssm.kernels.products import MIN_MULTIPLICATIONS as _MIN_MULTIPLICATIONS
 from mamba_ssm.kernels.products import PREFER_OWN as _PREFER_OWN
 from mamba_ssm.kernels.registry import backends
@@ -17,13 +19,31 @@ from torch import Tensor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`: x (..., in) times weight (out, in), plus bias (out,)."""
+    """`torch.nn.functional.linear`: x (..., in) times weight (out, in), plus bias (out,); of 16 bits that the processor
+    does not multiply, in float32, rounded once."""
+    narrow = _widened(x, weight, bias)
+    if narrow is not None:
+        with torch.autocast("cpu", enabled=False):
+            return linear(*(None if each is None else each.float() for each in (x, weight, bias))).to(narrow)
     if _takes_own(x, weight, bias):
         return torch.ops.mamba_ssm.linear(x, weight, bias)
     # torch takes what is empty from two devices, and then fails in the backward pass
     if isinstance(x, Tensor) and isinstance(weight, Tensor) and x.device != weight.device:
         check_device("weight", weight, x, "x")
     return F.linear(x, weight, bias)
+
+
+def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+    """The dtype of the result, if it is one of `products.WIDENED`; compilers and tracers have their own ways."""
+    if not products.WIDENED or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if not all(isinstance(each, Tensor) and each.is_cpu for each in (x, weight, x if bias is None else bias)):
+        return None
+    dtype, given = x.dtype, (x.dtype,)
+    if torch.is_autocast_enabled("cpu"):
+        dtype, given = torch.get_autocast_dtype("cpu"), KERNEL_DTYPES
+    fits = all(each is None or each.dtype in given for each in (x, weight, bias))
+    return dtype if fits and dtype in products.WIDENED else None
 
 
 def _takes_own(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

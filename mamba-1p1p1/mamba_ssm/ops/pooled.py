@@ -49,10 +49,11 @@ def has_kernels(x: Tensor) -> bool:
 
 
 def has_scan_gradients(groups: Tensor) -> bool:
-    """Whether there are kernels for the gradients of `pooled_scan_fn`: not where its products are autocast's."""
-    if groups.dtype != torch.float32 or not backends.has(groups, "pooled_scan_backward"):
+    """Whether there are kernels for the gradients of `pooled_scan_fn`: not where autocast wants another dtype."""
+    kind = groups.device.type
+    if torch.is_autocast_enabled(kind) and groups.dtype != torch.get_autocast_dtype(kind):
         return False
-    return not torch.is_autocast_enabled(groups.device.type)
+    return groups.dtype in KERNEL_DTYPES and backends.has(groups, "pooled_scan_backward")
 
 
 def pooled_conv_fn(x: Tensor, forward: Taps, backward: Taps, lines: Lines) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,7 +263,7 @@ def _scan(groups, groups_b, *arguments):
     if save and groups.numel() and hasattr(kernels, "pooled_scan_saving"):
         return kernels.pooled_scan_saving(groups, groups_b, *projections)
     out = _by_kernels("pooled_scan", (groups, groups_b, *projections), _scan_reference)
-    return out, *(groups.new_empty(0) for _ in range(4))
+    return out, *(groups.new_empty(0, dtype=torch.float32) for _ in range(4))
 
 
 def _scan_backward(dout, groups, groups_b, x_dbl, x_dbl_b, states, states_b, *projections):
@@ -301,7 +302,7 @@ def _fake_scan(groups, groups_b, *arguments):
         batch, lines, dim = groups.shape
         states = kernels.states_shape(batch, dim, lines, A_log.shape[1])
         shapes = [(batch, lines, x_proj.shape[0])] * 2 + [states] * 2
-    return groups.new_empty(groups.shape), *(groups.new_empty(shape) for shape in shapes)
+    return groups.new_empty(groups.shape), *(groups.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def _fake_scan_backward(dout, groups, groups_b, x_dbl, x_dbl_b, states, states_b, *projections):

@@ -27,6 +27,9 @@ def directions_forward(
     xz: Tensor, directions: Sequence[Direction], share: float, save_states: bool, log_decay: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(out, x_dbl of each direction, saved states of each direction); with `log_decay`, `A` is log(-A)."""
+    if _is_widened(xz):
+        out, x_dbls, states = directions_forward(xz.float(), directions, share, save_states, log_decay)
+        return out.to(xz.dtype), [x_dbl.to(xz.dtype) for x_dbl in x_dbls], states
     xz = channel_last(xz)
     batch, seqlen, width = xz.shape
     if _fits_in_one(xz, directions):
@@ -50,6 +53,11 @@ def directions_forward(
         x_dbls.append(x_dbl)
         states.append(kept)
     return out, x_dbls, states
+
+
+def _is_widened(xz: Tensor) -> bool:
+    """Whether 16 bits go through float32: where that is one call, or where the processor does not multiply them."""
+    return xz.dtype != torch.float32 and (products.PREFER_OWN_NARROW or xz.dtype in products.WIDENED)
 
 
 def _fits_in_one(xz: Tensor, directions: Sequence[Direction]) -> bool:
@@ -161,6 +169,9 @@ def directions_backward(
     log_decay: bool,
 ) -> list[Tensor | None]:
     """Gradients of xz and of each direction's tensors."""
+    if _is_widened(xz):
+        wide = [x_dbl.float() for x_dbl in x_dbls]
+        return directions_backward(dout.float(), xz.float(), directions, wide, states, share, log_decay)
     xz = channel_last(xz)
     if dout.dtype == torch.float32 and _fits_in_one(xz, directions):
         dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)

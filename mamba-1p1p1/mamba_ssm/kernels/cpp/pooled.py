@@ -119,10 +119,11 @@ def _directions(projections: Sequence[Tensor]) -> list[Direction]:
 
 
 def pooled_scan_saving(groups: Tensor, groups_b: Tensor, *projections: Tensor) -> tuple[Tensor, ...]:
-    """`pooled_scan`, and for `pooled_scan_backward` both directions' x_dbl and saved states; float32."""
-    xs = groups.contiguous(), groups_b.contiguous()
+    """`pooled_scan`, and for `pooled_scan_backward` both directions' x_dbl and saved states; in float32, whatever the
+    groups are."""
+    xs = float32(groups), float32(groups_b)
     out, x_dbls, states = forward_in_one(xs, None, _directions(projections), 1.0, True, True)
-    return out, *x_dbls, *states
+    return out.to(groups.dtype), *x_dbls, *states
 
 
 def pooled_scan_backward(
@@ -134,9 +135,9 @@ def pooled_scan_backward(
     *projections: Tensor,
 ) -> list[Tensor]:
     """Gradients of both directions' groups, then of their projections."""
-    xs = groups.contiguous(), groups_b.contiguous()
+    xs = float32(groups), float32(groups_b)
     dxs = [torch.empty_like(x) for x in xs]
-    found = backward_in_one(dout, xs, None, _directions(projections), x_dbls, states, 1.0, True, dxs, None)
+    found = backward_in_one(dout.float(), xs, None, _directions(projections), x_dbls, states, 1.0, True, dxs, None)
     return [*dxs, *(grad for grad in found if grad is not None)]
 
 
