@@ -50,6 +50,11 @@ class Loop:
         return f"{self.function}: {self.vectors} on vectors, {self.singles} on single numbers; {told}"
 
 
+def missing() -> list[str]:
+    """The programs that are wanted and not here."""
+    return [name for name in (COMPILER, EMULATOR, DISASSEMBLER) if shutil.which(name) is None]
+
+
 def loops(disassembly: str) -> Iterator[Loop]:
     """The innermost loops that calculate with floats, of objdump's `disassembly`."""
     name, body = "", []
@@ -104,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser("benchmarks.aarch64", __doc__)
     flags.add_argument("--loops", action="store_true", help="list every innermost loop that calculates")
     args = flags.parse_args(argv)
-    if missing := [name for name in (COMPILER, EMULATOR, DISASSEMBLER) if shutil.which(name) is None]:
-        raise UsageError(f"There is no {', '.join(missing)} here; Debian has them in {PACKAGES}.")
+    if lacking := missing():
+        raise UsageError(f"There is no {', '.join(lacking)} here; Debian has them in {PACKAGES}.")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         objects, check = compiled(folder), folder / "check"

@@ -28,7 +28,7 @@ import torch
 import checkpoints
 import fusion
 import main as program
-from benchmarks import compare
+from benchmarks import aarch64, compare
 from benchmarks import small_cells as cells_data
 from benchmarks.small_data import write_shapes
 from tasks import TASKS
@@ -463,6 +463,8 @@ def parse_and_leave(parser: Parser, argv: list[str] | None = None, namespace: ob
 
 def run_module(name: str, arguments: list[str], files: Files, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run `python -m name` in this process, small where it would take minutes."""
+    if name == "benchmarks.aarch64" and (lacking := aarch64.missing()):
+        pytest.skip(f"no {', '.join(lacking)}")
     small = {
         "benchmarks.throughput": ["--img-size", "32", "--batch-size", "1", "--seconds", "0"],
         "examples.new_method": ["--data-set", "CIFAR", "--data-path", str(files.data["CIFAR"]), *SMALL["classify"]],
