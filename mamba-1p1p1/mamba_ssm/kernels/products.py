@@ -30,7 +30,6 @@ _INFO = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo
 WIDENED = {dtype for dtype in _INSTRUCTIONS if not multiplies(dtype, _INFO)}
 _MKL_ON_AMD = torch.backends.mkl.is_available() and "AuthenticAMD" in _INFO
 
-
 # MKL leaves half of the vector units of AMD's AVX-512 unused.
 PREFER_OWN = _MKL_ON_AMD and "AVX512" in torch.backends.cpu.get_cpu_capability()
 # With AVX2 alone it is as fast, but for matrices that are narrow on one side: half as fast where that side is 12.

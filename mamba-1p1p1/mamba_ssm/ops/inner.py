@@ -13,11 +13,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_ref
 from causal_conv1d.checks import check_device, check_ndim, check_tensor
 from causal_conv1d.ops.convolution import WIDTHS
 from mamba_ssm.ops.directions import Direction, directions_fn
-from mamba_ssm.ops.linear import linear
 from mamba_ssm.ops.norm import rms_norm_fn
 from mamba_ssm.ops.scan import pooled_selective_scan_fn, selective_scan_fn, selective_scan_ref
 from torch import Tensor
@@ -106,9 +106,9 @@ class _Inner(NamedTuple):
         dt_rank, pairs = self.delta_proj_weight.shape[1], self.A.is_complex()
         x, z = self.xz.chunk(2, dim=1)
         x = conv(x, self.conv1d_weight.squeeze(1), self.conv1d_bias, activation="silu")
-        x_dbl = linear(x.transpose(1, 2), self.x_proj_weight)
+        x_dbl = F.linear(x.transpose(1, 2), self.x_proj_weight)
         dt = self._normalised(x_dbl[..., :dt_rank], "dt_rms_weight")
-        delta = linear(dt, self.delta_proj_weight).transpose(1, 2)
+        delta = F.linear(dt, self.delta_proj_weight).transpose(1, 2)
         B, C = self.B, self.C
         if B is None:
             rows = x_dbl[..., dt_rank : dt_rank + self.columns]
@@ -178,7 +178,7 @@ def _project_out(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if name == "out_proj_weight" or tensor is not None:
             check_tensor(name, tensor)
             check_device(name, tensor, y, "xz")
-    return linear(y.transpose(1, 2), weight, bias)
+    return F.linear(y.transpose(1, 2), weight, bias)
 
 
 def mamba_inner_fn(
@@ -319,12 +319,12 @@ def FastVim_mamba_inner_fn_no_out_proj_withoutZ(
     dt_rank, dstate = delta_proj_weight.shape[1], A.shape[1]
     u = causal_conv1d_fn(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
     groups = u.unflatten(2, (-1, line)).mean(3) * scale
-    rows = linear(groups.transpose(1, 2), x_proj_weight)
+    rows = F.linear(groups.transpose(1, 2), x_proj_weight)
     if rows.shape[2] < dt_rank + 2 * dstate:
         given = tuple(x_proj_weight.shape)
         raise ValueError(f"x_proj_weight has shape {given}, wanted (dt_rank + 2*dstate, dim)")
     dt, own_B, own_C = rows.split([dt_rank, dstate, rows.shape[2] - dt_rank - dstate], dim=2)
-    delta = linear(dt, delta_proj_weight).transpose(1, 2)
+    delta = F.linear(dt, delta_proj_weight).transpose(1, 2)
     B = own_B.transpose(1, 2) if B is None else B
     C = own_C[..., -dstate:].transpose(1, 2) if C is None else C
     D, bias = _parameter(D, x), _parameter(delta_bias, x)
