@@ -480,7 +480,7 @@ def run_module(name: str, arguments: list[str], files: Files, folder: Path, monk
         str(folder / "run") if before == "--output_dir" else word for before, word in zip(["", *arguments], arguments)
     ]
     if name == "benchmarks.compare":  # hands on what it does not know
-        args, more = compare.parse(arguments)
+        args, more = compare.parse([*arguments, "--output_dir", str(folder / "compare")])
         return compare.check(compare.plan(args, more)[:1])
     if name in LONG:
         monkeypatch.setattr(Parser, "parse_args", parse_and_leave)
