@@ -33,11 +33,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def _is_eager(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether tensors are multiplied here and now: compilers and tracers have their own ways with a product."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return all(isinstance(each, Tensor) for each in (x, weight, x if bias is None else bias))
+
+
 def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
-    """The dtype of the result, if it is one of `products.WIDENED`; compilers and tracers have their own ways."""
-    if not products.WIDENED or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    if not all(isinstance(each, Tensor) and each.is_cpu for each in (x, weight, x if bias is None else bias)):
+    """The dtype of the result, if it is one of `products.WIDENED`."""
+    if not products.WIDENED or not _is_eager(x, weight, bias) or not x.is_cpu:
         return None
     dtype, given = x.dtype, (x.dtype,)
     if torch.is_autocast_enabled("cpu"):
@@ -47,11 +52,8 @@ def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | No
 
 
 def _takes_own(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether this package's operator takes the product; compilers and tracers have their own ways with one, autocast
-    another dtype."""
-    if not _PREFER_OWN or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
-        return False
-    if not all(isinstance(each, Tensor) for each in (x, weight, x if bias is None else bias)):
+    """Whether this package's operator takes the product; autocast wants another dtype."""
+    if not _PREFER_OWN or not _is_eager(x, weight, bias) or torch.is_autocast_enabled("cpu"):
         return False
     if wants_reference(x, weight, bias) or weight.dim() == 0:
         return False
