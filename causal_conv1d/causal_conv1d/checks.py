@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -42,3 +42,24 @@ def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> Non
     """Raise ValueError unless `tensor` is on the device of `like`."""
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}, wanted {like.device}, the device of {like_name}")
+
+
+def check_all(
+    like: Tensor,
+    like_name: str,
+    given: Iterable[tuple[str, object, Sequence[int], str]],
+    dtypes: Sequence[torch.dtype],
+) -> None:
+    """Raise what the functions above raise unless each of `given` (its name, itself, the shape wanted, that one's
+    layout) is None or a tensor of that shape, of one of `dtypes`, on the device of `like`."""
+    device = like.device
+    for name, tensor, shape, layout in given:
+        if tensor is None:
+            continue
+        # operators are called hundreds of times a step: what is right is looked at once
+        if isinstance(tensor, Tensor) and tensor.shape == shape and tensor.dtype in dtypes and tensor.device == device:
+            continue
+        check_tensor(name, tensor)
+        check_shape(name, tensor, shape, layout)
+        check_dtype(name, tensor, dtypes)
+        check_device(name, tensor, like, like_name)

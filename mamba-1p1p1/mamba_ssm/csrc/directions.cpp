@@ -1,11 +1,11 @@
 // A mixer between its projections for CPUs: a C interface without torch.
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 
 #include "conv1d_abi.h"
 #include "directions_abi.h"
 #include "gemm_abi.h"
+#include "images.h"
 #include "isa.h"
 #include "memory.h"
 #include "parallel.h"
@@ -18,4 +18,5 @@
 
 // Zero, or one where there was no memory.
 EXPORT int mamba_directions(const DirectionsArgs *args) { return ISA_CALL(directions_forward, *args); }
+EXPORT int mamba_mixer(const MixerArgs *args) { return ISA_CALL(mixer_forward, *args); }
 EXPORT int mamba_directions_backward(const DirectionsBackwardArgs *args) { return ISA_CALL(directions_backward, *args); }

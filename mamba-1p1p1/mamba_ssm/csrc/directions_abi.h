@@ -28,6 +28,16 @@ struct DirectionsArgs {
     DirectionWeights first, second;
 };
 
+// The whole mixer: in_proj (2 * dim, width), `between`, out_proj (width, dim). The tokens of `between`, its out and x_dbl are not
+// given, and no states.
+struct MixerArgs {
+    DirectionsArgs between;
+    int64_t width;
+    Tokens x;  // (batch, seqlen, width)
+    Linear in_proj, out_proj;
+    int64_t out;  // contiguous (batch, seqlen, width)
+};
+
 // Gradients of one direction's weights, contiguous float32, 0 where the weight is: like them, but dt_proj's is (rank, dim).
 struct DirectionGradients {
     Tokens x;  // where both directions have one convolution's x, the second adds to it

@@ -83,19 +83,8 @@ struct DirectionOfImage {
     }
 };
 
-// body(first image, end, threads, share) -> not zero where there was no memory: every thread takes as many whole images as
-// the others, as one of `shares`; the threads divide those that are left, in share 0.
-template <class Body> int each_image(const DirectionsArgs &s, int shares, Body body) {
-    const int64_t whole = shares > 1 ? s.batch / shares : 0;
-    std::atomic<int> failures{0};
-    if (whole)
-        parallel::run(shares, [&](int share) { failures += body(share * whole, (share + 1) * whole, int64_t(1), share); });
-    if (shares * whole < s.batch) failures += body(shares * whole, s.batch, s.threads, 0);
-    return failures ? 1 : 0;
-}
 inline int shares_of_images(const DirectionsArgs &s) {
-    const int64_t work = s.batch * s.seqlen * s.dim * s.dstate / LANES;
-    return s.batch < s.threads ? 1 : parallel::shares_for(s.threads, s.batch, work);
+    return images::shares_for(s.batch, s.threads, s.batch * s.seqlen * s.dim * s.dstate / LANES);
 }
 
 // The rates of all directions where the weights hold their logarithms.
@@ -110,33 +99,67 @@ struct Rates {
     }
 };
 
+// One direction of one image, into (or added to) its out (seqlen, dim); `memory` is for twice as much.
+inline int direction_forward(const DirectionOfImage &here, float *memory, float *out) {
+    const DirectionsArgs &s = here.s;
+    float *const delta = memory + s.seqlen * s.dim;
+    const float *const u = here.find_u(memory);
+    if (!u) return 1;
+    if (multiply(s.seqlen, here.narrow, s.dim, here.threads, {at(u), s.dim, 1}, {here.own.x_proj, 1, s.dim}, here.x_dbl,
+                 here.narrow, false))
+        return 1;
+    if (here.find_delta(delta)) return 1;
+    ScanArgs scan = here.scan_args(u, delta);
+    if (!here.last) {  // the last one's gate and share are those of the sum
+        const double one = 1;
+        std::memcpy(&scan.share, &one, sizeof one);
+        scan.z = Signal{};
+    }
+    scan.out = here.rows<Signal>(out);
+    return scan_forward(scan);
+}
+
 // One where there was no memory, else zero.
 inline int directions_forward(const DirectionsArgs &s) {
     const Rates rates(s);
     if (!rates.A) return 1;
     const int64_t size = s.seqlen * s.dim;
-    return each_image(s, shares_of_images(s), [&](int64_t begin, int64_t end, int64_t threads, int) {
+    return images::each(s.batch, s.threads, shares_of_images(s), [&](int64_t begin, int64_t end, int64_t threads, int) {
         const memory::Buffer buffer(bytes(2 * size));
-        float *const memory = static_cast<float *>(buffer.data()), *const delta = memory + size;
+        float *const memory = static_cast<float *>(buffer.data());
         if (!memory) return 1;
         for (int64_t image = begin; image < end; ++image)
             for (int64_t number = 0; number < s.directions; ++number) {
                 const DirectionOfImage here(s, number, image, threads, rates.A);
-                const float *const u = here.find_u(memory);
-                if (!u) return 1;
-                if (multiply(s.seqlen, here.narrow, s.dim, threads, {at(u), s.dim, 1}, {here.own.x_proj, 1, s.dim},
-                             here.x_dbl, here.narrow, false))
-                    return 1;
-                if (here.find_delta(delta)) return 1;
-                ScanArgs scan = here.scan_args(u, delta);
-                if (!here.last) {  // the last one's gate and share are those of the sum
-                    const double one = 1;
-                    std::memcpy(&scan.share, &one, sizeof one);
-                    scan.z = Signal{};
-                }
-                scan.out = here.rows<Signal>(floats(s.out) + image * size);
-                if (scan_forward(scan)) return 1;
+                if (direction_forward(here, memory, floats(s.out) + image * size)) return 1;
             }
+        return 0;
+    });
+}
+
+// The whole mixer, one image after the other, likewise.
+inline int mixer_forward(const MixerArgs &s) {
+    const DirectionsArgs &all = s.between;
+    const Rates rates(all);
+    const PackedWeight in_proj(s.in_proj.weight, s.in_proj.bias, 2 * all.dim, s.width, all.threads);
+    const PackedWeight out_proj(s.out_proj.weight, s.out_proj.bias, s.width, all.dim, all.threads);
+    if (!rates.A || !in_proj.ok() || !out_proj.ok()) return 1;
+    const int64_t tokens = all.seqlen, size = tokens * all.dim;
+    return images::each(all.batch, all.threads, shares_of_images(all), [&](int64_t begin, int64_t end, int64_t threads, int) {
+        const memory::Buffer buffer(bytes(5 * size + tokens * (all.rank + 2 * all.dstate)));
+        if (!buffer.data()) return 1;
+        float *const xz = static_cast<float *>(buffer.data()), *const y = xz + 2 * size, *const memory = y + size;
+        DirectionsArgs one = all;
+        one.batch = 1, one.threads = threads;
+        one.first.x = one.second.x = {at(xz), 0, 2 * all.dim}, one.z = {at(xz + all.dim), 0, 2 * all.dim};
+        one.first.x_dbl = one.second.x_dbl = at(memory + 2 * size);
+        for (int64_t image = begin; image < end; ++image) {
+            const float *const x = floats(s.x.data) + image * s.x.batch_stride;
+            in_proj.multiply(tokens, threads, x, s.x.token_stride, xz, 2 * all.dim);
+            for (int64_t number = 0; number < one.directions; ++number)
+                if (direction_forward(DirectionOfImage(one, number, 0, threads, rates.A), memory, y)) return 1;
+            out_proj.multiply(tokens, threads, y, all.dim, floats(s.out) + image * tokens * s.width, s.width);
+        }
         return 0;
     });
 }
@@ -233,7 +256,7 @@ inline int directions_backward(const DirectionsBackwardArgs &args) {
     const int64_t sums = GradientSums::size(s), of_share = (s.directions + 1) * sums;
     float *const all = static_cast<float *>(std::calloc(size_t(shares * of_share), sizeof(float)));
     if (!all || !rates.A) return std::free(all), 1;
-    const int failed = each_image(s, shares, [&](int64_t begin, int64_t end, int64_t threads, int share) {
+    const int failed = images::each(s.batch, s.threads, shares, [&](int64_t begin, int64_t end, int64_t threads, int share) {
         const memory::Buffer buffer(bytes(GradientRows::size(s)));
         if (!buffer.data()) return 1;
         const GradientRows rows(s, static_cast<float *>(buffer.data()));

@@ -123,39 +123,106 @@ inline void multiply_block(const GemmArgs &s, int64_t row, int64_t first, int64_
     }
 }
 
+// How b is cut: into panels of columns, and where it is deep into passes, which are packed one after the other.
+struct Panels {
+    int64_t depth, vectors, count, passes;
+
+    explicit Panels(const GemmArgs &s)
+        : depth(s.depth),
+          vectors((s.columns + LANES - 1) / LANES),
+          count((s.columns + PANEL - 1) / PANEL),
+          passes(depth > BLOCK_DEPTH ? (depth + BLOCK_DEPTH - 1) / BLOCK_DEPTH : 1) {}
+    int64_t begin(int64_t pass) const { return depth * pass / passes; }
+    int64_t deepest() const { return (depth + passes - 1) / passes; }
+    int64_t floats(int64_t steps) const { return count * PANEL * steps; }
+};
+
+// Some of the vectors of columns of one pass, to that pass's panels.
+inline void pack(const GemmArgs &s, const Panels &panels, int64_t pass, parallel::Range some, float *to) {
+    const int64_t begin = panels.begin(pass), end = panels.begin(pass + 1);
+    for (int64_t v = some.begin; v < some.end; ++v)
+        pack_columns(s, v * LANES, begin, end, to + v / TILE_VECTORS * PANEL * (end - begin) + v % TILE_VECTORS * LANES);
+}
+
+inline int shares_of_product(const GemmArgs &s, const Panels &panels) {
+    const int64_t tiles = panels.count * ((s.rows + TILE_ROWS - 1) / TILE_ROWS);
+    return parallel::shares_for(s.threads, tiles, s.rows * s.columns * (s.depth / LANES + 1));
+}
+
+// One pass, given its panels; `packed_a` has BLOCK_ROWS rows for each share, and is not used where a's rows are in order.
+inline void multiply_pass(const GemmArgs &s, const Panels &panels, int64_t pass, int shares, const float *packed_b,
+                          float *packed_a) {
+    const int64_t tiles = panels.count * ((s.rows + TILE_ROWS - 1) / TILE_ROWS), block = panels.count * BLOCK_TILES;
+    parallel::run(shares, [&](int share) {
+        // the last block has fewer tiles than the others, so shares are counted in tiles
+        const parallel::Range range = parallel::share_of(tiles, shares, share);
+        for (int64_t start = range.begin / block * block; start < range.end; start += block) {
+            const int64_t first = range.begin > start ? range.begin - start : 0;
+            const int64_t last = range.end - start < block ? range.end - start : block;
+            multiply_block(s, start / panels.count * TILE_ROWS, first, last, panels.begin(pass), panels.begin(pass + 1),
+                           packed_b, packed_a ? packed_a + share * BLOCK_ROWS * panels.deepest() : nullptr);
+        }
+    });
+}
+
+// `data` from the next cache line on, where panels start.
+constexpr int64_t LINE = 64 / sizeof(float);
+inline float *line_from(void *data) {
+    float *const from = static_cast<float *>(data);
+    return from + (LINE - reinterpret_cast<uintptr_t>(from) / sizeof(float) % LINE) % LINE;
+}
+
 // Not zero where there was no memory.
 inline int gemm(const GemmArgs &s) {
     if (s.rows == 0 || s.columns == 0) return 0;  // of nothing there are no shares
-    const int64_t panels = (s.columns + PANEL - 1) / PANEL, row_tiles = (s.rows + TILE_ROWS - 1) / TILE_ROWS;
-    const int64_t tiles = panels * row_tiles, block = panels * BLOCK_TILES, vectors = (s.columns + LANES - 1) / LANES;
-    const int64_t passes = s.depth > BLOCK_DEPTH ? (s.depth + BLOCK_DEPTH - 1) / BLOCK_DEPTH : 1;
-    const int64_t deepest = (s.depth + passes - 1) / passes;
-    const int shares = parallel::shares_for(s.threads, tiles, s.rows * s.columns * (s.depth / LANES + 1));
-    // Panels start on a cache line.
-    const int64_t line = 64 / sizeof(float), floats = (panels * PANEL + shares * BLOCK_ROWS) * deepest + line;
-    const memory::Buffer buffer(floats * sizeof(float));
-    float *const scratch = static_cast<float *>(buffer.data());
-    if (!scratch) return 1;
-    float *const packed_b = scratch + (line - reinterpret_cast<uintptr_t>(scratch) / sizeof(float) % line) % line;
-    float *const packed_a = packed_b + panels * PANEL * deepest;
-    for (int64_t pass = 0; pass < passes; ++pass) {
-        const int64_t begin = s.depth * pass / passes, end = s.depth * (pass + 1) / passes, depth = end - begin;
+    const Panels panels(s);
+    const int shares = shares_of_product(s, panels);
+    const int64_t packed = panels.floats(panels.deepest());
+    const memory::Buffer buffer((packed + shares * BLOCK_ROWS * panels.deepest() + LINE) * sizeof(float));
+    if (!buffer.data()) return 1;
+    float *const packed_b = line_from(buffer.data());
+    for (int64_t pass = 0; pass < panels.passes; ++pass) {
         parallel::run(shares, [&](int share) {
-            const parallel::Range range = parallel::share_of(vectors, shares, share);
-            for (int64_t v = range.begin; v < range.end; ++v)
-                pack_columns(s, v * LANES, begin, end,
-                             packed_b + v / TILE_VECTORS * PANEL * depth + v % TILE_VECTORS * LANES);
+            pack(s, panels, pass, parallel::share_of(panels.vectors, shares, share), packed_b);
         });
-        parallel::run(shares, [&](int share) {
-            // the last block has fewer tiles than the others, so shares are counted in tiles
-            const parallel::Range range = parallel::share_of(tiles, shares, share);
-            for (int64_t start = range.begin / block * block; start < range.end; start += block) {
-                const int64_t first = range.begin > start ? range.begin - start : 0;
-                const int64_t last = range.end - start < block ? range.end - start : block;
-                multiply_block(s, start / panels * TILE_ROWS, first, last, begin, end, packed_b,
-                               packed_a + share * BLOCK_ROWS * deepest);
-            }
-        });
+        multiply_pass(s, panels, pass, shares, packed_b, packed_b + packed);
     }
     return 0;
 }
+
+// A weight (columns, depth), contiguous, that is packed once for the products of many matrices, one after the other.
+struct PackedWeight {
+    int64_t columns, depth, bias;
+    Panels panels;
+    const memory::Buffer buffer;
+
+    PackedWeight(int64_t weight, int64_t bias, int64_t columns, int64_t depth, int64_t threads)
+        : columns(columns), depth(depth), bias(bias), panels(args(1, 1)),
+          buffer((panels.floats(depth) + LINE) * sizeof(float)) {
+        GemmArgs s = args(1, threads);
+        s.b = {weight, 1, depth};
+        if (!ok()) return;
+        const int shares = parallel::shares_for(threads, panels.vectors, columns * depth);
+        parallel::run(shares, [&](int share) {
+            for (int64_t pass = 0; pass < panels.passes; ++pass)
+                pack(s, panels, pass, parallel::share_of(panels.vectors, shares, share), packed(pass));
+        });
+    }
+    bool ok() const { return buffer.data() != nullptr; }
+    // c (rows, columns) = a (rows, depth) times the weight, plus the bias; both with stride 1 along a row.
+    void multiply(int64_t rows, int64_t threads, const float *a, int64_t a_stride, float *c, int64_t c_stride) const {
+        GemmArgs s = args(rows, threads);
+        s.a = {reinterpret_cast<int64_t>(a), a_stride, 1}, s.bias = bias;
+        s.c = reinterpret_cast<int64_t>(c), s.c_stride = c_stride;
+        for (int64_t pass = 0; rows && pass < panels.passes; ++pass)
+            multiply_pass(s, panels, pass, shares_of_product(s, panels), packed(pass), nullptr);
+    }
+
+  private:
+    GemmArgs args(int64_t rows, int64_t threads) const {
+        GemmArgs s{};
+        s.rows = rows, s.columns = columns, s.depth = depth, s.threads = threads;
+        return s;
+    }
+    float *packed(int64_t pass) const { return line_from(buffer.data()) + panels.floats(panels.begin(pass)); }
+};

@@ -66,6 +66,12 @@ class Direction(NamedTuple):
 DIRECTION_TENSORS = 7
 
 
+def split_directions(parameters: Sequence[Tensor | None], reverse: Sequence[bool]) -> list[Direction]:
+    """The tensors of two directions, one after the other, and the ways of one or both, as `Direction` values."""
+    parts = parameters[:DIRECTION_TENSORS], parameters[DIRECTION_TENSORS:]
+    return [Direction(*part, way) for part, way in zip(parts, reverse)]
+
+
 def with_rates(directions: Sequence[Direction], log_decay: bool) -> list[Direction]:
     """The directions with A in the place of log(-A), if `log_decay` says that they hold that."""
     return [each._replace(A=-each.A.exp()) if log_decay else each for each in directions]
@@ -196,6 +202,16 @@ class Projections(NamedTuple):
     dt_proj: Tensor
     dt_bias: Tensor
     A_log: Tensor
+
+
+class Ends(NamedTuple):
+    """A mixer's outer projections: in_proj (2 * dim, width), whose rows give x and z, and out_proj (width, dim), each
+    with a bias or None."""
+
+    in_proj: Tensor
+    in_bias: Tensor | None
+    out_proj: Tensor
+    out_bias: Tensor | None
 
 
 def split_matrices(x_dbl: Tensor, dstate: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from causal_conv1d.ops.convolution import WIDTHS
+from mamba_ssm.kernels.arguments import Direction, Ends, Projections, Taps
 from mamba_ssm.modules.block import FirstBlock as Block  # noqa: F401  (published here, with these arguments)
 from mamba_ssm.modules.linear import Linear
 from mamba_ssm.modules.parts import is_plain
-from mamba_ssm.ops.directions import Direction
 from mamba_ssm.ops.linear import linear
 from mamba_ssm.ops.mixer import ScanObserver, TokenPooling, mix, mix_pooled
-from mamba_ssm.ops.pooled import Projections, Taps
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor, nn
 
@@ -101,6 +100,21 @@ def _by_directions(gates: Tensor) -> tuple[Tensor, list[int]]:
     kinds = torch.arange(4, device=kind.device)
     # bincount reads how many kinds there are, too
     return kind.argsort(stable=True), (kind.unsqueeze(1) == kinds).sum(0).tolist()
+
+
+@dataclass
+class _Outside:
+    """The projections of a mixer: an `Outside` of `mamba_ssm.ops.mixer`."""
+
+    in_proj: nn.Linear
+    out_proj: nn.Linear
+
+    @property
+    def plain(self) -> bool:
+        return is_plain(self.in_proj, self.out_proj)
+
+    def ends(self) -> Ends:
+        return Ends(self.in_proj.weight, self.in_proj.bias, self.out_proj.weight, self.out_proj.bias)
 
 
 class Mamba(nn.Module):
@@ -286,36 +300,33 @@ class Mamba(nn.Module):
             if direction_gate is not None:
                 raise ValueError("Pooled groups mix both directions: wanted pooling without direction_gate.")
             options = {"shared": self.bimamba_type == "v1", "norm": self.layernorm, "token_mask": token_mask}
-            return mix_pooled(
-                hidden_states, self.directions, pooling, self.in_proj, self._project, self._share, **options
-            )
+            mixed = mix_pooled(hidden_states, self.directions, pooling, self._outside, self._share, **options)
+            return self._scaled(mixed)
         gates = None if direction_gate is None else direction_gate(hidden_states)
         if isinstance(gates, tuple):
             branches = [branch for branch, runs in zip(self.directions, gates) if runs]
             if not branches:
                 return torch.zeros_like(hidden_states)
-            return self._mixed(self.in_proj(hidden_states), branches, token_mask, None, observe)
+            return self._mixed(hidden_states, branches, token_mask, None, observe)
         if gates is not None and not self.training:
             order, counts = _by_directions(gates)
             if counts[1] < len(order):
                 return self._skipping(hidden_states, token_mask, order, counts, observe)
             gates = None
-        return self._mixed(self.in_proj(hidden_states), self.directions, token_mask, gates, observe)
+        return self._mixed(hidden_states, self.directions, token_mask, gates, observe)
 
     def _mixed(
         self,
-        xz: Tensor,
+        hidden_states: Tensor,
         branches: Sequence[_Branch],
         token_mask: Tensor | None,
         gates: Tensor | None,
         observe: ScanObserver | None,
     ) -> Tensor:
-        """All after in_proj, with some or all of the directions: xz (B, L, 2 * d_inner) -> (B, L, d_model)."""
-        shared, gated = self.bimamba_type == "v1", self.layernorm is None
-        options = {"shared": shared, "gated": gated, "token_mask": token_mask, "gates": gates, "observe": observe}
-        y = mix(xz, branches, self._share, **options)
-        # a LayerNorm stands between scan and gate; without it the scan applies the gate itself
-        return self._project(y if gated else self.layernorm(y) * F.silu(xz.chunk(2, dim=-1)[1]))
+        """All of the mixer, with some or all of the directions: (B, L, d_model) -> (B, L, d_model)."""
+        options = {"token_mask": token_mask, "gates": gates, "observe": observe, "norm": self.layernorm}
+        shared = self.bimamba_type == "v1"
+        return self._scaled(mix(hidden_states, branches, self._outside, self._share, shared=shared, **options))
 
     def _skipping(
         self,
@@ -327,17 +338,16 @@ class Mamba(nn.Module):
     ) -> Tensor:
         """The mixer where images skip directions (inference): those are left out of all work, not of the sum alone.
 
-        `order` and `counts` are those of `_by_directions`. Images that run the same directions are made neighbours, so
-        that each kind is a slice, by a copy that is as narrow as tokens get.
+        `order` and `counts` are those of `_by_directions`. Images that run the same directions are made neighbours by a
+        copy that is as narrow as tokens get.
         """
-        out, xz = None, self.in_proj(hidden_states[order[: sum(counts[:3])]])
-        both = self.directions
-        for branches, images, part in zip((both[:1], both, both[1:]), order.split(counts), xz.split(counts[:3])):
+        out, both = None, self.directions
+        for branches, images in zip((both[:1], both, both[1:]), order.split(counts)):
             if not len(images):
                 continue
             mask = None if token_mask is None else token_mask[images]
             seen = None if observe is None else partial(observe, images=images)
-            mixed = self._mixed(part, branches, mask, None, seen)
+            mixed = self._mixed(hidden_states[images], branches, mask, None, seen)
             out = mixed.new_zeros(*hidden_states.shape[:2], mixed.shape[2]) if out is None else out
             out.index_copy_(0, images, mixed)
         return torch.zeros_like(hidden_states) if out is None else out
@@ -368,7 +378,7 @@ class Mamba(nn.Module):
             return_last_state=True,
         )
         ssm_state.copy_(last_state)
-        return self._project(y.transpose(1, 2))
+        return self._scaled(self.out_proj(y.transpose(1, 2)))
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One recurrent step: hidden_states (B, 1, d_model), conv_state (B, d_inner, d_conv) and ssm_state (B, d_inner,
@@ -387,15 +397,18 @@ class Mamba(nn.Module):
         kept = before.detach() * torch.exp(dt.unsqueeze(-1) * branch.A) + (dt * x).unsqueeze(-1) * B.unsqueeze(1)
         ssm_state.copy_(kept.detach())
         y = torch.einsum("bdn,bn->bd", kept, _wide(C)) + branch.D * x
-        return self._project(y.to(x.dtype) * F.silu(z)).unsqueeze(1), conv_state, ssm_state
+        return self._scaled(self.out_proj(y.to(x.dtype) * F.silu(z))).unsqueeze(1), conv_state, ssm_state
 
     @property
     def _share(self) -> float:
         """What the sum of the directions is multiplied by."""
         return 0.5 if self.if_divide_out and self.bimamba_type != "none" else 1.0
 
-    def _project(self, y: Tensor) -> Tensor:
-        out = self.out_proj(y)
+    @property
+    def _outside(self) -> _Outside:
+        return _Outside(self.in_proj, self.out_proj)
+
+    def _scaled(self, out: Tensor) -> Tensor:
         return out if self.init_layer_scale is None else out * self.gamma
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None, **kwargs) -> tuple[Tensor, Tensor]:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from causal_conv1d.backend import KERNEL_DTYPES
-from causal_conv1d.checks import check_device, check_dtype, check_ndim, check_shape, check_tensor
+from causal_conv1d.checks import check_all, check_dtype, check_ndim, check_tensor
 from causal_conv1d.derivatives import gradients_by_reference, wants_reference
 from causal_conv1d.ops.convolution import WIDTHS, causal_conv1d_ref
 from mamba_ssm.kernels import composed
-from mamba_ssm.kernels.arguments import DIRECTION_TENSORS, Direction, split_matrices, with_rates
+from mamba_ssm.kernels.arguments import DIRECTION_TENSORS, Direction, split_directions, split_matrices, with_rates
 from mamba_ssm.kernels.registry import backends
-from mamba_ssm.ops.operators import OPERATORS
+from mamba_ssm.ops.operators import DIRECTIONS, OPERATORS
 from mamba_ssm.ops.scan import scan_flops, selective_scan_ref
 from torch import Tensor
 
@@ -107,12 +107,8 @@ def _check(xz: Tensor, directions: Sequence[Direction]) -> None:
             "A": (dim, dstate),
             "D": (dim,),
         }
-        for (name, wanted), tensor in zip(shapes.items(), each):
-            if tensor is not None:
-                check_tensor(name, tensor)
-                check_shape(name, tensor, wanted, "the shape that fits xz, dt_proj_weight and A")
-                check_device(name, tensor, xz, "xz")
-                check_dtype(name, tensor, dtypes)
+        layout = "the shape that fits xz, dt_proj_weight and A"
+        check_all(xz, "xz", ((name, getattr(each, name), wanted, layout) for name, wanted in shapes.items()), dtypes)
         for name in ("A", "D", "dt_bias"):
             tensor = getattr(each, name)
             if tensor is not None:
@@ -120,12 +116,6 @@ def _check(xz: Tensor, directions: Sequence[Direction]) -> None:
 
 
 # --- registration ----------------------------------------------------------------------------------------------------
-
-
-def _split(parameters: Sequence[Tensor | None], reverse: Sequence[bool]) -> list[Direction]:
-    """The operator's flat lists as `Direction` values."""
-    parts = parameters[:DIRECTION_TENSORS], parameters[DIRECTION_TENSORS:]
-    return [Direction(*part, way) for part, way in zip(parts, reverse)]
 
 
 def _two(xz: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -145,7 +135,7 @@ def _own(kernels: Any, xz: Tensor, directions: Sequence[Direction]) -> str | Non
 
 def _forward(xz, *arguments):
     *parameters, reverse, share, save_states, log_decay = arguments
-    kernels, directions = backends.pick(xz), _split(parameters, reverse)
+    kernels, directions = backends.pick(xz), split_directions(parameters, reverse)
     with torch.no_grad():
         own = _own(kernels, xz, directions)
         if own == "stacked":
@@ -161,7 +151,7 @@ def _forward(xz, *arguments):
 
 def _backward(dout, xz, *arguments):
     x_dbls, states, (*parameters, reverse, share, log_decay) = arguments[:2], arguments[2:4], arguments[4:]
-    kernels, directions = backends.pick(xz), _split(parameters, reverse)
+    kernels, directions = backends.pick(xz), split_directions(parameters, reverse)
     stacked = x_dbls[0].dim() == 4  # of a forward by "stacked"
     with torch.no_grad():
         own = _own(kernels, xz, directions)
@@ -190,7 +180,7 @@ def _backward(dout, xz, *arguments):
 def _fake_forward(xz, *arguments):
     *parameters, reverse, _, save_states, _ = arguments
     (batch, seqlen, width), x_dbls, states = xz.shape, [], []
-    kernels, directions = backends.pick(xz), _split(parameters, reverse)
+    kernels, directions = backends.pick(xz), split_directions(parameters, reverse)
     shape_of_states = kernels.states_shape
     if _own(kernels, xz, directions) == "stacked":
         rows, dstate, count = directions[0].x_proj_weight.shape[0], directions[0].A.shape[1], len(directions)
@@ -213,14 +203,15 @@ def _fake_backward(dout, xz, *arguments):
 
 def _reference(xz: Tensor, *arguments) -> Tensor:
     *parameters, reverse, share, log_decay = arguments
-    return directions_ref(xz, _split(parameters, reverse), share, log_decay=log_decay)
+    return directions_ref(xz, split_directions(parameters, reverse), share, log_decay=log_decay)
 
 
-def _flops(xz: Sequence[int], *arguments) -> int:
+def directions_flops(xz: Sequence[int], *arguments) -> int:
+    """Of the operator's arguments, with shapes in the place of tensors."""
     *parameters, reverse, _, _, _ = arguments
     (batch, seqlen, width), total = xz, 0
     u = batch, width // 2, seqlen
-    for conv_weight, _, x_proj_weight, dt_proj_weight, _, A, D, _ in _split(parameters, reverse):
+    for conv_weight, _, x_proj_weight, dt_proj_weight, _, A, D, _ in split_directions(parameters, reverse):
         weights = conv_weight, x_proj_weight, dt_proj_weight
         total += 2 * batch * seqlen * sum(prod(weight) for weight in weights) + scan_flops(u, u, A, None, None, D, u)
     return total
@@ -244,25 +235,19 @@ def _differentiate(ctx, dout: Tensor | None, *_) -> tuple:
     return *(None if tensor is None else grad for tensor, grad in zip(tensors, grads)), None, None, None, None
 
 
-_TENSORS = (
-    "Tensor? conv_weight{0}, Tensor? conv_bias{0}, Tensor? x_proj_weight{0}, Tensor? dt_proj_weight{0},"
-    " Tensor? dt_bias{0}, Tensor? A{0}, Tensor? D{0}"
-)
-# the second direction's tensors are None if there is one only
-_ARGUMENTS = f"{_TENSORS.format('')}, {_TENSORS.format('_b')}, bool[] reverse, float share"
 _SAVED = "Tensor x_dbl, Tensor x_dbl_b, Tensor states, Tensor states_b"
 _GRADIENTS = ", ".join(["Tensor"] * (1 + 2 * DIRECTION_TENSORS))
 OPERATORS.register(
-    f"directions(Tensor xz, {_ARGUMENTS}, bool save_states, bool log_decay)"
+    f"directions(Tensor xz, {DIRECTIONS}, bool save_states, bool log_decay)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
     save=_save,
     differentiate=_differentiate,
-    flops=_flops,
+    flops=directions_flops,
 )
 OPERATORS.register(
-    f"directions_backward(Tensor dout, Tensor xz, {_SAVED}, {_ARGUMENTS}, bool log_decay) -> ({_GRADIENTS})",
+    f"directions_backward(Tensor dout, Tensor xz, {_SAVED}, {DIRECTIONS}, bool log_decay) -> ({_GRADIENTS})",
     _backward,
     _fake_backward,
 )

@@ -1,7 +1,8 @@
-"""What a mixer does between its projections: here, and nowhere above, kernels are chosen.
+"""What a mixer does: here, and nowhere above, kernels are chosen.
 
-Where a kernel set makes one operator of it all, that is taken, unless something wants to see or change what is in
-between; else it is put together from the convolution, the projections and the scan.
+Where a kernel set makes one operator of it all, or of what is between the outer projections, that is taken, unless
+something wants to see or change what is in between; else it is put together from the projections, the convolution and
+the scan.
 """
 
 from __future__ import annotations
@@ -12,17 +13,32 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from causal_conv1d.kernels.registry import backends as conv_backends
-from mamba_ssm.kernels.arguments import Direction, Lines, MixerSizes, Projections, Taps, VisibleLines
+from mamba_ssm.kernels.arguments import Direction, Ends, Lines, MixerSizes, Projections, Taps, VisibleLines
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.bidirectional import bidirectional_scan_fn
 from mamba_ssm.ops.directions import directions_fn
 from mamba_ssm.ops.pooled import has_scan_gradients, pooled_conv_fn, pooled_gate_fn, pooled_scan_fn
 from mamba_ssm.ops.scan import selective_scan_fn
 from mamba_ssm.ops.visible import visible_conv_fn, visible_gate_fn
+from mamba_ssm.ops.whole import alike, has_whole, mixer_fn, pooled_mixer_fn
 from torch import Tensor, nn
 
 # called with (delta (B, L, d_inner) after softplus, B (B, L, d_state))
 ScanObserver = Callable[..., None]
+
+
+class Outside(Protocol):
+    """A mixer's outer projections."""
+
+    in_proj: Callable[[Tensor], Tensor]  # (B, L, d_model) -> (B, L, 2 * d_inner), x first, z second
+    out_proj: Callable[[Tensor], Tensor]  # (B, L, d_inner) -> (B, L, d_model)
+
+    @property
+    def plain(self) -> bool:
+        """Whether what follows from their parameters is all that they do."""
+
+    def ends(self) -> Ends:
+        """Their parameters."""
 
 
 class Branch(Protocol):
@@ -81,34 +97,43 @@ class TokenPooling(Protocol):
 
 
 def mix(
-    xz: Tensor,
+    hidden_states: Tensor,
     branches: Sequence[Branch],
+    outside: Outside,
     share: float = 1.0,
     *,
     shared: bool = False,
-    gated: bool = True,
+    norm: nn.LayerNorm | None = None,
     token_mask: Tensor | None = None,
     gates: Tensor | None = None,
     observe: ScanObserver | None = None,
 ) -> Tensor:
-    """`share` times the sum of the branches' scans, gated by silu(z).
+    """A whole mixer: `share` times the sum of the branches' scans, gated by silu(z), between the projections `outside`.
 
     Args:
-        xz: (B, L, 2 * d_inner), x first, z second.
+        hidden_states: (B, L, d_model).
         branches: one or two, of which the second is reversed.
+        outside: the outer projections.
         share: what the sum is multiplied with.
         shared: all branches run on what the first one's convolution and projections give.
-        gated: without, z is left to the caller.
+        norm: stands before the gate.
         token_mask: (B, L), 1 or 0; zeroes tokens before and after the convolution.
         gates: (B, branches); one factor per image and branch.
         observe: shown the step sizes and B of each branch, in turn.
 
     Returns:
-        (B, L, d_inner) in the dtype of `xz`.
+        (B, L, d_model).
     """
-    whole = gated and not shared and token_mask is None and gates is None and observe is None
-    if whole and all(branch.plain for branch in branches) and _has_whole(xz):
-        return directions_fn(xz, [branch.direction() for branch in branches], share, log_decay=True)
+    whole = norm is None and not shared and token_mask is None and gates is None and observe is None
+    whole = whole and all(branch.plain for branch in branches)
+    if whole and has_whole(hidden_states, "mixer") and outside.plain:
+        directions = [branch.direction() for branch in branches]
+        if alike(directions):
+            return mixer_fn(hidden_states, outside.ends(), directions, share)
+    xz = outside.in_proj(hidden_states)
+    if whole and _has_between(xz):
+        directions = [branch.direction() for branch in branches]
+        return outside.out_proj(directions_fn(xz, directions, share, log_decay=True))
     x, z = xz.chunk(2, dim=-1)
     backends.foretell(xz, "foretell_mixer", lambda: (_sizes(x, branches, x.shape[1]), token_mask is not None))
     convolve, inputs, scans = _convolving(x, token_mask), None, []
@@ -121,16 +146,17 @@ def mix(
             observe(F.softplus(delta if bias is None else delta + bias), B)
         # C and D are the least of what the share can be multiplied into
         C, D = (C, branch.D) if share == 1 else (C * share, branch.D * share)
-        scans.append(_scan(branch, u, delta, B, C, bias, D, z if gated else None))
+        scans.append(_scan(branch, u, delta, B, C, bias, D, z if norm is None else None))
     y = None
     for number, part in enumerate(_run(branches, scans)):
         if gates is not None:
             part = part * gates[:, number].view(-1, 1, 1).to(part.dtype)
         y = part if y is None else y + part
-    return y
+    # without a norm the scan applies the gate itself
+    return outside.out_proj(y if norm is None else norm(y) * F.silu(z))
 
 
-def _has_whole(xz: Tensor) -> bool:
+def _has_between(xz: Tensor) -> bool:
     return backends.has(xz, "directions_forward") or backends.has(xz, "stacked_forward")
 
 
@@ -138,8 +164,7 @@ def mix_pooled(
     hidden_states: Tensor,
     branches: Sequence[Branch],
     pooling: TokenPooling,
-    in_proj: Callable[[Tensor], Tensor],
-    out_proj: Callable[[Tensor], Tensor],
+    outside: Outside,
     share: float = 1.0,
     *,
     shared: bool = False,
@@ -149,7 +174,7 @@ def mix_pooled(
     """A whole mixer whose scans run over groups of tokens, hidden_states (B, L, d_model) -> (B, L, d_model).
 
     D * u needs no scan, so it stays with the tokens; the scans meet it once, as the sum of both over the groups. `norm`
-    stands before the gate silu(z). The projections are handed in, since tokens are put in order where they are narrow.
+    stands before the gate silu(z). Tokens are put in order where they are narrow, outside the projections.
     """
     pair = len(branches) == 2 and not shared and all(branch.plain for branch in branches)
     # while a graph is exported there are no kernels, and its sizes are not to be looked at
@@ -157,15 +182,19 @@ def mix_pooled(
     lines = pooling.lines if may_have else None
     if lines is not None and backends.has(hidden_states, lines.kernel):
         is_full = isinstance(lines, Lines)
+        given = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+        if is_full and has_whole(hidden_states, "pooled_mixer") and outside.plain:
+            taps, projections = ([getattr(branch, name)() for branch in branches] for name in ("taps", "projections"))
+            if alike(taps) and alike(projections):
+                return pooled_mixer_fn(hidden_states, outside.ends(), taps, projections, given, lines, share)
         conv_fn, gate_fn = (pooled_conv_fn, pooled_gate_fn) if is_full else (visible_conv_fn, visible_gate_fn)
-        x, z = in_proj(hidden_states).chunk(2, dim=-1)
+        x, z = outside.in_proj(hidden_states).chunk(2, dim=-1)
         norm_dtype = None if norm is None else norm.weight.dtype
         backends.foretell(x, "foretell_pooled", lambda: (_sizes(x, branches, lines.count, with_D=False), norm_dtype))
         skip, *groups = conv_fn(x, *(branch.taps() for branch in branches), lines)
         scanned = _scan_groups(branches, groups, pair)
-        given = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-        return out_proj(gate_fn(skip, scanned, z, *given, lines, share))
-    x, z = in_proj(pooling.order(hidden_states)).chunk(2, dim=-1)
+        return outside.out_proj(gate_fn(skip, scanned, z, *given, lines, share))
+    x, z = outside.in_proj(pooling.order(hidden_states)).chunk(2, dim=-1)
     # of so few groups the number does not matter
     backends.foretell(x, "foretell_mixer", lambda: (_sizes(x, branches, 1, with_D=False), token_mask is not None))
     if isinstance(lines, VisibleLines):
@@ -185,7 +214,7 @@ def mix_pooled(
         for branch, own, group in zip(branches, maps, groups):
             y = own.expand_add(y, _scan_groups([branch], [group], pair=False) * share)
     y = y if norm is None else norm(y)
-    return pooling.restore(out_proj(y * F.silu(z)))
+    return pooling.restore(outside.out_proj(y * F.silu(z)))
 
 
 def _sizes(x: Tensor, branches: Sequence[Branch], length: int, with_D: bool = True) -> MixerSizes:

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from causal_conv1d._nvrtc import KernelError
 from causal_conv1d.backend import KERNEL_DTYPES, tell
-from causal_conv1d.checks import check_device, check_dtype, check_ndim, check_shape, check_tensor
+from causal_conv1d.checks import check_all, check_device, check_dtype, check_ndim, check_tensor
 from causal_conv1d.derivatives import gradients_by_reference, wants_reference
 from causal_conv1d.ops.convolution import WIDTHS, causal_conv1d_ref
 from mamba_ssm.kernels.arguments import Lines, Projections, Taps
 from mamba_ssm.kernels.registry import backends
-from mamba_ssm.ops.operators import OPERATORS
+from mamba_ssm.ops.operators import LINES, OPERATORS, PROJECTIONS, TAPS
 from mamba_ssm.ops.scan import scan_flops, selective_scan_ref
 from mamba_ssm.ops.visible import of_given
 from torch import Tensor
@@ -182,12 +182,7 @@ def _check_lines(name: str, x: Tensor, lines: Lines) -> None:
 
 def _check_parameters(x: Tensor, x_name: str, given) -> None:
     """`given` has a name, a tensor, the shape wanted and its layout for each parameter."""
-    dtypes = _DTYPES if x.dtype == torch.float64 else KERNEL_DTYPES
-    for name, parameter, shape, layout in given:
-        check_tensor(name, parameter)
-        check_shape(name, parameter, shape, layout)
-        check_dtype(name, parameter, dtypes)
-        check_device(name, parameter, x, x_name)
+    check_all(x, x_name, given, _DTYPES if x.dtype == torch.float64 else KERNEL_DTYPES)
 
 
 # --- references ------------------------------------------------------------------------------------------------------
@@ -419,47 +414,45 @@ def _differentiate_gate(ctx, dout: Tensor) -> tuple:
     return dskip, dgroups.reshape(groups.shape), dz, dweight, dbias, None, None, None, None, None
 
 
-def _conv_flops(x: Sequence[int], weight: Sequence[int], *_) -> int:
+def pooled_conv_flops(x: Sequence[int], weight: Sequence[int], *_) -> int:
     """Both convolutions, and D."""
     return 2 * prod(x) * (2 * weight[1] + 2)
 
 
-def _scan_flops(
+def pooled_scan_flops(
     groups: Sequence[int], groups_b: Sequence[int], x_proj: Sequence[int], dt_proj, dt_bias, A_log, *_
 ) -> int:
+    """Both directions' projections and scans."""
     batch, lines, dim = groups
     weights = 2 * batch * lines * (prod(x_proj) + prod(dt_proj))
     return 2 * (weights + scan_flops((batch, dim, lines), None, A_log, None, None, None, None))
 
 
-_LINES = "int[3] sizes, int[3] strides, bool[3] pooled"
-_TAPS = "Tensor weight, Tensor? bias, Tensor D, Tensor weight_b, Tensor? bias_b, Tensor D_b"
-_PROJECTIONS = ", ".join(f"Tensor x_proj{b}, Tensor dt_proj{b}, Tensor dt_bias{b}, Tensor A_log{b}" for b in ("", "_b"))
 OPERATORS.register(
-    f"pooled_conv(Tensor x, {_TAPS}, {_LINES}, float scale) -> (Tensor, Tensor, Tensor)",
+    f"pooled_conv(Tensor x, {TAPS}, {LINES}, float scale) -> (Tensor, Tensor, Tensor)",
     _conv,
     _fake_conv,
     save=_save_conv,
     differentiate=_differentiate_conv,
-    flops=_conv_flops,
+    flops=pooled_conv_flops,
 )
 OPERATORS.register(
-    f"pooled_scan(Tensor groups, Tensor groups_b, {_PROJECTIONS}, bool save)"
+    f"pooled_scan(Tensor groups, Tensor groups_b, {PROJECTIONS}, bool save)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _scan,
     _fake_scan,
     save=_save_scan,
     differentiate=_differentiate_scan,
-    flops=_scan_flops,
+    flops=pooled_scan_flops,
 )
 OPERATORS.register(
     "pooled_scan_backward(Tensor dout, Tensor groups, Tensor groups_b, Tensor x_dbl, Tensor x_dbl_b, Tensor states,"
-    f" Tensor states_b, {_PROJECTIONS}) -> ({', '.join(['Tensor'] * 10)})",
+    f" Tensor states_b, {PROJECTIONS}) -> ({', '.join(['Tensor'] * 10)})",
     _scan_backward,
     _fake_scan_backward,
 )
 OPERATORS.register(
-    f"pooled_gate(Tensor skip, Tensor groups, Tensor z, Tensor? weight, Tensor? bias, float eps, {_LINES},"
+    f"pooled_gate(Tensor skip, Tensor groups, Tensor z, Tensor? weight, Tensor? bias, float eps, {LINES},"
     " float share) -> Tensor",
     _gate,
     _fake_gate,

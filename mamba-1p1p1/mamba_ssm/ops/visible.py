@@ -19,7 +19,7 @@ from causal_conv1d.derivatives import gradients_by_reference, wants_reference
 from causal_conv1d.ops.convolution import WIDTHS
 from mamba_ssm.kernels.arguments import Taps, VisibleLines
 from mamba_ssm.kernels.registry import backends
-from mamba_ssm.ops.operators import OPERATORS
+from mamba_ssm.ops.operators import OPERATORS, TAPS
 from torch import Tensor
 
 __all__ = ["Taps", "VisibleLines", "visible_conv_fn", "visible_conv_ref", "visible_gate_fn", "visible_gate_ref"]
@@ -290,11 +290,10 @@ def _differentiate_gate(ctx, dout: Tensor) -> tuple:
     return *of_given(tensors, grads), None, None, None, None
 
 
-_TAPS = "Tensor weight, Tensor? bias, Tensor D, Tensor weight_b, Tensor? bias_b, Tensor D_b"
 _LINES = "Tensor? order, Tensor starts"
 _GATE = "Tensor skip, Tensor groups, Tensor z, Tensor? weight, Tensor? bias, float eps"
 OPERATORS.register(
-    f"visible_conv(Tensor x, {_TAPS}, {_LINES}, float factor) -> (Tensor, Tensor, Tensor)",
+    f"visible_conv(Tensor x, {TAPS}, {_LINES}, float factor) -> (Tensor, Tensor, Tensor)",
     _conv,
     _fake_conv,
     save=_save_conv,
@@ -302,7 +301,7 @@ OPERATORS.register(
     flops=_conv_flops,
 )
 OPERATORS.register(
-    f"visible_conv_backward(Tensor dskip, Tensor dpooled, Tensor dpooled_b, Tensor x, {_TAPS}, {_LINES}, float factor)"
+    f"visible_conv_backward(Tensor dskip, Tensor dpooled, Tensor dpooled_b, Tensor x, {TAPS}, {_LINES}, float factor)"
     f" -> ({', '.join(['Tensor'] * 7)})",
     _conv_backward,
     _fake_conv_backward,

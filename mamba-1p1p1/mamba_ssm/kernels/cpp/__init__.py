@@ -12,6 +12,7 @@ from mamba_ssm.kernels.cpp.visible import (
     visible_gate,
     visible_gate_backward,
 )
+from mamba_ssm.kernels.cpp.whole import mixer, pooled_mixer
 
 __all__ = [
     "directions_backward",
@@ -21,10 +22,12 @@ __all__ = [
     "linear_backward",
     "match_tokens",
     "merge_tokens",
+    "mixer",
     "norm_backward",
     "norm_forward",
     "pooled_conv",
     "pooled_gate",
+    "pooled_mixer",
     "pooled_scan",
     "pooled_scan_backward",
     "pooled_scan_saving",

@@ -14,7 +14,7 @@ from mamba_ssm.kernels.cpp.library import LIBRARY
 from torch import Tensor
 
 
-def _lines(sizes: list[int], strides: list[int], pooled: list[bool]) -> tuple:
+def lines_fields(sizes: list[int], strides: list[int], pooled: list[bool]) -> tuple:
     """The fields of csrc/pooled_abi.h's Lines, the number of groups last."""
     group_strides, count = [], 1
     for size, is_pooled in zip(reversed(sizes), reversed(pooled)):
@@ -71,7 +71,7 @@ def pooled_conv(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, _, dim = x.shape
-    lines = _lines(sizes, strides, pooled)
+    lines = lines_fields(sizes, strides, pooled)
     skip = x.new_empty(x.shape)
     means, means_b = (x.new_empty((batch, lines[-1], dim)) for _ in range(2))
     if skip.numel():
@@ -158,7 +158,7 @@ def pooled_gate(
         z = channel_last(z)
         skip, groups, weight, bias = skip.contiguous(), groups.contiguous(), float32(weight), float32(bias)
         arguments = LIBRARY.structs.PooledGateArgs(
-            **gate_fields(z, weight, bias, eps, _lines(sizes, strides, pooled), share),
+            **gate_fields(z, weight, bias, eps, lines_fields(sizes, strides, pooled), share),
             skip=address(skip),
             groups=address(groups),
             out=address(out),

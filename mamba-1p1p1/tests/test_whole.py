@@ -1,0 +1,318 @@
+"""Whole mixers in one operator: every instruction set against the formulas in float64, and modules that take it."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from causal_conv1d import backend
+from mamba_ssm.kernels import products
+from mamba_ssm.kernels.arguments import Direction, Ends, Lines, Projections, Taps
+from mamba_ssm.kernels.registry import backends
+from mamba_ssm.modules.mamba_simple import Mamba
+from mamba_ssm.ops import whole
+from mamba_ssm.ops.directions import directions_fn
+from mamba_ssm.ops.pooled import pooled_conv_fn, pooled_scan_fn
+from mamba_ssm.ops.whole import mixer_fn, mixer_ref, pooled_mixer_fn, pooled_mixer_ref
+from torch.utils.flop_counter import FlopCounterMode
+
+needs_cpp = pytest.mark.skipif(backends.available("cpu") != "cpp", reason="the C++ kernels are not built")
+
+
+class Parts:
+    """Parameters of a mixer of some sizes, and what the operators take of them."""
+
+    def __init__(self, width=20, dim=40, rank=3, dstate=5, taps=4, optional=True):
+        generator = torch.Generator().manual_seed(width + dim + rank + dstate + taps)
+
+        def rand(*shape, scale=1.0):
+            return torch.randn(shape, generator=generator) * scale
+
+        def maybe(*shape):
+            return rand(*shape) if optional else None
+
+        scale = width**-0.5
+        self.width = width
+        self.ends = Ends(rand(2 * dim, width, scale=scale), maybe(2 * dim), rand(width, dim, scale=scale), maybe(width))
+        self.norm = (rand(dim), maybe(dim), 1e-5) if optional else (None, None, 0.0)
+        self.taps, self.projections, self.directions = [], [], []
+        for reverse in (False, True):
+            weight, bias, D = rand(dim, taps, scale=0.5), maybe(dim), rand(dim)
+            x_proj, dt_proj = rand(rank + 2 * dstate, dim, scale=dim**-0.5), rand(dim, rank)
+            dt_bias, A_log = rand(dim) - 1, rand(dim, dstate)
+            self.taps.append(Taps(weight, bias, D))
+            self.projections.append(Projections(x_proj, dt_proj, dt_bias, A_log))
+            tensors = weight, bias, x_proj, dt_proj, dt_bias if optional else None, A_log, D if optional else None
+            self.directions.append(Direction(*tensors, reverse))
+
+    def tokens(self, *shape):
+        return torch.randn(*shape, self.width, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def double(given):
+    """All tensors of nested tuples and lists in float64."""
+    if isinstance(given, torch.Tensor):
+        return given.double()
+    if isinstance(given, tuple) and hasattr(given, "_fields"):
+        return type(given)(*map(double, given))
+    return type(given)(map(double, given)) if isinstance(given, (tuple, list)) else given
+
+
+def assert_same(found, wanted):
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
+# more than a tile or a panel of the product, less than one, and a depth that takes two passes
+SIZES = [
+    {},
+    {"width": 70, "dim": 140, "rank": 5, "dstate": 16},
+    {"width": 520, "dim": 24},
+    {"width": 3, "dim": 5, "taps": 2},
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("ways", [1, 2])
+def test_mixer(sizes, optional, ways, isa):
+    parts = Parts(**sizes, optional=optional)
+    for batch, seqlen in ((3, 21), (1, 100), (2, 1)):
+        given = parts.tokens(batch, seqlen), parts.ends, parts.directions[:ways], 0.5
+        assert_same(mixer_fn(*given), mixer_ref(*double(given)))
+
+
+GRIDS = [
+    ((5, 6), (0, 1), (1,)),
+    ((5, 6), (1, 0), (1,)),
+    ((30, 1), (0, 1), (0,)),
+    ((2, 5, 3), (1, 0, 2), (1,)),
+    ((2, 5, 3), (2, 1, 0), (0, 1, 2)),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_pooled_mixer(sizes, optional, grid, isa):
+    parts, lines = Parts(**sizes, optional=optional), Lines.of_grid(*grid, 0.75)
+    for batch in (1, 3):
+        given = parts.tokens(batch, 30), parts.ends, parts.taps, parts.projections, parts.norm, lines, 0.5
+        assert_same(pooled_mixer_fn(*given), pooled_mixer_ref(*double(given)))
+
+
+@needs_cpp
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_threads_change_nothing(batch):
+    parts, lines = Parts(width=96, dim=192, dstate=16), Lines.of_grid((14, 14))
+    x, before, found = parts.tokens(batch, 196), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            mixed = mixer_fn(x, parts.ends, parts.directions)
+            found.append((mixed, pooled_mixer_fn(x, parts.ends, parts.taps, parts.projections, parts.norm, lines)))
+    finally:
+        torch.set_num_threads(before)
+    for one in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(one, found[0]))
+
+
+@needs_cpp
+def test_any_strides_and_nothing():
+    parts, lines = Parts(), Lines.of_grid((5, 6))
+    x = parts.tokens(4, 30)
+    for strided in (x[::2], x.flip(1)[:2], x.transpose(1, 2).contiguous().transpose(1, 2)[:2]):
+        dense = strided.contiguous()
+        assert torch.equal(
+            mixer_fn(strided, parts.ends, parts.directions), mixer_fn(dense, parts.ends, parts.directions)
+        )
+        pooled = parts.ends, parts.taps, parts.projections, parts.norm, lines
+        assert torch.equal(pooled_mixer_fn(strided, *pooled), pooled_mixer_fn(dense, *pooled))
+    for empty in (x[:0], x[:, :0]):
+        assert mixer_fn(empty, parts.ends, parts.directions).shape == empty.shape
+    assert pooled_mixer_fn(x[:0], parts.ends, parts.taps, parts.projections, parts.norm, lines).shape == x[:0].shape
+
+
+def test_opcheck(kernels):
+    parts, lines = Parts(), Lines.of_grid((5, 6))
+    x, tests = parts.tokens(2, 30), ("test_schema", "test_faketensor")
+    tensors = [tensor for each in parts.directions for tensor in each[:-1]]
+    given = x, *parts.ends, *tensors, [False, True], 1.0
+    torch.library.opcheck(torch.ops.mamba_ssm.mixer.default, given, test_utils=tests)
+    tensors = [tensor for each in (*parts.taps, *parts.projections) for tensor in each]
+    given = x, *parts.ends, *tensors, *parts.norm, *lines, 1.0
+    torch.library.opcheck(torch.ops.mamba_ssm.pooled_mixer.default, given, test_utils=tests)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda parts: {"x": parts.tokens(2, 30).double()}, "x has dtype float64, wanted float32"),
+        (lambda parts: {"x": parts.tokens(2)}, "x has shape"),
+        (lambda parts: {"x": [1.0]}, "x is a list"),
+        (lambda parts: {"ends": parts.ends._replace(in_proj=parts.ends.in_proj[1:])}, "in_proj has shape"),
+        (lambda parts: {"ends": parts.ends._replace(out_proj=None)}, "out_proj is a NoneType"),
+        (lambda parts: {"ends": parts.ends._replace(out_bias=parts.ends.in_bias)}, "out_bias has shape"),
+        (lambda parts: {"ends": parts.ends._replace(in_bias=parts.ends.in_bias.half())}, "in_bias has dtype float16"),
+    ],
+)
+def test_bad_ends_are_said(change, said):
+    parts = Parts()
+    given = {"x": parts.tokens(2, 30), "ends": parts.ends} | change(parts)
+    with pytest.raises((TypeError, ValueError), match=said):
+        mixer_fn(**given, directions=parts.directions)
+    pooled = {"taps": parts.taps, "projections": parts.projections, "norm": parts.norm, "lines": Lines.of_grid((5, 6))}
+    with pytest.raises((TypeError, ValueError), match=said):
+        pooled_mixer_fn(**given, **pooled)
+
+
+def test_bad_insides_are_said():
+    parts, lines = Parts(), Lines.of_grid((5, 6))
+    x, (first, second) = parts.tokens(2, 30), parts.directions
+
+    def pooled(x=x, taps=parts.taps, projections=parts.projections, norm=parts.norm, lines=lines):
+        return pooled_mixer_fn(x, parts.ends, taps, projections, norm, lines)
+
+    wrong = [
+        (lambda: mixer_fn(x, parts.ends, []), "directions has 0 entries"),
+        (lambda: mixer_fn(x, parts.ends, [first, second._replace(A=second.A[:, 1:])]), "A has shape"),
+        (lambda: mixer_fn(x, parts.ends, [first._replace(conv_weight=first.D)]), "conv_weight has shape"),
+        (lambda: mixer_fn(x, parts.ends, [first._replace(conv_weight=first.conv_weight[:, :1])]), "1 columns"),
+        (lambda: pooled(x=x[:, 1:]), "fill a grid"),
+        (lambda: pooled(taps=[each._replace(weight=each.weight[:, :1]) for each in parts.taps]), "1 columns"),
+        (lambda: pooled(projections=[parts.projections[0], parts.projections[1]._replace(dt_bias=first.A)]), "dt_bias"),
+        (lambda: pooled(norm=(None, parts.norm[1], 1e-5)), "bias without weight"),
+        (lambda: pooled(norm=(parts.norm[0][1:], None, 1e-5)), "weight has shape"),
+    ]
+    for call, said in wrong:
+        with pytest.raises((TypeError, ValueError), match=said):
+            call()
+
+
+# --- modules that take them -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the operators that modules call, while they are taken on any processor."""
+    called = []
+    monkeypatch.setattr(products, "PREFER_OWN_NARROW", True)
+
+    def spy(name, *given):
+        called.append(name)
+        return getattr(whole, name)(*given)
+
+    for name in ("mixer_fn", "pooled_mixer_fn"):
+        monkeypatch.setattr(f"mamba_ssm.ops.mixer.{name}", partial(spy, name))
+    return called
+
+
+class Pooling:
+    """Lines of a grid, as `mix_pooled` asks for them."""
+
+    lines, backward = Lines.of_grid((5, 6)), None
+
+
+def pooled_or_not(pooled):
+    return {"pooling": Pooling()} if pooled else {}
+
+
+@needs_cpp
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bimamba_type": "v2"},
+        {"bimamba_type": "v2", "if_divide_out": True, "init_layer_scale": 0.1, "bias": True, "conv_bias": False},
+    ],
+    ids=str,
+)
+def test_inference_is_training_to_rounding(pooled, options, calls):
+    torch.manual_seed(0)
+    mixer, x, more = Mamba(24, **options), torch.randn(3, 30, 24), pooled_or_not(pooled)
+    wanted = mixer(x, **more)
+    assert wanted.requires_grad
+    assert not calls
+    with torch.no_grad():
+        found = mixer(x, **more)
+    assert calls == ["pooled_mixer_fn" if pooled else "mixer_fn"]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
+@needs_cpp
+@pytest.mark.parametrize("part", ["in_proj", "out_proj", "x_proj_b", "conv1d"])
+def test_hooks_are_called(part, calls):
+    mixer, x, seen = Mamba(24, bimamba_type="v2"), torch.randn(2, 30, 24), []
+    getattr(mixer, part).register_forward_hook(lambda *_: seen.append(part))
+    ways = (False, True) if part in ("in_proj", "out_proj") else (False,)
+    with torch.no_grad():
+        for pooled in ways:
+            mixer(x, **pooled_or_not(pooled))
+    assert seen == [part] * len(ways)
+    assert not calls
+
+
+@needs_cpp
+def test_not_where_something_looks_on(calls):
+    mixer, x = Mamba(24, bimamba_type="v2"), torch.randn(2, 30, 24)
+    looks = [
+        {"token_mask": torch.ones(2, 30)},
+        {"observe": lambda *_, **__: None},
+    ]
+    with torch.no_grad():
+        for more in looks:
+            mixer(x, **more)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert mixer(x).dtype == torch.bfloat16
+        mixer.double()(x.double())
+        mixer.bfloat16()(x.bfloat16())
+        with backend.use("torch"):
+            mixer.float()(x)
+        torch.func.vmap(lambda one: mixer(one.unsqueeze(0)))(x)
+        assert not calls
+        mixer(x)
+    assert calls == ["mixer_fn"]
+
+
+@needs_cpp
+def test_directions_of_other_sizes_are_not_one_operator(calls):
+    mixer, x = Mamba(24, bimamba_type="v2"), torch.randn(2, 30, 24)
+    other = Mamba(24, d_state=8)
+    mixer.x_proj_b, mixer.A_b_log = other.x_proj, other.A_log
+    with torch.no_grad():
+        found = mixer(x)
+    torch.testing.assert_close(found, mixer(x).detach())
+    assert not calls
+
+
+def flops(call):
+    # the counter looks on with hooks of all modules, which would be called
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@needs_cpp
+def test_as_many_flops_as_its_steps():
+    parts, lines = Parts(optional=False), Lines.of_grid((5, 6))
+    x = parts.tokens(2, 30)
+    xz, y = x @ parts.ends.in_proj.t(), parts.tokens(2, 30) @ parts.ends.out_proj
+    outside = flops(lambda: (F.linear(x, parts.ends.in_proj), F.linear(y, parts.ends.out_proj)))
+    inside = flops(lambda: directions_fn(xz, parts.directions, log_decay=True))
+    assert flops(lambda: mixer_fn(x, parts.ends, parts.directions)) == outside + inside > outside > 0
+    groups = torch.randn(2, lines.count, 40)
+    inside = flops(lambda: (pooled_conv_fn(y, *parts.taps, lines), pooled_scan_fn(groups, groups, *parts.projections)))
+    pooled = parts.ends, parts.taps, parts.projections, parts.norm, lines
+    assert flops(lambda: pooled_mixer_fn(x, *pooled)) == outside + inside > outside
+
+
+@needs_cpp
+def test_skipped_directions(calls):
+    """Images that run one direction alone, as DyVM's do in inference."""
+    mixer = Mamba(24, bimamba_type="v2").eval()
+    x, gates = torch.randn(4, 30, 24), torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    with torch.no_grad():
+        found = mixer(x, direction_gate=lambda hidden: gates)
+    assert calls == ["mixer_fn"] * 3
+    # with gradients each image runs both, and the gates are factors
+    wanted = mixer.train()(x, direction_gate=lambda hidden: gates)
+    torch.testing.assert_close(found, wanted.detach(), rtol=0, atol=1e-5 * wanted.abs().max().item())
