@@ -19,7 +19,7 @@ struct Block {
 
 // Those of this thread; as many as a kernel has at a time.
 struct Blocks {
-    static constexpr int COUNT = 8;
+    static constexpr int COUNT = 12;
     Block all[COUNT];
 
     static Blocks &own() {

@@ -99,16 +99,26 @@ struct Rates {
     }
 };
 
+// One direction's projections, packed for all images.
+struct PackedDirection {
+    PackedWeight x_proj, dt_proj;
+
+    PackedDirection(const DirectionsArgs &s, int64_t number) : PackedDirection(s, number ? s.second : s.first) {}
+    bool ok() const { return x_proj.ok() && dt_proj.ok(); }
+
+  private:
+    PackedDirection(const DirectionsArgs &s, const DirectionWeights &own)
+        : x_proj(own.x_proj, 0, s.rank + 2 * s.dstate, s.dim, s.threads), dt_proj(own.dt_proj, 0, s.dim, s.rank, s.threads) {}
+};
+
 // One direction of one image, into (or added to) its out (seqlen, dim); `memory` is for twice as much.
-inline int direction_forward(const DirectionOfImage &here, float *memory, float *out) {
+inline int direction_forward(const DirectionOfImage &here, const PackedDirection &packed, float *memory, float *out) {
     const DirectionsArgs &s = here.s;
     float *const delta = memory + s.seqlen * s.dim;
     const float *const u = here.find_u(memory);
     if (!u) return 1;
-    if (multiply(s.seqlen, here.narrow, s.dim, here.threads, {at(u), s.dim, 1}, {here.own.x_proj, 1, s.dim}, here.x_dbl,
-                 here.narrow, false))
-        return 1;
-    if (here.find_delta(delta)) return 1;
+    packed.x_proj.multiply(s.seqlen, here.threads, u, s.dim, here.x_dbl, here.narrow);
+    packed.dt_proj.multiply(s.seqlen, here.threads, here.x_dbl, here.narrow, delta, s.dim);
     ScanArgs scan = here.scan_args(u, delta);
     if (!here.last) {  // the last one's gate and share are those of the sum
         const double one = 1;
@@ -122,7 +132,8 @@ inline int direction_forward(const DirectionOfImage &here, float *memory, float 
 // One where there was no memory, else zero.
 inline int directions_forward(const DirectionsArgs &s) {
     const Rates rates(s);
-    if (!rates.A) return 1;
+    const PackedDirection packed[] = {{s, 0}, {s, s.directions - 1}};
+    if (!rates.A || !packed[0].ok() || !packed[1].ok()) return 1;
     const int64_t size = s.seqlen * s.dim;
     return images::each(s.batch, s.threads, shares_of_images(s), [&](int64_t begin, int64_t end, int64_t threads, int) {
         const memory::Buffer buffer(bytes(2 * size));
@@ -131,7 +142,7 @@ inline int directions_forward(const DirectionsArgs &s) {
         for (int64_t image = begin; image < end; ++image)
             for (int64_t number = 0; number < s.directions; ++number) {
                 const DirectionOfImage here(s, number, image, threads, rates.A);
-                if (direction_forward(here, memory, floats(s.out) + image * size)) return 1;
+                if (direction_forward(here, packed[number], memory, floats(s.out) + image * size)) return 1;
             }
         return 0;
     });
@@ -143,7 +154,8 @@ inline int mixer_forward(const MixerArgs &s) {
     const Rates rates(all);
     const PackedWeight in_proj(s.in_proj.weight, s.in_proj.bias, 2 * all.dim, s.width, all.threads);
     const PackedWeight out_proj(s.out_proj.weight, s.out_proj.bias, s.width, all.dim, all.threads);
-    if (!rates.A || !in_proj.ok() || !out_proj.ok()) return 1;
+    const PackedDirection packed[] = {{all, 0}, {all, all.directions - 1}};
+    if (!rates.A || !in_proj.ok() || !out_proj.ok() || !packed[0].ok() || !packed[1].ok()) return 1;
     const int64_t tokens = all.seqlen, size = tokens * all.dim;
     return images::each(all.batch, all.threads, shares_of_images(all), [&](int64_t begin, int64_t end, int64_t threads, int) {
         const memory::Buffer buffer(bytes(5 * size + tokens * (all.rank + 2 * all.dstate)));
@@ -157,7 +169,7 @@ inline int mixer_forward(const MixerArgs &s) {
             const float *const x = floats(s.x.data) + image * s.x.batch_stride;
             in_proj.multiply(tokens, threads, x, s.x.token_stride, xz, 2 * all.dim);
             for (int64_t number = 0; number < one.directions; ++number)
-                if (direction_forward(DirectionOfImage(one, number, 0, threads, rates.A), memory, y)) return 1;
+                if (direction_forward(DirectionOfImage(one, number, 0, threads, rates.A), packed[number], memory, y)) return 1;
             out_proj.multiply(tokens, threads, y, all.dim, floats(s.out) + image * tokens * s.width, s.width);
         }
         return 0;

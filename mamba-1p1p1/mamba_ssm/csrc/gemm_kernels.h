@@ -1,5 +1,6 @@
-// The product of two float32 matrices on CPU vectors. b is packed once, into panels of a few vectors' width; a tile of
-// TILE_ROWS rows times one panel is summed in registers. Included inside an instruction set's namespace (see each_isa.h).
+// The product of two float32 matrices on CPU vectors. b is packed once, into panels of a few vectors' width, unless its rows
+// can be read where they are and few rows of a meet them; a tile of TILE_ROWS rows times one panel is summed in registers.
+// Included inside an instruction set's namespace (see each_isa.h).
 //
 // The order of every sum depends on the sizes alone, not on the threads.
 
@@ -11,11 +12,13 @@ constexpr int64_t PANEL = TILE_VECTORS * LANES;
 constexpr int64_t BLOCK_TILES = 16;
 constexpr int64_t BLOCK_ROWS = BLOCK_TILES * TILE_ROWS;
 constexpr int64_t BLOCK_DEPTH = 512;
+// So few rows of a that packing b would cost as much as multiplying it.
+constexpr int64_t FEW_ROWS = 8 * TILE_ROWS;
 
-// c (ROWS, columns) (+)= a (ROWS, depth) times a panel (depth, PANEL), of which the first VECTORS vectors count.
+// c (ROWS, columns) (+)= a (ROWS, depth) times a panel (depth, `pitch` apart), of which the first VECTORS vectors count.
 template <int ROWS, int VECTORS>
-inline void multiply_tile(const float *a, int64_t row_stride, int64_t step, const float *panel, int64_t depth, float *c,
-                          int64_t c_stride, int64_t columns, bool fresh, const float *bias) {
+inline void multiply_tile(const float *a, int64_t row_stride, int64_t step, const float *panel, int64_t pitch, int64_t depth,
+                          float *c, int64_t c_stride, int64_t columns, bool fresh, const float *bias) {
     V sums[ROWS][VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) {
@@ -26,7 +29,7 @@ inline void multiply_tile(const float *a, int64_t row_stride, int64_t step, cons
             else sums[r][v] = bias ? load_some(bias + v * LANES, count) : set(0.f);
         }
     }
-    for (int64_t k = 0; k < depth; ++k, a += step, panel += PANEL) {
+    for (int64_t k = 0; k < depth; ++k, a += step, panel += pitch) {
         V row[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) row[v] = load(panel + v * LANES);
@@ -43,8 +46,8 @@ inline void multiply_tile(const float *a, int64_t row_stride, int64_t step, cons
         for (int r = 0; r < ROWS; ++r) store_some(c + r * c_stride + v * LANES, sums[r][v], int(columns - v * LANES));
 }
 
-using MultiplyTile = void (*)(const float *, int64_t, int64_t, const float *, int64_t, float *, int64_t, int64_t, bool,
-                              const float *);
+using MultiplyTile = void (*)(const float *, int64_t, int64_t, const float *, int64_t, int64_t, float *, int64_t, int64_t,
+                              bool, const float *);
 
 template <int ROWS> inline MultiplyTile tile_of_vectors(int64_t vectors) {
     if constexpr (TILE_VECTORS > 2) {
@@ -97,9 +100,15 @@ inline void pack_rows(const GemmArgs &s, int64_t row, int64_t rows, int64_t begi
     }
 }
 
+// Where a pass finds b: its panels lie `panel_stride` apart, the rows of each `pitch`.
+struct Stored {
+    const float *b;
+    int64_t pitch, panel_stride;
+};
+
 // Tiles [first, last) of the block of rows from `row` on, for steps [begin, end). Tiles are counted panel by panel.
 inline void multiply_block(const GemmArgs &s, int64_t row, int64_t first, int64_t last, int64_t begin, int64_t end,
-                           const float *panels, float *packed) {
+                           const Stored &stored, float *packed) {
     const int64_t rows = s.rows - row < BLOCK_ROWS ? s.rows - row : BLOCK_ROWS, depth = end - begin;
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     const bool along_rows = s.a.column_stride == 1;
@@ -111,14 +120,16 @@ inline void multiply_block(const GemmArgs &s, int64_t row, int64_t first, int64_
         const int64_t to = last - p * tiles < tiles ? (last - p * tiles) * TILE_ROWS : rows;
         const int64_t columns = s.columns - p * PANEL < PANEL ? s.columns - p * PANEL : PANEL;
         const int64_t vectors = (columns + LANES - 1) / LANES;
-        const float *panel = panels + p * PANEL * depth;
+        const float *panel = stored.b + p * stored.panel_stride;
         const float *bias = s.bias ? reinterpret_cast<const float *>(s.bias) + p * PANEL : nullptr;
         for (int64_t r = from * TILE_ROWS; r < to; r += TILE_ROWS) {
             float *c = reinterpret_cast<float *>(s.c) + (row + r) * s.c_stride + p * PANEL;
             const MultiplyTile multiply = tile_of(rows - r, vectors);
             if (along_rows)
-                multiply(a + r * s.a.row_stride, s.a.row_stride, 1, panel, depth, c, s.c_stride, columns, fresh, bias);
-            else multiply(packed + r * depth, 1, TILE_ROWS, panel, depth, c, s.c_stride, columns, fresh, bias);
+                multiply(a + r * s.a.row_stride, s.a.row_stride, 1, panel, stored.pitch, depth, c, s.c_stride, columns, fresh,
+                         bias);
+            else
+                multiply(packed + r * depth, 1, TILE_ROWS, panel, stored.pitch, depth, c, s.c_stride, columns, fresh, bias);
         }
     }
 }
@@ -135,6 +146,7 @@ struct Panels {
     int64_t begin(int64_t pass) const { return depth * pass / passes; }
     int64_t deepest() const { return (depth + passes - 1) / passes; }
     int64_t floats(int64_t steps) const { return count * PANEL * steps; }
+    Stored packed(const float *b, int64_t pass) const { return {b, PANEL, PANEL * (begin(pass + 1) - begin(pass))}; }
 };
 
 // Some of the vectors of columns of one pass, to that pass's panels.
@@ -149,8 +161,8 @@ inline int shares_of_product(const GemmArgs &s, const Panels &panels) {
     return parallel::shares_for(s.threads, tiles, s.rows * s.columns * (s.depth / LANES + 1));
 }
 
-// One pass, given its panels; `packed_a` has BLOCK_ROWS rows for each share, and is not used where a's rows are in order.
-inline void multiply_pass(const GemmArgs &s, const Panels &panels, int64_t pass, int shares, const float *packed_b,
+// One pass; `packed_a` has BLOCK_ROWS rows for each share, and is not used where a's rows are in order.
+inline void multiply_pass(const GemmArgs &s, const Panels &panels, int64_t pass, int shares, const Stored &stored,
                           float *packed_a) {
     const int64_t tiles = panels.count * ((s.rows + TILE_ROWS - 1) / TILE_ROWS), block = panels.count * BLOCK_TILES;
     parallel::run(shares, [&](int share) {
@@ -160,7 +172,7 @@ inline void multiply_pass(const GemmArgs &s, const Panels &panels, int64_t pass,
             const int64_t first = range.begin > start ? range.begin - start : 0;
             const int64_t last = range.end - start < block ? range.end - start : block;
             multiply_block(s, start / panels.count * TILE_ROWS, first, last, panels.begin(pass), panels.begin(pass + 1),
-                           packed_b, packed_a ? packed_a + share * BLOCK_ROWS * panels.deepest() : nullptr);
+                           stored, packed_a ? packed_a + share * BLOCK_ROWS * panels.deepest() : nullptr);
         }
     });
 }
@@ -177,15 +189,22 @@ inline int gemm(const GemmArgs &s) {
     if (s.rows == 0 || s.columns == 0) return 0;  // of nothing there are no shares
     const Panels panels(s);
     const int shares = shares_of_product(s, panels);
-    const int64_t packed = panels.floats(panels.deepest());
+    const bool in_place = s.rows <= FEW_ROWS && s.b.column_stride == 1 && s.columns % LANES == 0;
+    const int64_t packed = in_place ? 0 : panels.floats(panels.deepest());
     const memory::Buffer buffer((packed + shares * BLOCK_ROWS * panels.deepest() + LINE) * sizeof(float));
     if (!buffer.data()) return 1;
     float *const packed_b = line_from(buffer.data());
     for (int64_t pass = 0; pass < panels.passes; ++pass) {
-        parallel::run(shares, [&](int share) {
-            pack(s, panels, pass, parallel::share_of(panels.vectors, shares, share), packed_b);
-        });
-        multiply_pass(s, panels, pass, shares, packed_b, packed_b + packed);
+        Stored stored = panels.packed(packed_b, pass);
+        if (in_place) {
+            const float *const b = reinterpret_cast<const float *>(s.b.data);
+            stored = {b + panels.begin(pass) * s.b.row_stride, s.b.row_stride, PANEL};
+        } else {
+            parallel::run(shares, [&](int share) {
+                pack(s, panels, pass, parallel::share_of(panels.vectors, shares, share), packed_b);
+            });
+        }
+        multiply_pass(s, panels, pass, shares, stored, packed_b + packed);
     }
     return 0;
 }
@@ -215,7 +234,7 @@ struct PackedWeight {
         s.a = {reinterpret_cast<int64_t>(a), a_stride, 1}, s.bias = bias;
         s.c = reinterpret_cast<int64_t>(c), s.c_stride = c_stride;
         for (int64_t pass = 0; rows && pass < panels.passes; ++pass)
-            multiply_pass(s, panels, pass, shares_of_product(s, panels), packed(pass), nullptr);
+            multiply_pass(s, panels, pass, shares_of_product(s, panels), panels.packed(packed(pass), pass), nullptr);
     }
 
   private:

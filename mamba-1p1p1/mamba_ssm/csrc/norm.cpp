@@ -1,4 +1,5 @@
 // Residual addition and normalisation for CPUs: a C interface without torch.
+#include <algorithm>
 #include <cstdlib>
 
 #include "isa.h"

@@ -37,18 +37,32 @@ inline void load_parameters(const NormArgs &s, float *weight, float *bias) {
     if (s.bias) std::memcpy(bias, reinterpret_cast<const float *>(s.bias), s.size * sizeof(float));
 }
 
-// total and out are scratch rows, whole vectors long.
-inline void forward_row(const NormArgs &s, int64_t row, const float *weight, const float *bias, float *total, float *out) {
+// A vector of a row of any dtype, zero behind its end.
+VEC V vector_of(const Rows &rows, int64_t row, int64_t i, int64_t size) {
+    const int64_t at = row * rows.stride + i;
+    const int count = int(std::min<int64_t>(LANES, size - i));
+    if (rows.dtype == FLOAT32) return load_some(reinterpret_cast<const float *>(rows.data) + at, count);
+    if (rows.dtype == BFLOAT16) return load_some(reinterpret_cast<const bfloat16 *>(rows.data) + at, count);
+    return load_some(reinterpret_cast<const float16 *>(rows.data) + at, count);
+}
+// The row itself if whole vectors of float32 can be written to it, else `scratch`, from where store_row takes them.
+VEC float *row_or(const Rows &rows, int64_t row, int64_t size, float *scratch) {
+    const bool whole = rows.data && rows.dtype == FLOAT32 && size % LANES == 0;
+    return whole ? reinterpret_cast<float *>(rows.data) + row * rows.stride : scratch;
+}
+
+// `scratch` is for two rows, whole vectors long.
+inline void forward_row(const NormArgs &s, int64_t row, const float *weight, const float *bias, float *scratch) {
     const int64_t size = s.size, vectors = padded(size);
-    for_row(s.x, row, size, [&](int64_t i, V x) { store(total + i, x); });
-    if (s.residual.data)
-        for_row(s.residual, row, size, [&](int64_t i, V x) { store(total + i, load(total + i) + x); });
-    float mean = 0.f;
-    if (!s.rms) {
-        V sums = set(0.f);
-        for (int64_t i = 0; i < vectors; i += LANES) sums = sums + load(total + i);
-        mean = sum(sums) / float(size);
+    float *const total = row_or(s.total, row, size, scratch), *const out = row_or(s.out, row, size, scratch + vectors);
+    V sums = set(0.f);
+    for (int64_t i = 0; i < vectors; i += LANES) {
+        V x = vector_of(s.x, row, i, size);
+        if (s.residual.data) x = x + vector_of(s.residual, row, i, size);
+        store(total + i, x);
+        sums = sums + x;
     }
+    const float mean = s.rms ? 0.f : sum(sums) / float(size);
     V squares = set(0.f);
     const V center = set(mean);
     for (int64_t i = 0; i + LANES <= size; i += LANES) {
@@ -61,8 +75,8 @@ inline void forward_row(const NormArgs &s, int64_t row, const float *weight, con
     const V factor = set(scale);
     for (int64_t i = 0; i < vectors; i += LANES)
         store(out + i, fma((load(total + i) - center) * factor, load(weight + i), load(bias + i)));
-    store_row(s.total, row, size, total);
-    store_row(s.out, row, size, out);
+    if (total == scratch) store_row(s.total, row, size, total);
+    if (out == scratch + vectors) store_row(s.out, row, size, out);
     reinterpret_cast<float *>(s.mean)[row] = mean;
     reinterpret_cast<float *>(s.scale)[row] = scale;
 }
@@ -93,7 +107,9 @@ inline void backward_row(const NormArgs &s, int64_t row, const float *weight, fl
 // Forward if s.out is there, else backward. Not zero where there was no memory.
 inline int norm(const NormArgs &s) {
     const int64_t row = padded(s.size);
-    const int shares = parallel::shares_for(s.threads, s.rows, s.rows * s.size / LANES * 2);
+    // what a row costs, in the steps of parallel.h; backward the sums over rows depend on the shares
+    const int64_t steps_a_vector = s.out.data ? 16 : 2;
+    const int shares = parallel::shares_for(s.threads, s.rows, s.rows * s.size / LANES * steps_a_vector);
     float *const scratch = static_cast<float *>(std::calloc((2 + 4 * shares) * row, sizeof(float)));
     if (!scratch) return 1;
     float *const weight = scratch, *const bias = scratch + row, *const own = scratch + 2 * row;
@@ -102,7 +118,7 @@ inline int norm(const NormArgs &s) {
         float *rows = own + share * 4 * row;
         const parallel::Range range = parallel::share_of(s.rows, shares, share);
         for (int64_t i = range.begin; i < range.end; ++i) {
-            if (s.out.data) forward_row(s, i, weight, bias, rows, rows + row);
+            if (s.out.data) forward_row(s, i, weight, bias, rows);
             else backward_row(s, i, weight, rows, rows + row, rows + 2 * row, rows + 3 * row);
         }
     });
