@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from causal_conv1d import backend, causal_conv1d_ref
 from mamba_ssm.kernels import products
 from mamba_ssm.kernels.registry import backends
-from mamba_ssm.ops.directions import Direction, directions_fn
+from mamba_ssm.modules.mamba_simple import Mamba
+from mamba_ssm.ops.directions import Direction, directions_fn, directions_ref, has_masked
 from mamba_ssm.ops.selective_scan_interface import (
     bimamba_inner_fn,
     bimamba_inner_ref,
@@ -229,18 +230,110 @@ def test_compiles_without_graph_break():
 
 
 @pytest.mark.parametrize("name", ["torch", "cpp"])
-def test_opcheck(name):
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(name, masked):
     with backend.use(name if backends.available("cpu") == name else "torch"):
         xz, directions = arguments(batch=1, seqlen=35, dim=4, dstate=2)
         parameters = [tensor for direction in directions for tensor in direction[:-1]]
-        inputs = [xz.requires_grad_(), *(tensor.requires_grad_() for tensor in parameters)]
+        mask = some_mask(1, 35).requires_grad_() if masked else None
+        inputs = [xz.requires_grad_(), mask, *(tensor.requires_grad_() for tensor in parameters)]
         args = (*inputs, [False, True], 0.5, True, False)
         torch.library.opcheck(torch.ops.mamba_ssm.directions.default, args)
         with torch.no_grad():
             out, *saved = torch.ops.mamba_ssm.directions(*args)
-        xz, *parameters = (tensor.detach() for tensor in inputs)
-        args = (out, xz, *saved, *parameters, [False, True], 0.5, False)
+        xz, mask, *parameters = (None if tensor is None else tensor.detach() for tensor in inputs)
+        args = (out, xz, mask, *saved, *parameters, [False, True], 0.5, False)
         torch.library.opcheck(torch.ops.mamba_ssm.directions_backward.default, args)
+
+
+def some_mask(*shape):
+    """A third of the tokens out, a third in, a third in part."""
+    return torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(3)).float() / 2
+
+
+def masked_gradients(fn, xz, mask, directions, dtype):
+    leaves = [xz.to(dtype), mask.to(dtype if dtype == torch.float64 else torch.float32)]
+    leaves += [tensor for each in directions for tensor in each[:-1] if tensor is not None]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    given, own = iter(leaves[2:]), []
+    for each in directions:
+        own.append(Direction(*(None if tensor is None else next(given) for tensor in each[:-1]), each.reverse))
+    out = fn(leaves[0], own, 0.5, log_decay=True, mask=leaves[1])
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return out, *torch.autograd.grad(out, leaves, dout)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("ways", [(True,), (False, True)])
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize(("batch", "seqlen"), [(1, 40), (3, 9)])
+def test_masked(dtype, ways, optional, batch, seqlen, kernels, monkeypatch):
+    """Tokens multiplied before and after the convolution, and the gradients of what they are multiplied with."""
+    monkeypatch.setattr(products, "PREFER_OWN_NARROW", True)
+    xz, directions = arguments(batch, seqlen, ways=ways, optional=optional)
+    logs, mask = [each._replace(A=(-each.A + 0.01).log()) for each in directions], some_mask(batch, seqlen)
+    assert has_masked(xz.to(dtype), logs) == (kernels != "torch")
+    found = masked_gradients(directions_fn, xz, mask, logs, dtype)
+    wanted = masked_gradients(directions_ref, xz.to(dtype), mask, double(logs), torch.float64)
+    assert found[0].dtype == dtype
+    for got, want in zip(found, wanted):
+        assert relative_error(got, want) <= 3 * TOLERANCE[dtype]
+
+
+def test_masks_of_other_kinds():
+    xz, directions = arguments()
+    keep = some_mask(2, 21) > 0
+    wanted = directions_ref(xz, directions, mask=keep.float())
+    for mask in (keep, keep.long(), keep.half()):
+        torch.testing.assert_close(directions_fn(xz, directions, mask=mask), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(directions_fn(xz, directions, mask=torch.ones(2, 21)), directions_fn(xz, directions))
+    for wrong, said in ((keep[:1], "mask has shape"), ([1], "mask is a list"), (keep.to(torch.int8), "mask has dtype")):
+        with pytest.raises((TypeError, ValueError), match=said):
+            directions_fn(xz, directions, mask=wrong)
+
+
+def test_masked_gradients_of_gradients():
+    xz, directions = arguments(batch=1, seqlen=5, dim=3, dt_rank=1, dstate=2)
+    xz, mask = xz.requires_grad_(), some_mask(1, 5).requires_grad_()
+    first = torch.autograd.grad(directions_fn(xz, directions, mask=mask).square().sum(), mask, create_graph=True)[0]
+    found = torch.autograd.grad(first.sum(), xz)[0]
+    first = torch.autograd.grad(directions_ref(xz, directions, mask=mask).square().sum(), mask, create_graph=True)[0]
+    torch.testing.assert_close(found, torch.autograd.grad(first.sum(), xz)[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(backends.available("cpu") != "cpp", reason="no C++ kernels")
+def test_backward_on_another_kernel_set_knows_the_mask():
+    xz, directions = arguments()
+    xz, mask = xz.requires_grad_(), some_mask(2, 21).requires_grad_()
+    for forward, backward in (("cpp", "torch"), ("torch", "cpp")):
+        with backend.use(forward):
+            out = directions_fn(xz, directions, mask=mask)
+        with backend.use(backward):
+            found = torch.autograd.grad(out.sum(), (xz, mask))
+        wanted = torch.autograd.grad(directions_ref(xz, directions, mask=mask).sum(), (xz, mask))
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["none", "v2"])
+@pytest.mark.parametrize("looks", [{"token_mask"}, {"direction_gate"}, {"token_mask", "direction_gate"}], ids=sorted)
+def test_masked_and_gated_mixers(kind, looks, monkeypatch):
+    """As put together from the steps: outputs, and gradients of hidden states, mask, gates and parameters."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(products, "PREFER_OWN_NARROW", True)
+    mixer, hidden = Mamba(24, bimamba_type=kind), torch.randn(3, 21, 24, requires_grad=True)
+    mask = some_mask(3, 21).requires_grad_()
+    gates = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.25, 0.75]])[:, : len(mixer.directions)].clone().requires_grad_()
+    given = {"token_mask": mask, "direction_gate": lambda _: gates}
+    leaves = [hidden, *([mask] if "token_mask" in looks else []), *([gates] if "direction_gate" in looks else [])]
+    leaves += mixer.parameters()
+    outs, dout = [], torch.randn(3, 21, 24)
+    for steps in (False, True):
+        if steps:
+            monkeypatch.setattr("mamba_ssm.ops.mixer.has_masked", lambda *_: False)
+        out = mixer(hidden, **{name: given[name] for name in looks})
+        outs.append((out, *torch.autograd.grad(out, leaves, dout)))
+    for got, want in zip(*outs):
+        assert relative_error(got, want) <= 3e-5
 
 
 PUBLISHED = [

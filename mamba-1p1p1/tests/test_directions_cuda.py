@@ -160,12 +160,12 @@ def test_forward_refused(device, monkeypatch):
 def test_operators_meet_torch_library(device):
     xz, directions = arguments(batch=1, seqlen=18, dim=8)
     parameters = [tensor for each in directions for tensor in each[:DIRECTION_TENSORS]]
-    args = (xz, *parameters, [False, True], 0.5, True, True)
+    args = (xz, None, *parameters, [False, True], 0.5, True, True)
     torch.library.opcheck(torch.ops.mamba_ssm.directions.default, args)
     with torch.no_grad():
         out, *saved = torch.ops.mamba_ssm.directions(*args)
     xz, *parameters = (tensor.detach() for tensor in (xz, *parameters))
-    args = (out, xz, *saved, *parameters, [False, True], 0.5, True)
+    args = (out, xz, None, *saved, *parameters, [False, True], 0.5, True)
     torch.library.opcheck(torch.ops.mamba_ssm.directions_backward.default, args)
 
 

@@ -23,6 +23,7 @@ struct DirectionsArgs {
     int64_t batch, dim, seqlen, dstate, rank, width, directions, threads, interval;
     int64_t log_decay;  // A holds log(-A)
     int64_t share;      // the bits of a double
+    int64_t mask;   // contiguous (batch, seqlen), which tokens are multiplied with before and after the convolution; or 0
     Tokens z;
     int64_t out;  // contiguous
     DirectionWeights first, second;
@@ -48,5 +49,6 @@ struct DirectionGradients {
 struct DirectionsBackwardArgs {
     DirectionsArgs forward;
     Tokens dout, dz;
+    int64_t dmask;  // added to: contiguous (batch, seqlen); there where the mask is
     DirectionGradients first, second;
 };

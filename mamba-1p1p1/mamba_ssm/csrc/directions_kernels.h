@@ -28,6 +28,15 @@ inline int multiply(int64_t rows, int64_t columns, int64_t depth, int64_t thread
     return gemm(args);
 }
 
+// Each token of (seqlen, dim) times its number.
+inline void multiply_tokens(int64_t seqlen, int64_t dim, const float *from, int64_t stride, const float *mask, float *to) {
+    for (int64_t t = 0; t < seqlen; ++t)
+        for (int64_t c = 0; c < dim; c += LANES) {
+            const int some = int(std::min<int64_t>(LANES, dim - c));
+            store_some(to + t * dim + c, load_some(from + t * stride + c, some) * set(mask[t]), some);
+        }
+}
+
 // One direction of one image: where its parts lie, and what the kernels are told of them.
 struct DirectionOfImage {
     const DirectionsArgs &s;
@@ -70,12 +79,23 @@ struct DirectionOfImage {
         if (own.states) args.states = own.states + bytes(image * chunks * s.dstate * s.dim);
         return args;
     }
-    // What backward computes anew, too: what is scanned, in `memory` if it is not there already; null where there was none.
-    const float *find_u(float *memory) const {
+    const float *mask() const { return floats(s.mask) + image * s.seqlen; }
+    // What is convolved: x, or with a mask `masked`, to which it is written.
+    ConvSignal find_x(float *masked) const {
+        const ConvSignal x = rows<ConvSignal>(own.x);
+        if (!s.mask) return x;
+        multiply_tokens(s.seqlen, s.dim, floats(x.data), x.step_stride, mask(), masked);
+        return rows<ConvSignal>(masked);
+    }
+    // What backward computes anew, too: what is scanned, in `memory` if it is not there already; with a mask, also what is
+    // convolved, in `masked`, and what comes of it, in `raw`, which may be `memory`. Null where there was no memory.
+    const float *find_u(float *memory, float *raw, float *masked) const {
         if (!own.conv) return floats(rows<Signal>(own.x).data);
         ConvArgs args = conv_args();
-        args.out = rows<ConvSignal>(memory);
-        return conv::convolution(args) ? nullptr : memory;
+        args.x = find_x(masked), args.out = rows<ConvSignal>(s.mask ? raw : memory);
+        if (conv::convolution(args)) return nullptr;
+        if (s.mask) multiply_tokens(s.seqlen, s.dim, raw, s.dim, mask(), memory);
+        return memory;
     }
     int find_delta(float *delta) const {
         return multiply(s.seqlen, s.dim, s.rank, threads, {at(x_dbl), narrow, 1}, {own.dt_proj, 1, s.rank}, delta, s.dim,
@@ -115,7 +135,7 @@ struct PackedDirection {
 inline int direction_forward(const DirectionOfImage &here, const PackedDirection &packed, float *memory, float *out) {
     const DirectionsArgs &s = here.s;
     float *const delta = memory + s.seqlen * s.dim;
-    const float *const u = here.find_u(memory);
+    const float *const u = here.find_u(memory, memory, delta);  // delta's place is free until then
     if (!u) return 1;
     packed.x_proj.multiply(s.seqlen, here.threads, u, s.dim, here.x_dbl, here.narrow);
     packed.dt_proj.multiply(s.seqlen, here.threads, here.x_dbl, here.narrow, delta, s.dim);
@@ -196,15 +216,37 @@ inline void add(const float *from, int64_t count, float *to) {
     }
 }
 
-// What the gradients of one direction of one image need: (seqlen, dim) each, then (seqlen, narrow).
+// What the gradients of one direction of one image need: (seqlen, dim) each, then (seqlen, narrow). Those behind that are for
+// masks: x and u before the one and the other, and the gradient of x.
 struct GradientRows {
-    float *u, *delta, *du, *ddelta, *dx_dbl;
+    float *u, *delta, *du, *ddelta, *dx_dbl, *masked, *raw, *dx;
 
     GradientRows(const DirectionsArgs &s, float *memory)
         : u(memory), delta(u + s.seqlen * s.dim), du(delta + s.seqlen * s.dim), ddelta(du + s.seqlen * s.dim),
-          dx_dbl(ddelta + s.seqlen * s.dim) {}
-    static int64_t size(const DirectionsArgs &s) { return s.seqlen * (4 * s.dim + s.rank + 2 * s.dstate); }
+          dx_dbl(ddelta + s.seqlen * s.dim), masked(dx_dbl + s.seqlen * (s.rank + 2 * s.dstate)),
+          raw(masked + s.seqlen * s.dim), dx(raw + s.seqlen * s.dim) {}
+    static int64_t size(const DirectionsArgs &s) {
+        return s.seqlen * ((s.mask ? 7 : 4) * s.dim + s.rank + 2 * s.dstate);
+    }
 };
+
+// Through `x * mask`, of one image: adds to dmask each token's product of `grad` and x, and to `dx`, or writes there, its
+// grad times its number; all (seqlen, dim).
+inline void unmask(const DirectionOfImage &here, const float *grad, const float *x, int64_t stride, float *dmask, float *dx,
+                   int64_t dx_stride, bool accumulate) {
+    const DirectionsArgs &s = here.s;
+    for (int64_t t = 0; t < s.seqlen; ++t) {
+        V along = set(0.f);
+        for (int64_t c = 0; c < s.dim; c += LANES) {
+            const int some = int(std::min<int64_t>(LANES, s.dim - c));
+            const V of = load_some(grad + t * s.dim + c, some);
+            along = fma(of, load_some(x + t * stride + c, some), along);
+            float *const to = dx + t * dx_stride + c;
+            store_some(to, fma(of, set(here.mask()[t]), accumulate ? load_some(to, some) : set(0.f)), some);
+        }
+        dmask[t] += sum(along);
+    }
+}
 
 // Adds to `sums`; `found` is for what the kernels do not add to what is there.
 inline int direction_backward(const DirectionsBackwardArgs &args, const DirectionOfImage &here,
@@ -212,7 +254,7 @@ inline int direction_backward(const DirectionsBackwardArgs &args, const Directio
                               const GradientSums &found) {
     const DirectionsArgs &s = args.forward;
     const int64_t narrow = here.narrow, threads = here.threads;
-    const float *const u = here.find_u(rows.u);
+    const float *const u = here.find_u(rows.u, rows.raw, rows.masked);
     if (!u || here.find_delta(rows.delta)) return 1;
     // without a convolution this is the gradient of x
     float *const du = here.own.conv ? rows.du : floats(here.rows<Signal>(to.x).data);
@@ -239,13 +281,18 @@ inline int direction_backward(const DirectionsBackwardArgs &args, const Directio
         return 1;
     if (!here.own.conv) return 0;
 
+    float *const dmask = s.mask ? floats(args.dmask) + here.image * s.seqlen : nullptr;
+    if (dmask) unmask(here, du, rows.raw, s.dim, dmask, du, s.dim, false);
     ConvArgs convolved = here.conv_args();
-    convolved.accumulate = !here.first;
-    convolved.dout = here.rows<ConvSignal>(du), convolved.dx = here.rows<ConvSignal>(to.x);
+    convolved.accumulate = !here.first && !dmask;
+    if (dmask) convolved.x = here.rows<ConvSignal>(rows.masked);
+    const ConvSignal x = here.rows<ConvSignal>(here.own.x), dx = here.rows<ConvSignal>(to.x);
+    convolved.dout = here.rows<ConvSignal>(du), convolved.dx = dmask ? here.rows<ConvSignal>(rows.dx) : dx;
     convolved.dweight = at(found.conv), convolved.dbias = here.own.conv_bias ? at(found.conv_bias) : 0;
     if (conv::convolution(convolved)) return 1;
     add(found.conv, s.dim * s.width, sums.conv);
     if (here.own.conv_bias) add(found.conv_bias, s.dim, sums.conv_bias);
+    if (dmask) unmask(here, rows.dx, floats(x.data), x.step_stride, dmask, floats(dx.data), dx.step_stride, !here.first);
     return 0;
 }
 

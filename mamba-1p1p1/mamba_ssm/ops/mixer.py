@@ -16,7 +16,7 @@ from causal_conv1d.kernels.registry import backends as conv_backends
 from mamba_ssm.kernels.arguments import Direction, Ends, Lines, MixerSizes, Projections, Taps, VisibleLines
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.bidirectional import bidirectional_scan_fn
-from mamba_ssm.ops.directions import directions_fn
+from mamba_ssm.ops.directions import directions_fn, has_masked
 from mamba_ssm.ops.pooled import has_scan_gradients, pooled_conv_fn, pooled_gate_fn, pooled_scan_fn
 from mamba_ssm.ops.scan import selective_scan_fn
 from mamba_ssm.ops.visible import visible_conv_fn, visible_gate_fn
@@ -124,16 +124,17 @@ def mix(
     Returns:
         (B, L, d_model).
     """
-    whole = norm is None and not shared and token_mask is None and gates is None and observe is None
-    whole = whole and all(branch.plain for branch in branches)
-    if whole and has_whole(hidden_states, "mixer") and outside.plain:
+    whole = norm is None and not shared and observe is None and all(branch.plain for branch in branches)
+    bare = token_mask is None and gates is None
+    if whole and bare and has_whole(hidden_states, "mixer") and outside.plain:
         directions = [branch.direction() for branch in branches]
         if alike(directions):
             return mixer_fn(hidden_states, outside.ends(), directions, share)
     xz = outside.in_proj(hidden_states)
-    if whole and _has_between(xz):
+    if whole and (_has_between(xz) if bare else backends.has(xz, "can_mask")):
         directions = [branch.direction() for branch in branches]
-        return outside.out_proj(directions_fn(xz, directions, share, log_decay=True))
+        if bare or has_masked(xz, directions):
+            return outside.out_proj(_between(xz, directions, share, token_mask, gates))
     x, z = xz.chunk(2, dim=-1)
     backends.foretell(xz, "foretell_mixer", lambda: (_sizes(x, branches, x.shape[1]), token_mask is not None))
     convolve, inputs, scans = _convolving(x, token_mask), None, []
@@ -154,6 +155,17 @@ def mix(
         y = part if y is None else y + part
     # without a norm the scan applies the gate itself
     return outside.out_proj(y if norm is None else norm(y) * F.silu(z))
+
+
+def _between(
+    xz: Tensor, directions: Sequence[Direction], share: float, token_mask: Tensor | None, gates: Tensor | None
+) -> Tensor:
+    """What stands between the projections; each direction by itself where it has a gate."""
+    if gates is None:
+        return directions_fn(xz, directions, share, log_decay=True, mask=token_mask)
+    parts = (directions_fn(xz, [each], share, log_decay=True, mask=token_mask) for each in directions)
+    factors = gates.to(xz.dtype)[..., None, None].unbind(1)
+    return sum(part * factor for part, factor in zip(parts, factors))
 
 
 def _has_between(xz: Tensor) -> bool:

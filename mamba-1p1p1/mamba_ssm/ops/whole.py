@@ -244,7 +244,7 @@ def _ends_flops(x: Sequence[int], in_proj: Sequence[int], out_proj: Sequence[int
 
 def _mixer_flops(x, in_proj, _, out_proj, __, *arguments) -> int:
     *parameters, reverse, share = arguments
-    between = directions_flops((*x[:2], in_proj[0]), *parameters, reverse, share, False, True)
+    between = directions_flops((*x[:2], in_proj[0]), None, *parameters, reverse, share, False, True)
     return between + _ends_flops(x, in_proj, out_proj)
 
 

@@ -1,6 +1,6 @@
 """The C++ kernel set for CPUs. Importing it loads its library and that of the convolution: ImportError without them."""
 
-from mamba_ssm.kernels.cpp.directions import directions_backward, directions_forward
+from mamba_ssm.kernels.cpp.directions import can_mask, directions_backward, directions_forward
 from mamba_ssm.kernels.cpp.linear import gemm, linear, linear_backward
 from mamba_ssm.kernels.cpp.merging import match_tokens, merge_tokens
 from mamba_ssm.kernels.cpp.norm import norm_backward, norm_forward
@@ -15,6 +15,7 @@ from mamba_ssm.kernels.cpp.visible import (
 from mamba_ssm.kernels.cpp.whole import mixer, pooled_mixer
 
 __all__ = [
+    "can_mask",
     "directions_backward",
     "directions_forward",
     "gemm",

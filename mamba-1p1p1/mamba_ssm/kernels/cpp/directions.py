@@ -23,18 +23,28 @@ def _convolved(x: Tensor, direction: Direction) -> Tensor:
     return out.transpose(1, 2)
 
 
+def can_mask(xz: Tensor, directions: Sequence[Direction]) -> bool:
+    """Whether `directions_forward` and `directions_backward` take a mask."""
+    return (_is_widened(xz) or xz.dtype == torch.float32) and _are_fit(directions)
+
+
 def directions_forward(
-    xz: Tensor, directions: Sequence[Direction], share: float, save_states: bool, log_decay: bool
+    xz: Tensor,
+    directions: Sequence[Direction],
+    share: float,
+    save_states: bool,
+    log_decay: bool,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(out, x_dbl of each direction, saved states of each direction); with `log_decay`, `A` is log(-A)."""
     if _is_widened(xz):
-        out, x_dbls, states = directions_forward(xz.float(), directions, share, save_states, log_decay)
+        out, x_dbls, states = directions_forward(xz.float(), directions, share, save_states, log_decay, mask)
         return out.to(xz.dtype), [x_dbl.to(xz.dtype) for x_dbl in x_dbls], states
     xz = channel_last(xz)
     batch, seqlen, width = xz.shape
     if _fits_in_one(xz, directions):
         x, z = xz.chunk(2, dim=-1)
-        return forward_in_one([x] * len(directions), z, directions, share, save_states, log_decay)
+        return forward_in_one([x] * len(directions), z, directions, share, save_states, log_decay, mask)
     directions = with_rates(directions, log_decay)
     x, z = xz.transpose(1, 2).chunk(2, dim=1)
     out = xz.new_empty(batch, seqlen, width // 2)
@@ -63,8 +73,12 @@ def _is_widened(xz: Tensor) -> bool:
 def _fits_in_one(xz: Tensor, directions: Sequence[Direction]) -> bool:
     """Whether `forward_in_one` and `backward_in_one` do it: float32, directions of equal sizes, and where the own
     products are preferred."""
-    sizes = {(each.dt_proj_weight.shape[1], each.A.shape[1], each.conv_weight.shape[1]) for each in directions}
-    return xz.dtype == torch.float32 and len(sizes) == 1 and (products.PREFER_OWN or products.PREFER_OWN_NARROW)
+    return xz.dtype == torch.float32 and _are_fit(directions)
+
+
+def _are_fit(directions: Sequence[Direction]) -> bool:
+    sizes = [(each.dt_proj_weight.shape[1], each.A.shape[1], each.conv_weight.shape[1]) for each in directions]
+    return all(size == sizes[0] for size in sizes) and (products.PREFER_OWN or products.PREFER_OWN_NARROW)
 
 
 def _told(
@@ -75,6 +89,7 @@ def _told(
     states: Sequence[Tensor],
     share: float,
     log_decay: bool,
+    mask: Tensor | None,
 ) -> tuple[dict, list[tuple[Tensor | None, ...]]]:
     """The library's arguments of both ways, for each direction's x (batch, seqlen, dim), and what has to live as long
     as it works with them."""
@@ -84,6 +99,8 @@ def _told(
         given = conv, conv_bias, x_proj, dt_proj, dt_bias, A, D, x_dbl, kept if kept.numel() else None
         weights.append(LIBRARY.structs.DirectionWeights(tokens_of(x), reverse, *map(address, given)))
         alive.append(given)
+    mask = float32(mask)
+    alive.append((mask,))
     told = dict(
         batch=xs[0].shape[0],
         dim=xs[0].shape[2],
@@ -96,6 +113,7 @@ def _told(
         interval=interval_of(A.shape[1]),
         log_decay=log_decay,
         share=bits(share),
+        mask=address(mask),
         z=(0, 0, 0) if z is None else tokens_of(z),
         first=weights[0],
         second=weights[-1],
@@ -110,6 +128,7 @@ def forward_in_one(
     share: float,
     save_states: bool,
     log_decay: bool,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """`directions_forward` in one call of the library with its own products: image by image, so that what is between
     the steps stays in the cache. Each direction has an x of its own (batch, seqlen, dim), contiguous where there is no
@@ -119,7 +138,7 @@ def forward_in_one(
     for x, each in zip(xs, directions):
         x_dbls.append(x.new_empty(batch, seqlen, each.x_proj_weight.shape[0]))
         states.append(x.new_empty(states_shape(batch, dim, seqlen, each.A.shape[1]) if save_states else (0,)))
-    told, alive = _told(xs, z, directions, x_dbls, states, share, log_decay)
+    told, alive = _told(xs, z, directions, x_dbls, states, share, log_decay, mask)
     LIBRARY.call("mamba_directions", LIBRARY.structs.DirectionsArgs(**told, out=address(out)))
     del alive
     return out, x_dbls, states
@@ -136,9 +155,11 @@ def backward_in_one(
     log_decay: bool,
     dxs: Sequence[Tensor],
     dz: Tensor | None,
+    mask: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """Gradients of each direction's tensors; those of x and z go to `dxs` and `dz`, strided like x and z or not."""
-    structs, dout, grads, written = LIBRARY.structs, channel_last(dout), [], []
+    """Gradients of each direction's tensors, and the mask's if there is one; those of x and z go to `dxs` and `dz`,
+    strided like x and z or not."""
+    structs, dout, grads, written = LIBRARY.structs, channel_last(dout.float()), [], []
     for dx, each in zip(dxs, directions):
         own = [None if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in each[:DIRECTION_TENSORS]]
         place = each._fields.index("dt_proj_weight")
@@ -146,17 +167,19 @@ def backward_in_one(
         written.append(structs.DirectionGradients(tokens_of(dx), *map(address, own)))
         own[place] = own[place].t()
         grads += own
-    told, alive = _told(xs, z, directions, x_dbls, states, share, log_decay)
+    told, alive = _told(xs, z, directions, x_dbls, states, share, log_decay, mask)
+    dmask = None if mask is None else torch.zeros_like(mask, dtype=torch.float32, memory_format=torch.contiguous_format)
     arguments = structs.DirectionsBackwardArgs(
         forward=structs.DirectionsArgs(**told),
         dout=tokens_of(dout),
         dz=(0, 0, 0) if dz is None else tokens_of(dz),
+        dmask=address(dmask),
         first=written[0],
         second=written[-1],
     )
     LIBRARY.call("mamba_directions_backward", arguments)
     del alive
-    return grads
+    return grads if mask is None else [*grads, dmask]
 
 
 def directions_backward(
@@ -167,17 +190,18 @@ def directions_backward(
     states: Sequence[Tensor],
     share: float,
     log_decay: bool,
+    mask: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """Gradients of xz and of each direction's tensors."""
+    """Gradients of xz and of each direction's tensors, and the mask's if there is one."""
     if _is_widened(xz):
         wide = [x_dbl.float() for x_dbl in x_dbls]
-        return directions_backward(dout.float(), xz.float(), directions, wide, states, share, log_decay)
+        return directions_backward(dout.float(), xz.float(), directions, wide, states, share, log_decay, mask)
     xz = channel_last(xz)
-    if dout.dtype == torch.float32 and _fits_in_one(xz, directions):
+    if _fits_in_one(xz, directions):
         dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
         (x, z), (dx, dz) = xz.chunk(2, dim=-1), dxz.chunk(2, dim=-1)
         xs, dxs = [x] * len(directions), [dx] * len(directions)
-        return [dxz, *backward_in_one(dout, xs, z, directions, x_dbls, states, share, log_decay, dxs, dz)]
+        return [dxz, *backward_in_one(dout, xs, z, directions, x_dbls, states, share, log_decay, dxs, dz, mask)]
     directions = with_rates(directions, log_decay)
     x, z = xz.transpose(1, 2).chunk(2, dim=1)
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
