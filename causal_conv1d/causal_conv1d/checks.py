@@ -49,12 +49,13 @@ def check_all(
     like_name: str,
     given: Iterable[tuple[str, object, Sequence[int], str]],
     dtypes: Sequence[torch.dtype],
+    optional: Sequence[str] = (),
 ) -> None:
     """Raise what the functions above raise unless each of `given` (its name, itself, the shape wanted, that one's
-    layout) is None or a tensor of that shape, of one of `dtypes`, on the device of `like`."""
+    layout) is a tensor of that shape, of one of `dtypes`, on the device of `like`, or None if it is `optional`."""
     device = like.device
     for name, tensor, shape, layout in given:
-        if tensor is None:
+        if tensor is None and name in optional:
             continue
         # operators are called hundreds of times a step: what is right is looked at once
         if isinstance(tensor, Tensor) and tensor.shape == shape and tensor.dtype in dtypes and tensor.device == device:

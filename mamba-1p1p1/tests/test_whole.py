@@ -180,6 +180,11 @@ def test_bad_insides_are_said():
         (lambda: pooled(x=x[:, 1:]), "fill a grid"),
         (lambda: pooled(taps=[each._replace(weight=each.weight[:, :1]) for each in parts.taps]), "1 columns"),
         (lambda: pooled(projections=[parts.projections[0], parts.projections[1]._replace(dt_bias=first.A)]), "dt_bias"),
+        (
+            lambda: pooled(projections=[each._replace(x_proj=None) for each in parts.projections]),
+            "x_proj is a NoneType",
+        ),
+        (lambda: mixer_fn(x, parts.ends, [first._replace(x_proj_weight=None)]), "x_proj_weight is a NoneType"),
         (lambda: pooled(norm=(None, parts.norm[1], 1e-5)), "bias without weight"),
         (lambda: pooled(norm=(parts.norm[0][1:], None, 1e-5)), "weight has shape"),
     ]

@@ -62,8 +62,9 @@ class Direction(NamedTuple):
     reverse: bool = False
 
 
-# Tensors in a Direction.
+# Tensors in a Direction, and those that may be None.
 DIRECTION_TENSORS = 7
+OPTIONAL_OF_DIRECTION = ("conv_bias", "dt_bias", "D")
 
 
 def split_directions(parameters: Sequence[Tensor | None], reverse: Sequence[bool]) -> list[Direction]:

@@ -19,7 +19,14 @@ from causal_conv1d.checks import check_all, check_dtype, check_ndim, check_tenso
 from causal_conv1d.derivatives import gradients_by_reference, wants_reference
 from causal_conv1d.ops.convolution import WIDTHS, causal_conv1d_ref
 from mamba_ssm.kernels import composed
-from mamba_ssm.kernels.arguments import DIRECTION_TENSORS, Direction, split_directions, split_matrices, with_rates
+from mamba_ssm.kernels.arguments import (
+    DIRECTION_TENSORS,
+    OPTIONAL_OF_DIRECTION,
+    Direction,
+    split_directions,
+    split_matrices,
+    with_rates,
+)
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.operators import DIRECTIONS, OPERATORS
 from mamba_ssm.ops.scan import scan_flops, selective_scan_ref
@@ -131,7 +138,8 @@ def _check(xz: Tensor, directions: Sequence[Direction]) -> None:
             "D": (dim,),
         }
         layout = "the shape that fits xz, dt_proj_weight and A"
-        check_all(xz, "xz", ((name, getattr(each, name), wanted, layout) for name, wanted in shapes.items()), dtypes)
+        given = ((name, getattr(each, name), wanted, layout) for name, wanted in shapes.items())
+        check_all(xz, "xz", given, dtypes, OPTIONAL_OF_DIRECTION)
         for name in ("A", "D", "dt_bias"):
             tensor = getattr(each, name)
             if tensor is not None:

@@ -17,6 +17,7 @@ from causal_conv1d.ops.convolution import WIDTHS
 from mamba_ssm.kernels import products
 from mamba_ssm.kernels.arguments import (
     DIRECTION_TENSORS,
+    OPTIONAL_OF_DIRECTION,
     Direction,
     Ends,
     Lines,
@@ -39,16 +40,9 @@ from torch import Tensor
 __all__ = ["Ends", "alike", "has_whole", "mixer_fn", "mixer_ref", "pooled_mixer_fn", "pooled_mixer_ref"]
 
 _DTYPES = (torch.float32,)
-_BRANCH_LAYOUTS = (
-    "(dim, width)",
-    "(dim,)",
-    "(dim,)",
-    "(dt_rank + 2*dstate, dim)",
-    "(dim, dt_rank)",
-    "(dim,)",
-    "(dim, dstate)",
-)
-_DIRECTION_LAYOUTS = *_BRANCH_LAYOUTS[:2], *_BRANCH_LAYOUTS[3:], "(dim,)"
+_SCAN_LAYOUTS = ("(dt_rank + 2*dstate, dim)", "(dim, dt_rank)", "(dim,)", "(dim, dstate)")
+_DIRECTION_LAYOUTS = ("(dim, width)", "(dim,)", *_SCAN_LAYOUTS, "(dim,)")
+_BRANCH_LAYOUTS = ("(dim, width)", "(dim,)", "(dim,)", *_SCAN_LAYOUTS)
 
 
 def has_whole(x: Tensor, name: str) -> bool:
@@ -89,17 +83,9 @@ def mixer_fn(x: Tensor, ends: Ends, directions: Sequence[Direction], share: floa
     if width not in WIDTHS:
         raise ValueError(f"conv_weight has {width} columns, wanted 2, 3 or 4")
     shapes = (dim, width), (dim,), (rank + 2 * dstate, dim), (dim, rank), (dim,), (dim, dstate), (dim,)
-    layouts = (
-        "(dim, width)",
-        "(dim,)",
-        "(dt_rank + 2*dstate, dim)",
-        "(dim, dt_rank)",
-        "(dim,)",
-        "(dim, dstate)",
-        "(dim,)",
-    )
     for each in directions:
-        check_all(x, "x", zip(Direction._fields, each, shapes, layouts), _DTYPES)
+        given = zip(Direction._fields, each, shapes, _DIRECTION_LAYOUTS)
+        check_all(x, "x", given, _DTYPES, OPTIONAL_OF_DIRECTION)
     parameters = [tensor for each in directions for tensor in tuple(each)[:DIRECTION_TENSORS]]
     if wants_reference(x, *ends, *parameters):
         return mixer_ref(x, ends, directions, share)
@@ -145,21 +131,14 @@ def pooled_mixer_fn(
     if width not in WIDTHS:
         raise ValueError(f"weight has {width} columns, wanted 2, 3 or 4")
     shapes = (dim, width), (dim,), (dim,), (rank + 2 * dstate, dim), (dim, rank), (dim,), (dim, dstate)
-    layouts = (
-        "(dim, width)",
-        "(dim,)",
-        "(dim,)",
-        "(dt_rank + 2*dstate, dim)",
-        "(dim, dt_rank)",
-        "(dim,)",
-        "(dim, dstate)",
-    )
-    for given in zip(taps, projections, strict=True):
-        check_all(x, "x", zip(Taps._fields + Projections._fields, given[0] + given[1], shapes, layouts), _DTYPES)
+    names = Taps._fields + Projections._fields
+    for own, scanned in zip(taps, projections, strict=True):
+        check_all(x, "x", zip(names, own + scanned, shapes, _BRANCH_LAYOUTS), _DTYPES, ("bias",))
     weight, bias, eps = norm
     if weight is None and bias is not None:
         raise ValueError("the norm has a bias without weight, wanted both or no bias")
-    check_all(x, "x", (("weight", weight, (dim,), "(dim,)"), ("bias", bias, (dim,), "(dim,)")), _DTYPES)
+    given = ("weight", weight, (dim,), "(dim,)"), ("bias", bias, (dim,), "(dim,)")
+    check_all(x, "x", given, _DTYPES, ("weight", "bias"))
     tensors = *taps[0], *taps[1], *projections[0], *projections[1], weight, bias
     if wants_reference(x, *ends, *tensors):
         return pooled_mixer_ref(x, ends, taps, projections, norm, lines, share)
@@ -191,7 +170,7 @@ def _check_ends(x: Tensor, ends: Ends) -> int:
     width = x.shape[2]
     shapes = (2 * dim, width), (2 * dim,), (width, dim), (width,)
     layouts = "(2*dim, width)", "(2*dim,)", "(width, dim)", "(width,)"
-    check_all(x, "x", zip(Ends._fields, ends, shapes, layouts), _DTYPES)
+    check_all(x, "x", zip(Ends._fields, ends, shapes, layouts), _DTYPES, ("in_bias", "out_bias"))
     return dim
 
 
