@@ -217,7 +217,7 @@ inline void add(const float *from, int64_t count, float *to) {
 }
 
 // What the gradients of one direction of one image need: (seqlen, dim) each, then (seqlen, narrow). Those behind that are for
-// masks: x and u before the one and the other, and the gradient of x.
+// masks: x times the mask, u before it is multiplied, and the gradient of the former.
 struct GradientRows {
     float *u, *delta, *du, *ddelta, *dx_dbl, *masked, *raw, *dx;
 
@@ -230,8 +230,8 @@ struct GradientRows {
     }
 };
 
-// Through `x * mask`, of one image: adds to dmask each token's product of `grad` and x, and to `dx`, or writes there, its
-// grad times its number; all (seqlen, dim).
+// Backwards through x * mask, of one image (seqlen, dim): adds each token's sum of `grad` * x to dmask (seqlen,), and writes
+// `grad` * mask to dx, or adds it there.
 inline void unmask(const DirectionOfImage &here, const float *grad, const float *x, int64_t stride, float *dmask, float *dx,
                    int64_t dx_stride, bool accumulate) {
     const DirectionsArgs &s = here.s;
