@@ -73,7 +73,7 @@ def pooled_conv_fn(x: Tensor, forward: Taps, backward: Taps, lines: Lines) -> tu
     """
     forward, backward, lines = Taps(*forward), Taps(*backward), Lines(*lines)
     _check_tokens("x", x)
-    _check_lines("x", x, lines)
+    check_lines("x", x, lines)
     check_tensor("weight", forward.weight)
     check_ndim("weight", forward.weight, "(dim, width)")
     dim, width = x.shape[2], forward.weight.shape[1]
@@ -157,7 +157,7 @@ def pooled_gate_fn(
             f"groups and z have shapes {tuple(groups.shape)} and {tuple(z.shape)}, wanted (batch, {lines.count}, dim)"
             f" and {tuple(skip.shape)}"
         )
-    _check_lines("skip", skip, lines)
+    check_lines("skip", skip, lines)
     if weight is None and bias is not None:
         raise ValueError("bias is given without weight, wanted both or no bias: there is no norm without a weight")
     norm = [(name, each, skip.shape[2:], "(dim,)") for name, each in (("weight", weight), ("bias", bias))]
@@ -173,7 +173,8 @@ def _check_tokens(name: str, x: Tensor) -> None:
     check_dtype(name, x, _DTYPES)
 
 
-def _check_lines(name: str, x: Tensor, lines: Lines) -> None:
+def check_lines(name: str, x: Tensor, lines: Lines) -> None:
+    """Raise ValueError unless the tokens of x (batch, tokens, dim) fill the grid of `lines`."""
     if min(lines.sizes) < 1 or x.shape[1] != prod(lines.sizes):
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}, wanted (batch, tokens, dim) that fill a grid of {tuple(lines.sizes)}"

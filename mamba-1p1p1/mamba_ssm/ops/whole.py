@@ -29,6 +29,7 @@ from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.directions import directions_flops, directions_ref
 from mamba_ssm.ops.operators import DIRECTIONS, ENDS, LINES, OPERATORS, PROJECTIONS, TAPS
 from mamba_ssm.ops.pooled import (
+    check_lines,
     pooled_conv_flops,
     pooled_conv_ref,
     pooled_gate_ref,
@@ -125,8 +126,7 @@ def pooled_mixer_fn(
         ValueError: a shape or device that does not fit. TypeError: not a tensor, or another dtype.
     """
     dim, lines = _check_ends(x, ends), Lines(*lines)
-    if min(lines.sizes) < 1 or x.shape[1] != prod(lines.sizes):
-        raise ValueError(f"x has shape {tuple(x.shape)}, wanted tokens that fill a grid of {tuple(lines.sizes)}")
+    check_lines("x", x, lines)
     (width,), (rank, dstate) = _columns(taps[0], "weight"), _columns(projections[0], "dt_proj", "A_log")
     if width not in WIDTHS:
         raise ValueError(f"weight has {width} columns, wanted 2, 3 or 4")
