@@ -81,6 +81,94 @@ def test_mixer(sizes, optional, ways, isa):
         assert_same(mixer_fn(*given), mixer_ref(*double(given)))
 
 
+def gradients(call, given, dout):
+    """Of every tensor in `given`, nested, through `call`."""
+    leaves = []
+
+    def wanted(part):
+        if isinstance(part, torch.Tensor):
+            leaves.append(part.detach().requires_grad_())
+            return leaves[-1]
+        if isinstance(part, tuple) and hasattr(part, "_fields"):
+            return type(part)(*map(wanted, part))
+        return type(part)(map(wanted, part)) if isinstance(part, (tuple, list)) else part
+
+    return torch.autograd.grad(call(*wanted(given)), leaves, dout)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("ways", [1, 2])
+def test_mixer_gradients(sizes, optional, ways, isa):
+    parts = Parts(**sizes, optional=optional)
+    for batch, seqlen in ((3, 21), (1, 100), (2, 1)):
+        given = parts.tokens(batch, seqlen), parts.ends, parts.directions[:ways], 0.5
+        dout = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(batch))
+        wanted = gradients(mixer_ref, double(given), dout.double())
+        for found, one in zip(gradients(mixer_fn, given, dout), wanted, strict=True):
+            assert_same(found, one)
+
+
+@pytest.mark.parametrize("frozen", ["in_proj", "out_proj", "x"])
+def test_gradients_that_are_not_wanted(frozen, kernels):
+    parts = Parts()
+    x, ends = parts.tokens(3, 21), parts.ends
+    every = dict(zip(("x", *Ends._fields), gradients(lambda *all: mixer_fn(*all, parts.directions), (x, ends), x)))
+    given = {name: tensor.detach().clone() for name, tensor in zip(("x", *Ends._fields), (x, *ends))}
+    for name, tensor in given.items():
+        tensor.requires_grad_(name != frozen)
+    mixer_fn(given["x"], Ends(*list(given.values())[1:]), parts.directions).backward(x)
+    assert given[frozen].grad is None
+    assert all(torch.equal(given[name].grad, grad) for name, grad in every.items() if name != frozen)
+
+
+@pytest.mark.parametrize("strided", [lambda x: x[::2], lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)])
+def test_strides_of_gradients(strided, kernels):
+    parts = Parts()
+    x, dout = strided(parts.tokens(4, 30)), strided(parts.tokens(4, 30) + 1)
+
+    def run(x, ends):
+        return mixer_fn(x, ends, parts.directions)
+
+    found = gradients(run, (x, parts.ends), dout)
+    wanted = gradients(run, (x.contiguous(), parts.ends), dout.contiguous())
+    for grad, one in zip(found, wanted, strict=True):
+        assert_same(grad, one.double())
+    nothing = gradients(run, (x[:0], parts.ends), dout[:0])
+    assert [each.count_nonzero().item() for each in nothing] == [0] * 5
+
+
+@needs_cpp
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_gradients_for_any_number_of_threads(batch):
+    parts, before, found = Parts(width=96, dim=192, dstate=16), torch.get_num_threads(), []
+    x = parts.tokens(batch, 196)
+    try:
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(gradients(mixer_fn, (x, parts.ends, parts.directions), x))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(*pair) for pair in zip(found[1], found[2]))
+    for one in found[1:]:
+        for grad, wanted in zip(one, found[0]):
+            assert_same(grad, wanted.double())
+
+
+def test_second_gradients(kernels):
+    parts = Parts(width=4, dim=8, rank=2, dstate=2)
+
+    def second(call, given):
+        x, *others = given
+        x = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(call(x, *others).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), x)[0]
+
+    given = parts.tokens(2, 6), parts.ends, parts.directions
+    wanted = second(mixer_ref, double(given))
+    assert_same(second(mixer_fn, given), wanted)
+
+
 GRIDS = [
     ((5, 6), (0, 1), (1,)),
     ((5, 6), (1, 0), (1,)),
@@ -136,8 +224,15 @@ def test_opcheck(kernels):
     parts, lines = Parts(), Lines.of_grid((5, 6))
     x, tests = parts.tokens(2, 30), ("test_schema", "test_faketensor")
     tensors = [tensor for each in parts.directions for tensor in each[:-1]]
-    given = x, *parts.ends, *tensors, [False, True], 1.0
-    torch.library.opcheck(torch.ops.mamba_ssm.mixer.default, given, test_utils=tests)
+    for ways in ([False], [False, True]):
+        of_ways = [*tensors[: 7 * len(ways)], *[None] * (14 - 7 * len(ways))]
+        for save in (False, True):
+            given = x, *parts.ends, *of_ways, ways, 1.0, save
+            torch.library.opcheck(torch.ops.mamba_ssm.mixer.default, given, test_utils=tests)
+        out, *kept = torch.ops.mamba_ssm.mixer(*given)
+        for wanted in ([True] * 5, [True, False, False, True, True]):
+            given = out, x, *parts.ends, *kept, *of_ways, ways, 1.0, wanted
+            torch.library.opcheck(torch.ops.mamba_ssm.mixer_backward.default, given, test_utils=tests)
     tensors = [tensor for each in (*parts.taps, *parts.projections) for tensor in each]
     given = x, *parts.ends, *tensors, *parts.norm, *lines, 1.0
     torch.library.opcheck(torch.ops.mamba_ssm.pooled_mixer.default, given, test_utils=tests)
@@ -231,16 +326,22 @@ def pooled_or_not(pooled):
     ],
     ids=str,
 )
-def test_inference_is_training_to_rounding(pooled, options, calls):
+def test_inference_and_training_are_the_steps_to_rounding(pooled, options, calls, monkeypatch):
     torch.manual_seed(0)
     mixer, x, more = Mamba(24, **options), torch.randn(3, 30, 24), pooled_or_not(pooled)
-    wanted = mixer(x, **more)
-    assert wanted.requires_grad
-    assert not calls
     with torch.no_grad():
         found = mixer(x, **more)
     assert calls == ["pooled_mixer_fn" if pooled else "mixer_fn"]
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+    trained = mixer(x, **more)
+    assert calls == ["pooled_mixer_fn"] if pooled else ["mixer_fn"] * 2
+    monkeypatch.setattr("mamba_ssm.ops.mixer.has_whole", lambda *_: False)
+    wanted = mixer(x, **more)
+    for one in (found, trained):
+        assert_same(one, wanted.detach().double())
+    parameters = [each for each in mixer.parameters() if each.requires_grad]
+    grads, wanted = (torch.autograd.grad(out.square().sum(), parameters) for out in (trained, wanted))
+    for grad, one in zip(grads, wanted, strict=True):
+        assert_same(grad, one.double())
 
 
 @needs_cpp

@@ -19,7 +19,7 @@ struct Block {
 
 // Those of this thread; as many as a kernel has at a time.
 struct Blocks {
-    static constexpr int COUNT = 12;
+    static constexpr int COUNT = 16;
     Block all[COUNT];
 
     static Blocks &own() {

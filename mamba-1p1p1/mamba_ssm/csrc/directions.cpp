@@ -1,6 +1,7 @@
 // A mixer between its projections for CPUs: a C interface without torch.
 #include <algorithm>
 #include <cstdlib>
+#include <optional>
 
 #include "conv1d_abi.h"
 #include "directions_abi.h"
@@ -19,4 +20,9 @@
 // Zero, or one where there was no memory.
 EXPORT int mamba_directions(const DirectionsArgs *args) { return ISA_CALL(directions_forward, *args); }
 EXPORT int mamba_mixer(const MixerArgs *args) { return ISA_CALL(mixer_forward, *args); }
-EXPORT int mamba_directions_backward(const DirectionsBackwardArgs *args) { return ISA_CALL(directions_backward, *args); }
+EXPORT int mamba_directions_backward(const DirectionsBackwardArgs *args) {
+    MixerBackwardArgs alone{};
+    alone.between = *args;
+    return ISA_CALL(mixer_backward, alone);
+}
+EXPORT int mamba_mixer_backward(const MixerBackwardArgs *args) { return ISA_CALL(mixer_backward, *args); }

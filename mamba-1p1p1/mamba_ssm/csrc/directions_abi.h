@@ -29,14 +29,16 @@ struct DirectionsArgs {
     DirectionWeights first, second;
 };
 
-// The whole mixer: in_proj (2 * dim, width), `between`, out_proj (width, dim). The tokens of `between`, its out and x_dbl are not
-// given, and no states.
+// The whole mixer: in_proj (2 * dim, width), `between`, out_proj (width, dim). The tokens of `between` and its out are not
+// given.
 struct MixerArgs {
     DirectionsArgs between;
     int64_t width;
     Tokens x;  // (batch, seqlen, width)
     Linear in_proj, out_proj;
     int64_t out;  // contiguous (batch, seqlen, width)
+    // Written for the gradients, or 0, as x_dbl and states are then: contiguous (batch, seqlen, 2 * dim), (batch, seqlen, dim).
+    int64_t xz, y;
 };
 
 // Gradients of one direction's weights, contiguous float32, 0 where the weight is: like them, but dt_proj's is (rank, dim).
@@ -51,4 +53,16 @@ struct DirectionsBackwardArgs {
     Tokens dout, dz;
     int64_t dmask;  // added to: contiguous (batch, seqlen); there where the mask is
     DirectionGradients first, second;
+};
+
+// Of the whole mixer, whose xz and y are read: `between` is not given the tokens. What is written is contiguous, and 0 where it
+// is not wanted.
+struct MixerBackwardArgs {
+    DirectionsBackwardArgs between;
+    int64_t width;             // 0: there are no projections, and `between` is all
+    Tokens x, dout;            // (batch, seqlen, width)
+    int64_t in_proj, out_proj;
+    int64_t xz, y;
+    int64_t dx;                // (batch, seqlen, width)
+    Linear din_proj, dout_proj;
 };

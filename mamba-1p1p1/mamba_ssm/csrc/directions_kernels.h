@@ -97,10 +97,6 @@ struct DirectionOfImage {
         if (s.mask) multiply_tokens(s.seqlen, s.dim, raw, s.dim, mask(), memory);
         return memory;
     }
-    int find_delta(float *delta) const {
-        return multiply(s.seqlen, s.dim, s.rank, threads, {at(x_dbl), narrow, 1}, {own.dt_proj, 1, s.rank}, delta, s.dim,
-                        false);
-    }
 };
 
 inline int shares_of_images(const DirectionsArgs &s) {
@@ -178,18 +174,22 @@ inline int mixer_forward(const MixerArgs &s) {
     if (!rates.A || !in_proj.ok() || !out_proj.ok() || !packed[0].ok() || !packed[1].ok()) return 1;
     const int64_t tokens = all.seqlen, size = tokens * all.dim;
     return images::each(all.batch, all.threads, shares_of_images(all), [&](int64_t begin, int64_t end, int64_t threads, int) {
-        const memory::Buffer buffer(bytes(5 * size + tokens * (all.rank + 2 * all.dstate)));
+        const bool kept = s.xz != 0;
+        const memory::Buffer buffer(bytes(kept ? 2 * size : 5 * size + tokens * (all.rank + 2 * all.dstate)));
         if (!buffer.data()) return 1;
-        float *const xz = static_cast<float *>(buffer.data()), *const y = xz + 2 * size, *const memory = y + size;
+        float *const memory = static_cast<float *>(buffer.data()), *const free = memory + 2 * size;
         DirectionsArgs one = all;
-        one.batch = 1, one.threads = threads;
-        one.first.x = one.second.x = {at(xz), 0, 2 * all.dim}, one.z = {at(xz + all.dim), 0, 2 * all.dim};
-        one.first.x_dbl = one.second.x_dbl = at(memory + 2 * size);
+        if (!kept) one.first.x_dbl = one.second.x_dbl = at(free + 3 * size);
         for (int64_t image = begin; image < end; ++image) {
             const float *const x = floats(s.x.data) + image * s.x.batch_stride;
+            float *const xz = kept ? floats(s.xz) + image * 2 * size : free;
+            float *const y = kept ? floats(s.y) + image * size : free + 2 * size;
             in_proj.multiply(tokens, threads, x, s.x.token_stride, xz, 2 * all.dim);
-            for (int64_t number = 0; number < one.directions; ++number)
-                if (direction_forward(DirectionOfImage(one, number, 0, threads, rates.A), packed[number], memory, y)) return 1;
+            one.first.x = one.second.x = {at(xz), 0, 2 * all.dim}, one.z = {at(xz + all.dim), 0, 2 * all.dim};
+            for (int64_t number = 0; number < one.directions; ++number) {
+                const DirectionOfImage here(one, number, kept ? image : 0, threads, rates.A);
+                if (direction_forward(here, packed[number], memory, y)) return 1;
+            }
             out_proj.multiply(tokens, threads, y, all.dim, floats(s.out) + image * tokens * s.width, s.width);
         }
         return 0;
@@ -248,14 +248,30 @@ inline void unmask(const DirectionOfImage &here, const float *grad, const float 
     }
 }
 
+// One direction's projections, packed for the gradients of all images: forwards, and across, for what goes into them.
+struct BackwardFactors {
+    PackedWeight dt_proj;
+    PackedFactor dt_proj_across, x_proj_across;
+
+    BackwardFactors(const DirectionsArgs &s, int64_t number) : BackwardFactors(s, number ? s.second : s.first) {}
+    bool ok() const { return dt_proj.ok() && dt_proj_across.ok() && x_proj_across.ok(); }
+
+  private:
+    BackwardFactors(const DirectionsArgs &s, const DirectionWeights &own)
+        : dt_proj(own.dt_proj, 0, s.dim, s.rank, s.threads),
+          dt_proj_across({own.dt_proj, s.rank, 1}, 0, s.rank, s.dim, s.threads),
+          x_proj_across({own.x_proj, s.dim, 1}, 0, s.dim, s.rank + 2 * s.dstate, s.threads) {}
+};
+
 // Adds to `sums`; `found` is for what the kernels do not add to what is there.
-inline int direction_backward(const DirectionsBackwardArgs &args, const DirectionOfImage &here,
+inline int direction_backward(const DirectionsBackwardArgs &args, const DirectionOfImage &here, const BackwardFactors &packed,
                               const DirectionGradients &to, const GradientRows &rows, const GradientSums &sums,
                               const GradientSums &found) {
     const DirectionsArgs &s = args.forward;
     const int64_t narrow = here.narrow, threads = here.threads;
     const float *const u = here.find_u(rows.u, rows.raw, rows.masked);
-    if (!u || here.find_delta(rows.delta)) return 1;
+    if (!u) return 1;
+    packed.dt_proj.multiply(s.seqlen, threads, here.x_dbl, narrow, rows.delta, s.dim);
     // without a convolution this is the gradient of x
     float *const du = here.own.conv ? rows.du : floats(here.rows<Signal>(to.x).data);
 
@@ -270,15 +286,12 @@ inline int direction_backward(const DirectionsBackwardArgs &args, const Directio
     if (here.own.dt_bias) add(found.dt_bias, s.dim, sums.dt_bias);
 
     const Factor dt_across{at(here.x_dbl), 1, narrow}, narrow_across{at(rows.dx_dbl), 1, narrow};
-    if (multiply(s.seqlen, s.rank, s.dim, threads, {at(rows.ddelta), s.dim, 1}, {here.own.dt_proj, s.rank, 1}, rows.dx_dbl,
-                 narrow, false))
-        return 1;
+    packed.dt_proj_across.multiply(s.seqlen, threads, rows.ddelta, s.dim, rows.dx_dbl, narrow);
     if (multiply(s.rank, s.dim, s.seqlen, threads, dt_across, {at(rows.ddelta), s.dim, 1}, sums.dt_proj, s.dim, true))
         return 1;
     if (multiply(narrow, s.dim, s.seqlen, threads, narrow_across, {at(u), s.dim, 1}, sums.x_proj, s.dim, true))
         return 1;
-    if (multiply(s.seqlen, s.dim, narrow, threads, {at(rows.dx_dbl), narrow, 1}, {here.own.x_proj, s.dim, 1}, du, s.dim, true))
-        return 1;
+    packed.x_proj_across.multiply(s.seqlen, threads, rows.dx_dbl, narrow, du, s.dim, true);
     if (!here.own.conv) return 0;
 
     float *const dmask = s.mask ? floats(args.dmask) + here.image * s.seqlen : nullptr;
@@ -307,32 +320,117 @@ inline void write_gradients(const DirectionsArgs &s, const DirectionGradients &t
     for (int64_t i = 0; i < s.dim * s.dstate; ++i) floats(to.A)[i] = s.log_decay ? sums.A[i] * A[i] : sums.A[i];
 }
 
+// The gradients of a mixer's outer projections, as one share of the images adds them up; 0 where they are not wanted.
+struct EndSums {
+    Linear in_proj, out_proj;
+    bool fresh;  // nothing is there yet
+
+    static int64_t size(const MixerBackwardArgs &m) { return (m.width + 1) * 3 * m.between.forward.dim + m.width; }
+    // Those of a share that are not where they are wanted.
+    EndSums(const MixerBackwardArgs &m, float *memory) : in_proj(), out_proj(), fresh(true) {
+        const int64_t dim = m.between.forward.dim;
+        if (m.din_proj.weight) in_proj.weight = at(memory);
+        if (m.dout_proj.weight) out_proj.weight = at(memory + 2 * dim * m.width);
+        if (m.din_proj.bias) in_proj.bias = at(memory + 3 * dim * m.width);
+        if (m.dout_proj.bias) out_proj.bias = at(memory + 3 * dim * m.width + 2 * dim);
+    }
+    EndSums(const MixerBackwardArgs &m, bool fresh) : in_proj(m.din_proj), out_proj(m.dout_proj), fresh(fresh) {}
+
+    // Of one image: y (tokens, columns) = x (tokens, depth) times the weight has the gradient `dy`.
+    int add_to(const Linear &to, int64_t tokens, int64_t threads, const float *dy, int64_t dy_stride, int64_t columns,
+               const float *x, int64_t x_stride, int64_t depth) const {
+        if (to.bias && fresh) std::memset(floats(to.bias), 0, size_t(bytes(columns)));
+        for (int64_t t = 0; to.bias && t < tokens; ++t) add(dy + t * dy_stride, columns, floats(to.bias));
+        return to.weight && multiply(columns, depth, tokens, threads, {at(dy), 1, dy_stride}, {at(x), x_stride, 1},
+                                     floats(to.weight), depth, !fresh);
+    }
+    // These, added to where they are wanted.
+    void add_all(const MixerBackwardArgs &m) const {
+        const int64_t dim = m.between.forward.dim;
+        const auto add_one = [](int64_t from, int64_t count, int64_t to) {
+            if (to) add(floats(from), count, floats(to));
+        };
+        add_one(in_proj.weight, 2 * dim * m.width, m.din_proj.weight), add_one(in_proj.bias, 2 * dim, m.din_proj.bias);
+        add_one(out_proj.weight, dim * m.width, m.dout_proj.weight), add_one(out_proj.bias, m.width, m.dout_proj.bias);
+    }
+};
+
+// A mixer's outer projections, packed for the gradients of what goes into them, and the images on their ways through.
+struct Ends {
+    const MixerBackwardArgs &m;
+    const int64_t dim, tokens, size;
+    PackedFactor in_proj, out_proj;
+
+    explicit Ends(const MixerBackwardArgs &m)
+        : m(m), dim(m.between.forward.dim), tokens(m.between.forward.seqlen), size(tokens * dim),
+          in_proj({m.in_proj, m.width, 1}, 0, m.width, 2 * dim, m.between.forward.threads),
+          out_proj({m.out_proj, dim, 1}, 0, dim, m.width, m.between.forward.threads) {}
+    bool ok() const { return in_proj.ok() && out_proj.ok(); }
+    static int64_t floats_of_image(const MixerBackwardArgs &m) {
+        return m.width ? 3 * m.between.forward.seqlen * m.between.forward.dim : 0;
+    }
+
+    // Backwards through out_proj, and where `one` finds and writes its tokens: in `memory`.
+    int begin(int64_t image, int64_t threads, float *memory, const EndSums &sums, DirectionsBackwardArgs &one) const {
+        const float *const dout = floats(m.dout.data) + image * m.dout.batch_stride, *const y = floats(m.y) + image * size;
+        const float *const xz = floats(m.xz) + image * 2 * size;
+        float *const dxz = memory, *const dy = memory + 2 * size;
+        out_proj.multiply(tokens, threads, dout, m.dout.token_stride, dy, dim);
+        one.forward.first.x = one.forward.second.x = {at(xz), 0, 2 * dim}, one.forward.z = {at(xz + dim), 0, 2 * dim};
+        one.first.x = one.second.x = {at(dxz), 0, 2 * dim}, one.dz = {at(dxz + dim), 0, 2 * dim}, one.dout = {at(dy), 0, dim};
+        return sums.add_to(sums.out_proj, tokens, threads, dout, m.dout.token_stride, m.width, y, dim, dim);
+    }
+    // Backwards through in_proj.
+    int end(int64_t image, int64_t threads, const float *memory, const EndSums &sums) const {
+        const float *const x = floats(m.x.data) + image * m.x.batch_stride, *const dxz = memory;
+        if (m.dx) in_proj.multiply(tokens, threads, dxz, 2 * dim, floats(m.dx) + image * tokens * m.width, m.width);
+        return sums.add_to(sums.in_proj, tokens, threads, dxz, 2 * dim, 2 * dim, x, m.x.token_stride, m.width);
+    }
+};
+
 // One where there was no memory, else zero.
-inline int directions_backward(const DirectionsBackwardArgs &args) {
-    const DirectionsArgs &s = args.forward;
+inline int mixer_backward(const MixerBackwardArgs &m) {
+    const DirectionsArgs &s = m.between.forward;
     const Rates rates(s);
+    const BackwardFactors packed[] = {{s, 0}, {s, s.directions - 1}};
+    std::optional<Ends> ends;
+    if (m.width) ends.emplace(m);
     const int shares = shares_of_images(s);
     const int64_t sums = GradientSums::size(s), of_share = (s.directions + 1) * sums;
+    const int64_t of_ends = m.width ? EndSums::size(m) : 0;
+    const memory::Buffer others(bytes((shares - 1) * of_ends + 1));  // share 0 writes where its sums are wanted
+    const auto of_other = [&](int share) { return static_cast<float *>(others.data()) + (share - 1) * of_ends; };
     float *const all = static_cast<float *>(std::calloc(size_t(shares * of_share), sizeof(float)));
-    if (!all || !rates.A) return std::free(all), 1;
+    if (!all || !rates.A || !others.data() || !packed[0].ok() || !packed[1].ok() || (ends && !ends->ok()))
+        return std::free(all), 1;
     const int failed = images::each(s.batch, s.threads, shares, [&](int64_t begin, int64_t end, int64_t threads, int share) {
-        const memory::Buffer buffer(bytes(GradientRows::size(s)));
+        const memory::Buffer buffer(bytes(GradientRows::size(s) + Ends::floats_of_image(m)));
         if (!buffer.data()) return 1;
-        const GradientRows rows(s, static_cast<float *>(buffer.data()));
+        float *const memory = static_cast<float *>(buffer.data());
+        const GradientRows rows(s, memory + Ends::floats_of_image(m));
         float *const own = all + share * of_share;
         const GradientSums found(s, own + s.directions * sums);
-        for (int64_t image = begin; image < end; ++image)
+        EndSums of_this = share ? EndSums(m, of_other(share)) : EndSums(m, begin == 0);
+        DirectionsBackwardArgs one = m.between;
+        for (int64_t image = begin; image < end; ++image, of_this.fresh = false) {
+            if (ends && ends->begin(image, threads, memory, of_this, one)) return 1;
             for (int64_t number = 0; number < s.directions; ++number) {
-                const DirectionOfImage here(s, number, image, threads, rates.A);
-                const DirectionGradients &to = number ? args.second : args.first;
-                if (direction_backward(args, here, to, rows, GradientSums(s, own + number * sums), found)) return 1;
+                const DirectionOfImage here(one.forward, number, image, threads, rates.A);
+                const DirectionGradients &to = number ? one.second : one.first;
+                if (direction_backward(one, here, packed[number], to, rows, GradientSums(s, own + number * sums), found))
+                    return 1;
             }
+            if (ends && ends->end(image, threads, memory, of_this)) return 1;
+        }
         return 0;
     });
-    for (int share = 1; share < shares; ++share) add(all + share * of_share, s.directions * sums, all);
+    for (int share = 1; share < shares; ++share) {
+        add(all + share * of_share, s.directions * sums, all);
+        if (ends) EndSums(m, of_other(share)).add_all(m);
+    }
     for (int64_t number = 0; number < s.directions; ++number)
-        write_gradients(s, number ? args.second : args.first, rates.A + (s.log_decay ? number * s.dim * s.dstate : 0),
-                        GradientSums(s, all + number * sums));
+        write_gradients(s, number ? m.between.second : m.between.first,
+                        rates.A + (s.log_decay ? number * s.dim * s.dstate : 0), GradientSums(s, all + number * sums));
     std::free(all);
     return failed;
 }

@@ -209,18 +209,18 @@ inline int gemm(const GemmArgs &s) {
     return 0;
 }
 
-// A weight (columns, depth), contiguous, that is packed once for the products of many matrices, one after the other.
-struct PackedWeight {
+// A factor b (depth, columns) that is packed once for the products of many matrices, one after the other.
+struct PackedFactor {
     int64_t columns, depth, bias;
     Panels panels;
     const memory::Buffer buffer;
 
-    PackedWeight(int64_t weight, int64_t bias, int64_t columns, int64_t depth, int64_t threads)
+    PackedFactor(Factor b, int64_t bias, int64_t columns, int64_t depth, int64_t threads)
         : columns(columns), depth(depth), bias(bias), panels(args(1, 1)),
           buffer((panels.floats(depth) + LINE) * sizeof(float)) {
         GemmArgs s = args(1, threads);
-        s.b = {weight, 1, depth};
-        if (!ok()) return;
+        s.b = b;
+        if (!ok() || columns == 0) return;
         const int shares = parallel::shares_for(threads, panels.vectors, columns * depth);
         parallel::run(shares, [&](int share) {
             for (int64_t pass = 0; pass < panels.passes; ++pass)
@@ -228,12 +228,13 @@ struct PackedWeight {
         });
     }
     bool ok() const { return buffer.data() != nullptr; }
-    // c (rows, columns) = a (rows, depth) times the weight, plus the bias; both with stride 1 along a row.
-    void multiply(int64_t rows, int64_t threads, const float *a, int64_t a_stride, float *c, int64_t c_stride) const {
+    // c (rows, columns) = a (rows, depth) times b, plus the bias, or added to c; both with stride 1 along a row.
+    void multiply(int64_t rows, int64_t threads, const float *a, int64_t a_stride, float *c, int64_t c_stride,
+                  bool accumulate = false) const {
         GemmArgs s = args(rows, threads);
-        s.a = {reinterpret_cast<int64_t>(a), a_stride, 1}, s.bias = bias;
+        s.accumulate = accumulate, s.a = {reinterpret_cast<int64_t>(a), a_stride, 1}, s.bias = bias;
         s.c = reinterpret_cast<int64_t>(c), s.c_stride = c_stride;
-        for (int64_t pass = 0; rows && pass < panels.passes; ++pass)
+        for (int64_t pass = 0; rows && columns && pass < panels.passes; ++pass)
             multiply_pass(s, panels, pass, shares_of_product(s, panels), panels.packed(packed(pass), pass), nullptr);
     }
 
@@ -244,4 +245,10 @@ struct PackedWeight {
         return s;
     }
     float *packed(int64_t pass) const { return line_from(buffer.data()) + panels.floats(panels.begin(pass)); }
+};
+
+// A contiguous weight (columns, depth), transposed.
+struct PackedWeight : PackedFactor {
+    PackedWeight(int64_t weight, int64_t bias, int64_t columns, int64_t depth, int64_t threads)
+        : PackedFactor({weight, 1, depth}, bias, columns, depth, threads) {}
 };

@@ -125,7 +125,7 @@ def _save(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate(ctx, dout: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
-    wants_dx, wants_dweight, wants_dbias = ctx.needs_input_grad
+    wants_dx, wants_dweight, wants_dbias = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
         dx, dweight = _gradients(dout, x, weight)
     else:

@@ -1,20 +1,22 @@
-"""A whole mixer, from in_proj to out_proj, in one operator: for inference, where nothing in between is kept.
+"""A whole mixer, from in_proj to out_proj, in one operator.
 
 What is between the steps of one image is less than what a processor keeps beside it, while that of a batch is not; and
-a small model's time is in the calls around the steps. Without kernels the references run.
+a small model's time is in the calls around the steps. For gradients, what `directions_fn` keeps is kept, and what goes
+into out_proj; pooled mixers have none. Without kernels the references run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from causal_conv1d.checks import check_all, check_dtype, check_ndim, check_tensor
-from causal_conv1d.derivatives import wants_reference
+from causal_conv1d.derivatives import gradients_by_reference, wants_reference
 from causal_conv1d.ops.convolution import WIDTHS
-from mamba_ssm.kernels import products
+from mamba_ssm.kernels import composed, products
 from mamba_ssm.kernels.arguments import (
     DIRECTION_TENSORS,
     OPTIONAL_OF_DIRECTION,
@@ -24,6 +26,7 @@ from mamba_ssm.kernels.arguments import (
     Projections,
     Taps,
     split_directions,
+    with_rates,
 )
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.directions import directions_flops, directions_ref
@@ -47,9 +50,11 @@ _BRANCH_LAYOUTS = ("(dim, width)", "(dim,)", "(dim,)", *_SCAN_LAYOUTS)
 
 
 def has_whole(x: Tensor, name: str) -> bool:
-    """Whether the operator `name` of this module has a kernel for x, and is the fastest way: without gradients, in
-    float32, where the own products are preferred."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype not in _DTYPES:
+    """Whether the operator `name` of this module has a kernel for x, and is the fastest way: in float32, where the own
+    products are preferred, and where there are gradients, too, or none are wanted."""
+    if torch.compiler.is_compiling() or x.dtype not in _DTYPES:
+        return False
+    if torch.is_grad_enabled() and not backends.has(x, f"{name}_backward"):
         return False
     own = products.PREFER_OWN or products.PREFER_OWN_NARROW
     return own and not torch.is_autocast_enabled(x.device.type) and backends.has(x, name)
@@ -62,7 +67,7 @@ def alike(given: Sequence[Direction | Taps | Projections]) -> bool:
 
 
 def mixer_fn(x: Tensor, ends: Ends, directions: Sequence[Direction], share: float = 1.0) -> Tensor:
-    """`out_proj(directions_fn(in_proj(x), directions, share, log_decay=True))`, not differentiable.
+    """`out_proj(directions_fn(in_proj(x), directions, share, log_decay=True))`, differentiable in every tensor.
 
     Args:
         x: (batch, seqlen, width), float32, as all parameters. Copied only if its last stride is not 1.
@@ -90,8 +95,9 @@ def mixer_fn(x: Tensor, ends: Ends, directions: Sequence[Direction], share: floa
     parameters = [tensor for each in directions for tensor in tuple(each)[:DIRECTION_TENSORS]]
     if wants_reference(x, *ends, *parameters):
         return mixer_ref(x, ends, directions, share)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *ends, *parameters))
     parameters += [None] * (2 * DIRECTION_TENSORS - len(parameters))
-    return torch.ops.mamba_ssm.mixer(x, *ends, *parameters, [each.reverse for each in directions], share)
+    return torch.ops.mamba_ssm.mixer(x, *ends, *parameters, [each.reverse for each in directions], share, save)[0]
 
 
 def mixer_ref(x: Tensor, ends: Ends, directions: Sequence[Direction], share: float = 1.0) -> Tensor:
@@ -185,9 +191,103 @@ def _columns(given: Ends | Direction | Taps | Projections, *names: str) -> list[
 # --- registration ----------------------------------------------------------------------------------------------------
 
 
+_KEPT = 6  # xz, y, and x_dbl and states of two directions
+
+
 def _mixer(x, *arguments):
+    ends, (*parameters, reverse, share, save) = Ends(*arguments[:4]), arguments[4:]
+    directions, kernels = split_directions(parameters, reverse), backends.pick(x)
+    if x.numel() == 0:
+        return x.new_empty(x.shape), *_kept(x, ())
+    if not hasattr(kernels, "mixer"):
+        with torch.no_grad():
+            # a result of its own memory, as operators' must be
+            return mixer_ref(x, ends, directions, share).contiguous(), *_kept(x, ())
+    out, kept = kernels.mixer(x, ends, directions, share, save)
+    return out, *_kept(x, kept)
+
+
+def _kept(x: Tensor, kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """As many tensors as the operator has, of what one direction or both keep, or nothing."""
+    if len(kept) == 4:
+        kept = *kept[:3], x.new_empty(0), kept[3], x.new_empty(0)
+    return tuple(kept) or tuple(x.new_empty(0) for _ in range(_KEPT))
+
+
+def _fake_mixer(x, *arguments):
+    ends, (*parameters, reverse, _, save) = Ends(*arguments[:4]), arguments[4:]
+    kernels, directions = backends.pick(x), split_directions(parameters, reverse)
+    if not save or x.numel() == 0 or not hasattr(kernels, "mixer"):
+        return x.new_empty(x.shape), *_kept(x, ())
+    (batch, seqlen, _), dim = x.shape, ends.out_proj.shape[1]
+    shapes = [(batch, seqlen, 2 * dim), (batch, seqlen, dim)]
+    shapes += [(batch, seqlen, each.x_proj_weight.shape[0]) for each in directions]
+    shapes += [kernels.states_shape(batch, dim, seqlen, each.A.shape[1]) for each in directions]
+    return x.new_empty(x.shape), *_kept(x, [x.new_empty(shape) for shape in shapes])
+
+
+def _save_mixer(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # what is kept has no gradient, and zeros would have to be written
+    *tensors, ctx.reverse, ctx.share, _ = inputs
+    ctx.save_for_backward(*output[1:], *tensors)
+
+
+def _differentiate_mixer(ctx, dout: Tensor | None, *_: Any) -> tuple:
+    kept, tensors = ctx.saved_tensors[:_KEPT], ctx.saved_tensors[_KEPT:]
+    if dout is None:  # only what is kept was asked of
+        return (None,) * (len(tensors) + 3)
+    if torch.is_grad_enabled():
+        grads = gradients_by_reference(_reference, (*tensors, ctx.reverse, ctx.share), (dout,))[:-2]
+    else:
+        options = ctx.reverse, ctx.share, list(ctx.needs_input_grad[:5])
+        grads = torch.ops.mamba_ssm.mixer_backward(dout, *tensors[:5], *kept, *tensors[5:], *options)
+        given = zip(grads, tensors, ctx.needs_input_grad)
+        grads = [grad if want and tensor is not None else None for grad, tensor, want in given]
+    return *grads, None, None, None
+
+
+def _reference(x: Tensor, *arguments: Any) -> Tensor:
     ends, (*parameters, reverse, share) = Ends(*arguments[:4]), arguments[4:]
-    return _run("mixer", mixer_ref, x, ends, split_directions(parameters, reverse), share)
+    return mixer_ref(x, ends, split_directions(parameters, reverse), share)
+
+
+def _mixer_backward(dout, x, *arguments):
+    ends, kept, (*parameters, reverse, share, wanted) = Ends(*arguments[:4]), arguments[4 : 4 + _KEPT], arguments[10:]
+    kernels, directions = backends.pick(x), split_directions(parameters, reverse)
+    with torch.no_grad():
+        if x.numel() == 0:
+            grads = [None if each is None else torch.zeros_like(each) for each in (x, *ends, *parameters)]
+        elif kept[0].numel() and hasattr(kernels, "mixer_backward"):
+            saved = [each for number, each in enumerate(kept) if len(directions) == 2 or number not in (3, 5)]
+            wants = [want and like is not None for want, like in zip(wanted, (x, *ends))]
+            grads = kernels.mixer_backward(dout, x, ends, directions, share, saved, wants)
+        else:  # the forward ran without kernels, or on others, and has kept nothing
+            grads = _gradients_of_steps(kernels, dout, x, ends, directions, share)
+    grads += [None] * (5 + 2 * DIRECTION_TENSORS - len(grads))
+    wants = [want and like is not None for want, like in zip(wanted, (x, *ends))] + [True] * len(parameters)
+    return tuple(grad.contiguous() if want and grad is not None else x.new_empty(0) for grad, want in zip(grads, wants))
+
+
+def _gradients_of_steps(
+    kernels: Any, dout: Tensor, x: Tensor, ends: Ends, directions: Sequence[Direction], share: float
+) -> list[Tensor | None]:
+    """What a kernel set's `mixer_backward` gives, step by step, from the beginning."""
+    xz, directions = F.linear(x, ends.in_proj, ends.in_bias), with_rates(directions, True)
+    y, x_dbls, states = composed.directions_forward(kernels, xz, directions, share, True)
+    given = dout @ ends.out_proj, xz, directions, x_dbls, states, share
+    dxz, *grads = composed.directions_backward(kernels, *given)
+    for number, rate in enumerate(directions):
+        place = number * DIRECTION_TENSORS + rate._fields.index("A")
+        grads[place] = grads[place] * rate.A
+    flat_x, flat_y, flat_dxz, flat_dout = (each.reshape(-1, each.shape[2]) for each in (x, y, dxz, dout))
+    outer = flat_dxz.t() @ flat_x, flat_dxz.sum(0), flat_dout.t() @ flat_y, flat_dout.sum(0)
+    return [dxz @ ends.in_proj, *outer, *grads]
+
+
+def _fake_mixer_backward(dout, x, *arguments):
+    *parameters, _, _, wanted = arguments[10:]
+    likes = zip((x, *arguments[:4], *parameters), (*wanted, *[True] * len(parameters)))
+    return tuple(x.new_empty(like.shape if want and like is not None else 0) for like, want in likes)
 
 
 def _pooled_mixer(x, *arguments):
@@ -197,23 +297,13 @@ def _pooled_mixer(x, *arguments):
         (Projections(*tensors[6:10]), Projections(*tensors[10:14])),
     )
     lines = Lines(tuple(sizes), tuple(strides), tuple(pooled), scale)
-    return _run("pooled_mixer", pooled_mixer_ref, x, ends, taps, projections, (*tensors[14:], eps), lines, share)
-
-
-def _pair(kind, tensors):
-    half = len(tensors) // 2
-    return kind(*tensors[:half]), kind(*tensors[half:])
-
-
-def _run(name, reference, x, *arguments):
     if x.numel() == 0:
         return x.new_empty(x.shape)
-    call = getattr(backends.pick(x), name, reference)
-    # a result of its own memory, as operators' must be
-    return call(x, *arguments).contiguous()
+    call = getattr(backends.pick(x), "pooled_mixer", pooled_mixer_ref)
+    return call(x, ends, taps, projections, (*tensors[14:], eps), lines, share).contiguous()
 
 
-def _fake(x, *_):
+def _fake_pooled(x, *_):
     return x.new_empty(x.shape)
 
 
@@ -222,7 +312,7 @@ def _ends_flops(x: Sequence[int], in_proj: Sequence[int], out_proj: Sequence[int
 
 
 def _mixer_flops(x, in_proj, _, out_proj, __, *arguments) -> int:
-    *parameters, reverse, share = arguments
+    *parameters, reverse, share, _ = arguments
     between = directions_flops((*x[:2], in_proj[0]), None, *parameters, reverse, share, False, True)
     return between + _ends_flops(x, in_proj, out_proj)
 
@@ -236,16 +326,25 @@ def _pooled_mixer_flops(x, in_proj, _, out_proj, __, weight, *arguments) -> int:
     return between + _ends_flops(x, in_proj, out_proj)
 
 
+_SAVED = "Tensor xz, Tensor y, Tensor x_dbl, Tensor x_dbl_b, Tensor states, Tensor states_b"
+_GRADIENTS = ", ".join(["Tensor"] * (5 + 2 * DIRECTION_TENSORS))
 OPERATORS.register(
-    f"mixer(Tensor x, {ENDS}, {DIRECTIONS}) -> Tensor",
+    f"mixer(Tensor x, {ENDS}, {DIRECTIONS}, bool save) -> (Tensor, {', '.join(['Tensor'] * _KEPT)})",
     _mixer,
-    _fake,
+    _fake_mixer,
+    save=_save_mixer,
+    differentiate=_differentiate_mixer,
     flops=_mixer_flops,
+)
+OPERATORS.register(
+    f"mixer_backward(Tensor dout, Tensor x, {ENDS}, {_SAVED}, {DIRECTIONS}, bool[] wanted) -> ({_GRADIENTS})",
+    _mixer_backward,
+    _fake_mixer_backward,
 )
 OPERATORS.register(
     f"pooled_mixer(Tensor x, {ENDS}, {TAPS}, {PROJECTIONS}, Tensor? norm_weight, Tensor? norm_bias, float eps, {LINES},"
     " float scale, float share) -> Tensor",
     _pooled_mixer,
-    _fake,
+    _fake_pooled,
     flops=_pooled_mixer_flops,
 )

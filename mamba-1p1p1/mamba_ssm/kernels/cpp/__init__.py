@@ -12,7 +12,7 @@ from mamba_ssm.kernels.cpp.visible import (
     visible_gate,
     visible_gate_backward,
 )
-from mamba_ssm.kernels.cpp.whole import mixer, pooled_mixer
+from mamba_ssm.kernels.cpp.whole import mixer, mixer_backward, pooled_mixer
 
 __all__ = [
     "can_mask",
@@ -24,6 +24,7 @@ __all__ = [
     "match_tokens",
     "merge_tokens",
     "mixer",
+    "mixer_backward",
     "norm_backward",
     "norm_forward",
     "pooled_conv",

@@ -3,7 +3,8 @@ joined from parts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from ctypes import Structure
 
 import torch
 from causal_conv1d.kernels import cpp as conv
@@ -81,30 +82,35 @@ def _are_fit(directions: Sequence[Direction]) -> bool:
     return all(size == sizes[0] for size in sizes) and (products.PREFER_OWN or products.PREFER_OWN_NARROW)
 
 
-def _told(
-    xs: Sequence[Tensor],
-    z: Tensor | None,
+NO_TOKENS = 0, 0, 0
+
+
+def told_of_directions(
+    sizes: tuple[int, int, int],
     directions: Sequence[Direction],
-    x_dbls: Sequence[Tensor],
-    states: Sequence[Tensor],
+    x_dbls: Sequence[Tensor | None],
+    states: Sequence[Tensor | None],
     share: float,
     log_decay: bool,
-    mask: Tensor | None,
+    xs: Sequence[Tensor] | None = None,
+    z: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[dict, list[tuple[Tensor | None, ...]]]:
-    """The library's arguments of both ways, for each direction's x (batch, seqlen, dim), and what has to live as long
-    as it works with them."""
-    alive, weights = [], []
-    for x, x_dbl, kept, (*tensors, reverse) in zip(xs, x_dbls, states, directions):
+    """The library's arguments of both ways, of sizes (batch, seqlen, dim) and each direction's x of these, and what has
+    to live as long as it works with them."""
+    alive, weights, tokens = [], [], [NO_TOKENS] * len(directions) if xs is None else map(tokens_of, xs)
+    for x, x_dbl, kept, (*tensors, reverse) in zip(tokens, x_dbls, states, directions):
         conv, conv_bias, x_proj, dt_proj, dt_bias, A, D = (float32(tensor) for tensor in tensors)
-        given = conv, conv_bias, x_proj, dt_proj, dt_bias, A, D, x_dbl, kept if kept.numel() else None
-        weights.append(LIBRARY.structs.DirectionWeights(tokens_of(x), reverse, *map(address, given)))
+        given = conv, conv_bias, x_proj, dt_proj, dt_bias, A, D, x_dbl, kept
+        weights.append(LIBRARY.structs.DirectionWeights(x, reverse, *map(address, given)))
         alive.append(given)
     mask = float32(mask)
     alive.append((mask,))
+    batch, seqlen, dim = sizes
     told = dict(
-        batch=xs[0].shape[0],
-        dim=xs[0].shape[2],
-        seqlen=xs[0].shape[1],
+        batch=batch,
+        dim=dim,
+        seqlen=seqlen,
         dstate=A.shape[1],
         rank=dt_proj.shape[1],
         width=0 if conv is None else conv.shape[1],
@@ -114,7 +120,7 @@ def _told(
         log_decay=log_decay,
         share=bits(share),
         mask=address(mask),
-        z=(0, 0, 0) if z is None else tokens_of(z),
+        z=NO_TOKENS if z is None else tokens_of(z),
         first=weights[0],
         second=weights[-1],
     )
@@ -133,15 +139,24 @@ def forward_in_one(
     """`directions_forward` in one call of the library with its own products: image by image, so that what is between
     the steps stays in the cache. Each direction has an x of its own (batch, seqlen, dim), contiguous where there is no
     convolution; without z there is no gate."""
-    (batch, seqlen, dim), x_dbls, states = xs[0].shape, [], []
-    out = xs[0].new_empty(batch, seqlen, dim)
-    for x, each in zip(xs, directions):
-        x_dbls.append(x.new_empty(batch, seqlen, each.x_proj_weight.shape[0]))
-        states.append(x.new_empty(states_shape(batch, dim, seqlen, each.A.shape[1]) if save_states else (0,)))
-    told, alive = _told(xs, z, directions, x_dbls, states, share, log_decay, mask)
+    sizes, out = xs[0].shape, xs[0].new_empty(xs[0].shape)
+    x_dbls, states = kept_of_directions(out, sizes, directions, save_states)
+    kept = states if save_states else [None] * len(states)
+    told, alive = told_of_directions(sizes, directions, x_dbls, kept, share, log_decay, xs, z, mask)
     LIBRARY.call("mamba_directions", LIBRARY.structs.DirectionsArgs(**told, out=address(out)))
     del alive
     return out, x_dbls, states
+
+
+def kept_of_directions(
+    like: Tensor, sizes: tuple[int, int, int], directions: Sequence[Direction], save_states: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """New (x_dbl of each direction, saved states of each direction) for sizes (batch, seqlen, dim), on the device of
+    `like`."""
+    batch, seqlen, dim = sizes
+    x_dbls = [like.new_empty(batch, seqlen, each.x_proj_weight.shape[0]) for each in directions]
+    shapes = [states_shape(batch, dim, seqlen, each.A.shape[1]) if save_states else (0,) for each in directions]
+    return x_dbls, [like.new_empty(shape) for shape in shapes]
 
 
 def backward_in_one(
@@ -159,20 +174,14 @@ def backward_in_one(
 ) -> list[Tensor | None]:
     """Gradients of each direction's tensors, and the mask's if there is one; those of x and z go to `dxs` and `dz`,
     strided like x and z or not."""
-    structs, dout, grads, written = LIBRARY.structs, channel_last(dout.float()), [], []
-    for dx, each in zip(dxs, directions):
-        own = [None if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in each[:DIRECTION_TENSORS]]
-        place = each._fields.index("dt_proj_weight")
-        own[place] = own[place].view(own[place].shape[::-1])
-        written.append(structs.DirectionGradients(tokens_of(dx), *map(address, own)))
-        own[place] = own[place].t()
-        grads += own
-    told, alive = _told(xs, z, directions, x_dbls, states, share, log_decay, mask)
+    structs, dout = LIBRARY.structs, channel_last(dout.float())
+    grads, written = gradients_of_directions(directions, map(tokens_of, dxs))
+    told, alive = told_of_directions(xs[0].shape, directions, x_dbls, states, share, log_decay, xs, z, mask)
     dmask = None if mask is None else torch.zeros_like(mask, dtype=torch.float32, memory_format=torch.contiguous_format)
     arguments = structs.DirectionsBackwardArgs(
         forward=structs.DirectionsArgs(**told),
         dout=tokens_of(dout),
-        dz=(0, 0, 0) if dz is None else tokens_of(dz),
+        dz=NO_TOKENS if dz is None else tokens_of(dz),
         dmask=address(dmask),
         first=written[0],
         second=written[-1],
@@ -180,6 +189,22 @@ def backward_in_one(
     LIBRARY.call("mamba_directions_backward", arguments)
     del alive
     return grads if mask is None else [*grads, dmask]
+
+
+def gradients_of_directions(
+    directions: Sequence[Direction], tokens: Iterable[tuple[int, int, int]]
+) -> tuple[list[Tensor | None], list[Structure]]:
+    """New gradients of the directions' tensors, one after the other, and the library's arguments for them and for
+    `tokens`, those of each x."""
+    grads, written = [], []
+    for dx, each in zip(tokens, directions):
+        own = [None if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in each[:DIRECTION_TENSORS]]
+        place = each._fields.index("dt_proj_weight")
+        own[place] = own[place].view(own[place].shape[::-1])
+        written.append(LIBRARY.structs.DirectionGradients(dx, *map(address, own)))
+        own[place] = own[place].t()
+        grads += own
+    return grads, written
 
 
 def directions_backward(

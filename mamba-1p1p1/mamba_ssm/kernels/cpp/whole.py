@@ -1,5 +1,5 @@
-"""Whole mixers of the C++ kernel set, float32, without gradients: from in_proj to out_proj in one call of the library,
-image by image, so that what is between the steps stays in the cache."""
+"""Whole mixers of the C++ kernel set, float32: from in_proj to out_proj in one call of the library, and back in
+another, image by image, so that what is between the steps stays in the cache."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from causal_conv1d.layout import address, channel_last, float32
 from causal_conv1d.native import bits, tokens_of
 from mamba_ssm.kernels.arguments import Direction, Ends, Lines, Projections, Taps
+from mamba_ssm.kernels.cpp.directions import NO_TOKENS, gradients_of_directions, kept_of_directions, told_of_directions
 from mamba_ssm.kernels.cpp.library import LIBRARY
 from mamba_ssm.kernels.cpp.pooled import lines_fields
-from mamba_ssm.kernels.cpp.scan import interval_of
 from torch import Tensor
 
 
@@ -27,33 +27,65 @@ def _ends_fields(x: Tensor, ends: Ends, out: Tensor) -> dict:
     }
 
 
-def mixer(x: Tensor, ends: Ends, directions: Sequence[Direction], share: float) -> Tensor:
-    """x (batch, seqlen, width) -> the same; `A` of the directions, which are of equal sizes, is log(-A)."""
+def mixer(
+    x: Tensor, ends: Ends, directions: Sequence[Direction], share: float, save: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """x (batch, seqlen, width) -> the same, and what its gradient is computed from if that is to be saved: xz and y
+    (batch, seqlen, 2*dim and dim), x_dbl of each direction, saved states of each direction. `A` of the directions,
+    which are of equal sizes, is log(-A)."""
     x, out, ends = channel_last(x), x.new_empty(x.shape), Ends(*map(float32, ends))
-    weights, alive, structs = [], [], LIBRARY.structs
-    for *tensors, reverse in directions:
-        wide = [float32(tensor) for tensor in tensors]
-        # neither the tokens of one image nor its x_dbl are anywhere before the call, and no states are kept
-        weights.append(structs.DirectionWeights((0, 0, 0), reverse, *map(address, wide), 0, 0))
-        alive.append(wide)
-    conv_weight, _, _, dt_proj, _, A_log, _ = alive[0]
-    between = structs.DirectionsArgs(
-        batch=x.shape[0],
-        dim=ends.out_proj.shape[1],
-        seqlen=x.shape[1],
-        dstate=A_log.shape[1],
-        rank=dt_proj.shape[1],
-        width=conv_weight.shape[1],
-        directions=len(directions),
-        threads=torch.get_num_threads(),
-        interval=interval_of(A_log.shape[1]),
-        log_decay=1,
-        share=bits(share),
-        first=weights[0],
-        second=weights[-1],
+    batch, seqlen, _ = x.shape
+    sizes, nothing = (batch, seqlen, ends.out_proj.shape[1]), [None] * len(directions)
+    if save:
+        xz, y = x.new_empty(batch, seqlen, 2 * sizes[2]), x.new_empty(sizes)
+        x_dbls, states = kept_of_directions(x, sizes, directions, True)
+    else:
+        xz, y, x_dbls, states = None, None, nothing, nothing
+    between, alive = told_of_directions(sizes, directions, x_dbls, states, share, True)
+    arguments = LIBRARY.structs.MixerArgs(
+        between=LIBRARY.structs.DirectionsArgs(**between), **_ends_fields(x, ends, out), xz=address(xz), y=address(y)
     )
-    LIBRARY.call("mamba_mixer", structs.MixerArgs(between=between, **_ends_fields(x, ends, out)))
-    return out
+    LIBRARY.call("mamba_mixer", arguments)
+    del alive
+    return out, [xz, y, *x_dbls, *states] if save else []
+
+
+def mixer_backward(
+    dout: Tensor,
+    x: Tensor,
+    ends: Ends,
+    directions: Sequence[Direction],
+    share: float,
+    saved: Sequence[Tensor],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of x, of the ends and of each direction's tensors; of the former five, None where `wanted` is not."""
+    x, dout, ends = channel_last(x), channel_last(dout), Ends(*map(float32, ends))
+    (xz, y, *of_directions), structs = saved, LIBRARY.structs
+    x_dbls, states = of_directions[: len(directions)], of_directions[len(directions) :]
+    told, alive = told_of_directions(y.shape, directions, x_dbls, states, share, True)
+    grads, written = gradients_of_directions(directions, [NO_TOKENS] * len(directions))
+    outer = [like.new_empty(like.shape) if want else None for like, want in zip((x, *ends), wanted)]
+    dx, *dends = map(address, outer)
+    between = structs.DirectionsBackwardArgs(
+        forward=structs.DirectionsArgs(**told), first=written[0], second=written[-1]
+    )
+    arguments = structs.MixerBackwardArgs(
+        between=between,
+        width=x.shape[2],
+        x=tokens_of(x),
+        dout=tokens_of(dout),
+        in_proj=address(ends.in_proj),
+        out_proj=address(ends.out_proj),
+        xz=address(xz),
+        y=address(y),
+        dx=dx,
+        din_proj=tuple(dends[:2]),
+        dout_proj=tuple(dends[2:]),
+    )
+    LIBRARY.call("mamba_mixer_backward", arguments)
+    del alive
+    return [*outer, *grads]
 
 
 def pooled_mixer(
