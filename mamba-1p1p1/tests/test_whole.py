@@ -58,8 +58,8 @@ def double(given):
     return type(given)(map(double, given)) if isinstance(given, (tuple, list)) else given
 
 
-def assert_same(found, wanted):
-    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+def assert_same(found, wanted, within=1e-5):
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=within * wanted.abs().max().item())
 
 
 # more than a tile or a panel of the product, less than one, and a depth that takes two passes
@@ -109,32 +109,47 @@ def test_mixer_gradients(sizes, optional, ways, isa):
             assert_same(found, one)
 
 
+GRIDS = [
+    ((5, 6), (0, 1), (1,)),
+    ((5, 6), (1, 0), (1,)),
+    ((30, 1), (0, 1), (0,)),
+    ((2, 5, 3), (1, 0, 2), (1,)),
+    ((2, 5, 3), (2, 1, 0), (0, 1, 2)),
+]
+
+
+@pytest.fixture(params=["mixer", "pooled mixer"])
+def whole_mixer(request):
+    """(parts, operator of x and ends, its reference), of (5, 6) tokens."""
+    parts, lines = Parts(), Lines.of_grid((5, 6), (1, 0), (1,))
+    pooled = {"taps": parts.taps, "projections": parts.projections, "norm": parts.norm, "lines": lines}
+    if request.param == "mixer":
+        return parts, partial(mixer_fn, directions=parts.directions), mixer_ref, {"directions": parts.directions}
+    return parts, partial(pooled_mixer_fn, **pooled), pooled_mixer_ref, pooled
+
+
 @pytest.mark.parametrize("frozen", ["in_proj", "out_proj", "x"])
-def test_gradients_that_are_not_wanted(frozen, kernels):
-    parts = Parts()
-    x, ends = parts.tokens(3, 21), parts.ends
-    every = dict(zip(("x", *Ends._fields), gradients(lambda *all: mixer_fn(*all, parts.directions), (x, ends), x)))
-    given = {name: tensor.detach().clone() for name, tensor in zip(("x", *Ends._fields), (x, *ends))}
+def test_gradients_that_are_not_wanted(frozen, kernels, whole_mixer):
+    parts, mixer, _, _ = whole_mixer
+    x, ends, names = parts.tokens(3, 30), parts.ends, ("x", *Ends._fields)
+    every = dict(zip(names, gradients(mixer, (x, ends), x)))
+    given = {name: tensor.detach().clone() for name, tensor in zip(names, (x, *ends))}
     for name, tensor in given.items():
         tensor.requires_grad_(name != frozen)
-    mixer_fn(given["x"], Ends(*list(given.values())[1:]), parts.directions).backward(x)
+    mixer(given["x"], Ends(*list(given.values())[1:])).backward(x)
     assert given[frozen].grad is None
     assert all(torch.equal(given[name].grad, grad) for name, grad in every.items() if name != frozen)
 
 
 @pytest.mark.parametrize("strided", [lambda x: x[::2], lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)])
-def test_strides_of_gradients(strided, kernels):
-    parts = Parts()
+def test_strides_of_gradients(strided, kernels, whole_mixer):
+    parts, mixer, _, _ = whole_mixer
     x, dout = strided(parts.tokens(4, 30)), strided(parts.tokens(4, 30) + 1)
-
-    def run(x, ends):
-        return mixer_fn(x, ends, parts.directions)
-
-    found = gradients(run, (x, parts.ends), dout)
-    wanted = gradients(run, (x.contiguous(), parts.ends), dout.contiguous())
+    found = gradients(mixer, (x, parts.ends), dout)
+    wanted = gradients(mixer, (x.contiguous(), parts.ends), dout.contiguous())
     for grad, one in zip(found, wanted, strict=True):
         assert_same(grad, one.double())
-    nothing = gradients(run, (x[:0], parts.ends), dout[:0])
+    nothing = gradients(mixer, (x[:0], parts.ends), dout[:0])
     assert [each.count_nonzero().item() for each in nothing] == [0] * 5
 
 
@@ -143,10 +158,12 @@ def test_strides_of_gradients(strided, kernels):
 def test_gradients_for_any_number_of_threads(batch):
     parts, before, found = Parts(width=96, dim=192, dstate=16), torch.get_num_threads(), []
     x = parts.tokens(batch, 196)
+    pooled = x, parts.ends, parts.taps, parts.projections, parts.norm, Lines.of_grid((14, 14))
     try:
         for threads in (1, 2, 2, 3):
             torch.set_num_threads(threads)
-            found.append(gradients(mixer_fn, (x, parts.ends, parts.directions), x))
+            of_pooled = gradients(pooled_mixer_fn, pooled, x)
+            found.append((*gradients(mixer_fn, (x, parts.ends, parts.directions), x), *of_pooled))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(*pair) for pair in zip(found[1], found[2]))
@@ -155,27 +172,32 @@ def test_gradients_for_any_number_of_threads(batch):
             assert_same(grad, wanted.double())
 
 
-def test_second_gradients(kernels):
-    parts = Parts(width=4, dim=8, rank=2, dstate=2)
+def test_second_gradients(kernels, whole_mixer):
+    parts, mixer, reference, more = whole_mixer
 
-    def second(call, given):
-        x, *others = given
+    def second(call, x, ends):
         x = x.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(call(x, *others).square().sum(), x, create_graph=True)
+        (grad,) = torch.autograd.grad(call(x, ends).square().sum(), x, create_graph=True)
         return torch.autograd.grad(grad.square().sum(), x)[0]
 
-    given = parts.tokens(2, 6), parts.ends, parts.directions
-    wanted = second(mixer_ref, double(given))
-    assert_same(second(mixer_fn, given), wanted)
+    x = parts.tokens(2, 30)
+    wanted = second(
+        partial(reference, **{name: double(part) for name, part in more.items()}), x.double(), double(parts.ends)
+    )
+    assert_same(second(mixer, x, parts.ends), wanted)
 
 
-GRIDS = [
-    ((5, 6), (0, 1), (1,)),
-    ((5, 6), (1, 0), (1,)),
-    ((30, 1), (0, 1), (0,)),
-    ((2, 5, 3), (1, 0, 2), (1,)),
-    ((2, 5, 3), (2, 1, 0), (0, 1, 2)),
-]
+def test_kernels_that_change_before_the_gradient(whole_mixer):
+    parts, mixer, _, _ = whole_mixer
+    x = parts.tokens(2, 30)
+    wanted = gradients(mixer, (x, parts.ends), x)
+    for before, behind in (("torch", "auto"), ("auto", "torch")):
+        leaf = x.detach().requires_grad_()
+        with backend.use(before):
+            out = mixer(leaf, parts.ends)
+        with backend.use(behind):
+            out.backward(x)
+        assert_same(leaf.grad, wanted[0].double())
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -186,6 +208,19 @@ def test_pooled_mixer(sizes, optional, grid, isa):
     for batch in (1, 3):
         given = parts.tokens(batch, 30), parts.ends, parts.taps, parts.projections, parts.norm, lines, 0.5
         assert_same(pooled_mixer_fn(*given), pooled_mixer_ref(*double(given)))
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_pooled_mixer_gradients(sizes, optional, grid, isa):
+    parts, lines = Parts(**sizes, optional=optional), Lines.of_grid(*grid, 0.75)
+    for batch in (1, 3):
+        given = parts.tokens(batch, 30), parts.ends, parts.taps, parts.projections, parts.norm, lines, 0.5
+        dout = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(batch))
+        wanted = gradients(pooled_mixer_ref, double(given), dout.double())
+        for found, one in zip(gradients(pooled_mixer_fn, given, dout), wanted, strict=True):
+            assert_same(found, one, 4e-5)  # the norm divides rounding by what may be a small deviation
 
 
 @needs_cpp
@@ -230,12 +265,17 @@ def test_opcheck(kernels):
             given = x, *parts.ends, *of_ways, ways, 1.0, save
             torch.library.opcheck(torch.ops.mamba_ssm.mixer.default, given, test_utils=tests)
         out, *kept = torch.ops.mamba_ssm.mixer(*given)
-        for wanted in ([True] * 5, [True, False, False, True, True]):
+        for wanted in ([True] * 5, [True, False, False, True, True]) if kept[0].numel() else ():
             given = out, x, *parts.ends, *kept, *of_ways, ways, 1.0, wanted
             torch.library.opcheck(torch.ops.mamba_ssm.mixer_backward.default, given, test_utils=tests)
     tensors = [tensor for each in (*parts.taps, *parts.projections) for tensor in each]
-    given = x, *parts.ends, *tensors, *parts.norm, *lines, 1.0
-    torch.library.opcheck(torch.ops.mamba_ssm.pooled_mixer.default, given, test_utils=tests)
+    for save in (False, True):
+        given = x, *parts.ends, *tensors, *parts.norm, *lines, 1.0, save
+        torch.library.opcheck(torch.ops.mamba_ssm.pooled_mixer.default, given, test_utils=tests)
+    out, *kept = torch.ops.mamba_ssm.pooled_mixer(*given)
+    for wanted in ([True] * 5, [False, False, True, False, False]) if kept[0].numel() else ():
+        given = out, x, *parts.ends, *kept, *tensors, *parts.norm, *lines, 1.0, wanted
+        torch.library.opcheck(torch.ops.mamba_ssm.pooled_mixer_backward.default, given, test_utils=tests)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +373,7 @@ def test_inference_and_training_are_the_steps_to_rounding(pooled, options, calls
         found = mixer(x, **more)
     assert calls == ["pooled_mixer_fn" if pooled else "mixer_fn"]
     trained = mixer(x, **more)
-    assert calls == ["pooled_mixer_fn"] if pooled else ["mixer_fn"] * 2
+    assert calls == ["pooled_mixer_fn" if pooled else "mixer_fn"] * 2
     monkeypatch.setattr("mamba_ssm.ops.mixer.has_whole", lambda *_: False)
     wanted = mixer(x, **more)
     for one in (found, trained):

@@ -41,8 +41,9 @@ struct VisibleConvBackwardArgs {
     VisibleLines lines;
     Tokens x;
     Taps forward, backward;
-    // contiguous, in x's dtype, as in VisibleConvArgs; dx as skip
-    int64_t dskip, dpooled_forward, dpooled_backward, dx;
+    // contiguous, in x's dtype, as in VisibleConvArgs
+    int64_t dskip, dpooled_forward, dpooled_backward;
+    Tokens dx;
     TapsGradient dforward, dbackward;
 };
 
@@ -60,6 +61,7 @@ struct VisibleGateBackwardArgs {
     Tokens z;
     int64_t weight, bias;
     int64_t skip, groups, dout;   // as in VisibleGateArgs; dout as out
-    int64_t dskip, dgroups, dz;   // as skip, groups and out
+    int64_t dskip, dgroups;       // as skip and groups
+    Tokens dz;
     int64_t dweight, dbias;       // contiguous float32 (dim,), or 0
 };

@@ -150,8 +150,7 @@ void differentiate_channels(const VisibleConvBackwardArgs &s, int64_t c, const f
             V dx = zero;
 #pragma GCC unroll 8
             for (int k = 0; k < WIDTH; ++k) dx = fma(f.tap[k], slope_f[k], fma(b.tap[k], slope_b[SEEN - 1 - k], dx));
-            const int64_t done = batch * tokens + s.lines.walked(batch, t - BEFORE);
-            store_some(row_of<T>(s.dx, done, s.dim) + c, dx, channels);
+            store_some(row_of<T>(s.dx, batch, s.lines.walked(batch, t - BEFORE)) + c, dx, channels);
         }
     }
     f.store_to(s.dforward, c, channels), b.store_to(s.dbackward, c, channels);
@@ -236,7 +235,7 @@ VEC void differentiate_gate(const VisibleGateBackwardArgs &s, const GateSettings
                             float *dweight, float *dbias, float *dgroup) {
     const int64_t dim = s.dim, row = batch * s.lines.tokens + token;
     const T *z = row_of<T>(s.z, batch, token), *dout = row_of<T>(s.dout, row, dim);
-    T *dz = row_of<T>(s.dz, row, dim), *dskip = row_of<T>(s.dskip, row, dim);
+    T *dz = row_of<T>(s.dz, batch, token), *dskip = row_of<T>(s.dskip, row, dim);
     const Moments moments = gate_moments(settings, row_of<T>(s.skip, row, dim), group, normal);
     const V center = set(moments.mean), scale = set(moments.scale);
     V along = set(0.f), whole = set(0.f);

@@ -131,6 +131,10 @@ class Lines(NamedTuple):
         pooled = [is_pooled for size, is_pooled in zip(self.sizes, self.pooled) if size > 1]
         return pooled == sorted(pooled)
 
+    def spread(self, groups: Tensor) -> Tensor:
+        """(batch, groups, dim) -> (batch, *sizes, dim), with 1 for the sizes of pooled axes."""
+        return groups.unflatten(1, [1 if is_pooled else size for size, is_pooled in zip(self.sizes, self.pooled)])
+
     def all_visible(self, batch: int, device: torch.device) -> VisibleLines:
         """The same groups, of `batch` images that show every token, walked one after the other."""
         axes = sorted(range(3), key=lambda axis: self.pooled[axis])

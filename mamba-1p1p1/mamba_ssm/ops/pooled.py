@@ -227,7 +227,7 @@ def pooled_gate_ref(
     share: float,
 ) -> Tensor:
     """What `pooled_gate_fn` computes."""
-    total = _in_place(_walked(skip, lines) + _spread(groups, lines), lines) * share
+    total = _in_place(_walked(skip, lines) + lines.spread(groups), lines) * share
     if weight is not None:
         weight, bias = (None if parameter is None else parameter.to(total.dtype) for parameter in (weight, bias))
         total = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
@@ -326,11 +326,6 @@ def _stored_axes(lines: Lines) -> list[int]:
     return sorted(range(3), key=lambda axis: -lines.strides[axis])
 
 
-def _spread(groups: Tensor, lines: Lines) -> Tensor:
-    """(batch, groups, dim) -> (batch, *sizes, dim), with 1 for the sizes of pooled axes."""
-    return groups.unflatten(1, [1 if is_pooled else size for size, is_pooled in zip(lines.sizes, lines.pooled)])
-
-
 def _save_conv(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, sizes, strides, pooled, scale = inputs
     ctx.lines = Lines(tuple(sizes), tuple(strides), tuple(pooled), scale)
@@ -347,7 +342,7 @@ def _differentiate_conv(ctx, dskip: Tensor, dpooled: Tensor, dpooled_b: Tensor) 
         visible = (lines.all_visible if lines.runs else lines.each_visible)(len(x), x.device)
         if not lines.runs:
             dpooled, dpooled_b = (
-                _spread(each, lines).expand(-1, *lines.sizes, -1).flatten(1, 3) for each in (dpooled, dpooled_b)
+                lines.spread(each).expand(-1, *lines.sizes, -1).flatten(1, 3) for each in (dpooled, dpooled_b)
             )
         dx, *grads = torch.ops.mamba_ssm.visible_conv_backward(dskip, dpooled, dpooled_b, x, *taps, *visible)
         return dx, *of_given(taps, grads), None, None, None, None
@@ -355,7 +350,7 @@ def _differentiate_conv(ctx, dskip: Tensor, dpooled: Tensor, dpooled_b: Tensor) 
     share, walked, grads, dx = lines.scale / max(lines.length, 1), x.flatten(1, 3).transpose(1, 2), [], None
     for (weight, bias, D), dmean, reverse in ((taps[:3], dpooled, False), (taps[3:], dpooled_b, True)):
         u = torch.ops.causal_conv1d.forward(walked, weight, bias, True, reverse)
-        du = torch.addcmul(_spread(dmean * share, lines), dskip, D.to(dskip.dtype)).flatten(1, 3).transpose(1, 2)
+        du = torch.addcmul(lines.spread(dmean * share), dskip, D.to(dskip.dtype)).flatten(1, 3).transpose(1, 2)
         part, dweight, dbias = torch.ops.causal_conv1d.backward(du, walked, weight, bias, True, reverse)
         dD = (dskip.flatten(1, 3) * u.transpose(1, 2)).sum((0, 1), dtype=D.dtype)
         grads += [dweight, None if bias is None else dbias, dD]
@@ -396,7 +391,7 @@ def _differentiate_gate(ctx, dout: Tensor) -> tuple:
         order, starts, _ = lines.all_visible(len(skip), skip.device)
         grads = torch.ops.mamba_ssm.visible_gate_backward(dout, *saved, ctx.eps, order, starts, share)
         return *of_given(saved, grads), None, None, None, None, None
-    total = _in_place((_walked(skip, lines) + _spread(groups, lines)) * share, lines)
+    total = _in_place((_walked(skip, lines) + lines.spread(groups)) * share, lines)
     dnormed, dweight, dbias = dout * F.silu(z), None, None
     if weight is None:
         dtotal, normed = dnormed, total

@@ -1,8 +1,8 @@
 """A whole mixer, from in_proj to out_proj, in one operator.
 
 What is between the steps of one image is less than what a processor keeps beside it, while that of a batch is not; and
-a small model's time is in the calls around the steps. For gradients, what `directions_fn` keeps is kept, and what goes
-into out_proj; pooled mixers have none. Without kernels the references run.
+a small model's time is in the calls around the steps. For gradients, what the steps keep is kept. Without kernels the
+references run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from causal_conv1d.checks import check_all, check_dtype, check_ndim, check_tensor
 from causal_conv1d.derivatives import gradients_by_reference, wants_reference
 from causal_conv1d.ops.convolution import WIDTHS
-from mamba_ssm.kernels import composed, products
+from mamba_ssm.kernels import products
 from mamba_ssm.kernels.arguments import (
     DIRECTION_TENSORS,
     OPTIONAL_OF_DIRECTION,
@@ -26,7 +26,6 @@ from mamba_ssm.kernels.arguments import (
     Projections,
     Taps,
     split_directions,
-    with_rates,
 )
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.directions import directions_flops, directions_ref
@@ -95,7 +94,7 @@ def mixer_fn(x: Tensor, ends: Ends, directions: Sequence[Direction], share: floa
     parameters = [tensor for each in directions for tensor in tuple(each)[:DIRECTION_TENSORS]]
     if wants_reference(x, *ends, *parameters):
         return mixer_ref(x, ends, directions, share)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *ends, *parameters))
+    save = _wants_gradients(x, *ends, *parameters)
     parameters += [None] * (2 * DIRECTION_TENSORS - len(parameters))
     return torch.ops.mamba_ssm.mixer(x, *ends, *parameters, [each.reverse for each in directions], share, save)[0]
 
@@ -115,7 +114,8 @@ def pooled_mixer_fn(
     lines: Lines,
     share: float = 1.0,
 ) -> Tensor:
-    """`pooled_conv_fn`, `pooled_scan_fn` and `pooled_gate_fn` between in_proj and out_proj, not differentiable.
+    """`pooled_conv_fn`, `pooled_scan_fn` and `pooled_gate_fn` between in_proj and out_proj, differentiable in every
+    tensor.
 
     Args:
         x: (batch, tokens, width), float32, as all parameters. Copied only if its last stride is not 1.
@@ -148,7 +148,8 @@ def pooled_mixer_fn(
     tensors = *taps[0], *taps[1], *projections[0], *projections[1], weight, bias
     if wants_reference(x, *ends, *tensors):
         return pooled_mixer_ref(x, ends, taps, projections, norm, lines, share)
-    return torch.ops.mamba_ssm.pooled_mixer(x, *ends, *tensors, eps, *lines, share)
+    save = _wants_gradients(x, *ends, *tensors)
+    return torch.ops.mamba_ssm.pooled_mixer(x, *ends, *tensors, eps, *lines, share, save)[0]
 
 
 def pooled_mixer_ref(
@@ -165,6 +166,10 @@ def pooled_mixer_ref(
     skip, *groups = pooled_conv_ref(x, *taps, lines)
     y = pooled_gate_ref(skip, pooled_scan_ref(*groups, *projections), z, *norm, lines, share)
     return F.linear(y, ends.out_proj, ends.out_bias)
+
+
+def _wants_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
 
 
 def _check_ends(x: Tensor, ends: Ends) -> int:
@@ -236,7 +241,7 @@ def _differentiate_mixer(ctx, dout: Tensor | None, *_: Any) -> tuple:
     kept, tensors = ctx.saved_tensors[:_KEPT], ctx.saved_tensors[_KEPT:]
     if dout is None:  # only what is kept was asked of
         return (None,) * (len(tensors) + 3)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or not _is_kept(kept, tensors[0], "mixer_backward"):
         grads = gradients_by_reference(_reference, (*tensors, ctx.reverse, ctx.share), (dout,))[:-2]
     else:
         options = ctx.reverse, ctx.share, list(ctx.needs_input_grad[:5])
@@ -251,37 +256,23 @@ def _reference(x: Tensor, *arguments: Any) -> Tensor:
     return mixer_ref(x, ends, split_directions(parameters, reverse), share)
 
 
+def _is_kept(kept: Sequence[Tensor], x: Tensor, name: str) -> bool:
+    """Whether the kernels `name` can start from what is kept, which is nothing if the forward ran without kernels."""
+    return kept[0].numel() > 0 and backends.has(x, name)
+
+
 def _mixer_backward(dout, x, *arguments):
     ends, kept, (*parameters, reverse, share, wanted) = Ends(*arguments[:4]), arguments[4 : 4 + _KEPT], arguments[10:]
-    kernels, directions = backends.pick(x), split_directions(parameters, reverse)
-    with torch.no_grad():
-        if x.numel() == 0:
-            grads = [None if each is None else torch.zeros_like(each) for each in (x, *ends, *parameters)]
-        elif kept[0].numel() and hasattr(kernels, "mixer_backward"):
-            saved = [each for number, each in enumerate(kept) if len(directions) == 2 or number not in (3, 5)]
-            wants = [want and like is not None for want, like in zip(wanted, (x, *ends))]
-            grads = kernels.mixer_backward(dout, x, ends, directions, share, saved, wants)
-        else:  # the forward ran without kernels, or on others, and has kept nothing
-            grads = _gradients_of_steps(kernels, dout, x, ends, directions, share)
+    directions = split_directions(parameters, reverse)
+    saved = [each for number, each in enumerate(kept) if len(directions) == 2 or number not in (3, 5)]
+    grads = backends.pick(x).mixer_backward(dout, x, ends, directions, share, saved, _there(wanted, x, ends))
     grads += [None] * (5 + 2 * DIRECTION_TENSORS - len(grads))
-    wants = [want and like is not None for want, like in zip(wanted, (x, *ends))] + [True] * len(parameters)
-    return tuple(grad.contiguous() if want and grad is not None else x.new_empty(0) for grad, want in zip(grads, wants))
+    return tuple(x.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
-def _gradients_of_steps(
-    kernels: Any, dout: Tensor, x: Tensor, ends: Ends, directions: Sequence[Direction], share: float
-) -> list[Tensor | None]:
-    """What a kernel set's `mixer_backward` gives, step by step, from the beginning."""
-    xz, directions = F.linear(x, ends.in_proj, ends.in_bias), with_rates(directions, True)
-    y, x_dbls, states = composed.directions_forward(kernels, xz, directions, share, True)
-    given = dout @ ends.out_proj, xz, directions, x_dbls, states, share
-    dxz, *grads = composed.directions_backward(kernels, *given)
-    for number, rate in enumerate(directions):
-        place = number * DIRECTION_TENSORS + rate._fields.index("A")
-        grads[place] = grads[place] * rate.A
-    flat_x, flat_y, flat_dxz, flat_dout = (each.reshape(-1, each.shape[2]) for each in (x, y, dxz, dout))
-    outer = flat_dxz.t() @ flat_x, flat_dxz.sum(0), flat_dout.t() @ flat_y, flat_dout.sum(0)
-    return [dxz @ ends.in_proj, *outer, *grads]
+def _there(wanted: Sequence[bool], x: Tensor, ends: Ends) -> list[bool]:
+    """Which gradients are wanted of what is there."""
+    return [want and like is not None for want, like in zip(wanted, (x, *ends))]
 
 
 def _fake_mixer_backward(dout, x, *arguments):
@@ -290,21 +281,79 @@ def _fake_mixer_backward(dout, x, *arguments):
     return tuple(x.new_empty(like.shape if want and like is not None else 0) for like, want in likes)
 
 
-def _pooled_mixer(x, *arguments):
-    ends, tensors, (eps, sizes, strides, pooled, scale, share) = Ends(*arguments[:4]), arguments[4:20], arguments[20:]
+_POOLED_TENSORS = 16  # taps and projections of two directions, and the norm
+_POOLED_KEPT = 10  # see `pooled_mixer` of kernels/cpp/whole.py
+
+
+def _pooled_parts(tensors, eps, sizes, strides, pooled, scale):
+    """Taps, projections, norm and lines."""
     taps, projections = (
         (Taps(*tensors[:3]), Taps(*tensors[3:6])),
         (Projections(*tensors[6:10]), Projections(*tensors[10:14])),
     )
-    lines = Lines(tuple(sizes), tuple(strides), tuple(pooled), scale)
-    if x.numel() == 0:
-        return x.new_empty(x.shape)
-    call = getattr(backends.pick(x), "pooled_mixer", pooled_mixer_ref)
-    return call(x, ends, taps, projections, (*tensors[14:], eps), lines, share).contiguous()
+    return taps, projections, (*tensors[14:], eps), Lines(tuple(sizes), tuple(strides), tuple(pooled), scale)
 
 
-def _fake_pooled(x, *_):
-    return x.new_empty(x.shape)
+def _pooled_mixer(x, *arguments):
+    ends, tensors, (*options, share, save) = Ends(*arguments[:4]), arguments[4:20], arguments[20:]
+    out, kept, kernels = x.new_empty(x.shape), (), backends.pick(x)
+    if x.numel() and hasattr(kernels, "pooled_mixer"):
+        out, kept = kernels.pooled_mixer(x, ends, *_pooled_parts(tensors, *options), share, save)
+    elif x.numel():
+        out = pooled_mixer_ref(x, ends, *_pooled_parts(tensors, *options), share).contiguous()
+    return out, *(kept or (x.new_empty(0) for _ in range(_POOLED_KEPT)))
+
+
+def _fake_pooled(x, *arguments):
+    out_proj, x_proj, A_log, (*options, _, save) = arguments[2], arguments[10], arguments[13], arguments[20:]
+    kernels, shapes = backends.pick(x), [(0,)] * _POOLED_KEPT
+    if save and x.numel() and hasattr(kernels, "pooled_mixer"):
+        (batch, tokens, _), dim, count = x.shape, out_proj.shape[1], _pooled_parts((None,) * 16, *options)[-1].count
+        groups, x_dbl = (batch, count, dim), (batch, count, x_proj.shape[0])
+        states = kernels.states_shape(batch, dim, count, A_log.shape[1])
+        y = batch, tokens, dim
+        shapes = (batch, tokens, 2 * dim), y, groups, groups, groups, x_dbl, x_dbl, states, states, y
+    return x.new_empty(x.shape), *(x.new_empty(shape) for shape in shapes)
+
+
+def _save_pooled(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    *ctx.options, _ = inputs[5 + _POOLED_TENSORS :]
+    ctx.save_for_backward(*output[1:], *inputs[: 5 + _POOLED_TENSORS])
+
+
+def _differentiate_pooled(ctx, dout: Tensor | None, *_: Any) -> tuple:
+    kept, tensors = ctx.saved_tensors[:_POOLED_KEPT], ctx.saved_tensors[_POOLED_KEPT:]
+    nothing = (None,) * (len(ctx.options) + 1)
+    if dout is None:
+        return *(None for _ in tensors), *nothing
+    if torch.is_grad_enabled() or not _is_kept(kept, tensors[0], "pooled_mixer_backward"):
+        grads = gradients_by_reference(_pooled_reference, (*tensors, *ctx.options), (dout,))[: len(tensors)]
+    else:
+        options = *ctx.options, list(ctx.needs_input_grad[:5])
+        grads = torch.ops.mamba_ssm.pooled_mixer_backward(dout, *tensors[:5], *kept, *tensors[5:], *options)
+        given = zip(grads, tensors, ctx.needs_input_grad)
+        grads = [grad if want and tensor is not None else None for grad, tensor, want in given]
+    return *grads, *nothing
+
+
+def _pooled_reference(x: Tensor, *arguments: Any) -> Tensor:
+    ends, tensors, (*options, share) = Ends(*arguments[:4]), arguments[4:20], arguments[20:]
+    return pooled_mixer_ref(x, ends, *_pooled_parts(tensors, *options), share)
+
+
+def _pooled_backward(dout, x, *arguments):
+    ends, kept, arguments = Ends(*arguments[:4]), arguments[4 : 4 + _POOLED_KEPT], arguments[4 + _POOLED_KEPT :]
+    tensors, (*options, share, wanted) = arguments[:_POOLED_TENSORS], arguments[_POOLED_TENSORS:]
+    parts, call = _pooled_parts(tensors, *options), backends.pick(x).pooled_mixer_backward
+    grads = call(dout, x, ends, *parts, share, kept, _there(wanted, x, ends))
+    return tuple(x.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+
+
+def _fake_pooled_backward(dout, x, *arguments):
+    tensors, wanted = arguments[4 + _POOLED_KEPT : 4 + _POOLED_KEPT + _POOLED_TENSORS], arguments[-1]
+    likes = zip((x, *arguments[:4], *tensors), (*wanted, *[True] * len(tensors)))
+    return tuple(x.new_empty(like.shape if want and like is not None else 0) for like, want in likes)
 
 
 def _ends_flops(x: Sequence[int], in_proj: Sequence[int], out_proj: Sequence[int]) -> int:
@@ -318,7 +367,7 @@ def _mixer_flops(x, in_proj, _, out_proj, __, *arguments) -> int:
 
 
 def _pooled_mixer_flops(x, in_proj, _, out_proj, __, weight, *arguments) -> int:
-    projections, (sizes, strides, pooled, scale, _) = arguments[5:9], arguments[16:]
+    projections, (sizes, strides, pooled, scale, _, _) = arguments[5:9], arguments[16:]
     batch, tokens, _ = x
     dim, lines = out_proj[1], Lines(sizes, strides, pooled, scale)
     groups = batch, lines.count, dim
@@ -341,10 +390,22 @@ OPERATORS.register(
     _mixer_backward,
     _fake_mixer_backward,
 )
+_POOLED = f"{TAPS}, {PROJECTIONS}, Tensor? norm_weight, Tensor? norm_bias, float eps, {LINES}, float scale, float share"
+_POOLED_SAVED = (
+    "Tensor xz, Tensor skip, Tensor groups, Tensor groups_b, Tensor scanned, Tensor x_dbl, Tensor x_dbl_b,"
+    " Tensor states, Tensor states_b, Tensor y"
+)
 OPERATORS.register(
-    f"pooled_mixer(Tensor x, {ENDS}, {TAPS}, {PROJECTIONS}, Tensor? norm_weight, Tensor? norm_bias, float eps, {LINES},"
-    " float scale, float share) -> Tensor",
+    f"pooled_mixer(Tensor x, {ENDS}, {_POOLED}, bool save) -> (Tensor, {', '.join(['Tensor'] * _POOLED_KEPT)})",
     _pooled_mixer,
     _fake_pooled,
+    save=_save_pooled,
+    differentiate=_differentiate_pooled,
     flops=_pooled_mixer_flops,
+)
+OPERATORS.register(
+    f"pooled_mixer_backward(Tensor dout, Tensor x, {ENDS}, {_POOLED_SAVED}, {_POOLED}, bool[] wanted)"
+    f" -> ({', '.join(['Tensor'] * (5 + _POOLED_TENSORS))})",
+    _pooled_backward,
+    _fake_pooled_backward,
 )

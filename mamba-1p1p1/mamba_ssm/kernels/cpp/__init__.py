@@ -12,7 +12,7 @@ from mamba_ssm.kernels.cpp.visible import (
     visible_gate,
     visible_gate_backward,
 )
-from mamba_ssm.kernels.cpp.whole import mixer, mixer_backward, pooled_mixer
+from mamba_ssm.kernels.cpp.whole import mixer, mixer_backward, pooled_mixer, pooled_mixer_backward
 
 __all__ = [
     "can_mask",
@@ -30,6 +30,7 @@ __all__ = [
     "pooled_conv",
     "pooled_gate",
     "pooled_mixer",
+    "pooled_mixer_backward",
     "pooled_scan",
     "pooled_scan_backward",
     "pooled_scan_saving",

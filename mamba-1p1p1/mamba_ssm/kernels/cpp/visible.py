@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 from causal_conv1d.layout import address, channel_last, float32
-from causal_conv1d.native import bits
+from causal_conv1d.native import bits, tokens_of
 from mamba_ssm.kernels.arguments import Taps, VisibleLines
 from mamba_ssm.kernels.cpp.library import LIBRARY
 from mamba_ssm.kernels.cpp.pooled import conv_fields, gate_fields
@@ -44,10 +44,18 @@ def visible_conv(x: Tensor, forward: Taps, backward: Taps, lines: VisibleLines) 
 
 
 def visible_conv_backward(
-    dskip: Tensor, dpooled: Tensor, dpooled_b: Tensor, x: Tensor, forward: Taps, backward: Taps, lines: VisibleLines
+    dskip: Tensor,
+    dpooled: Tensor,
+    dpooled_b: Tensor,
+    x: Tensor,
+    forward: Taps,
+    backward: Taps,
+    lines: VisibleLines,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
+    """Gradients of x, in `dx` if it is given, and of both directions' taps."""
     batch, tokens, dim = x.shape
-    dx = x.new_empty(x.shape)
+    dx = x.new_empty(x.shape) if dx is None else dx
     taps = [float32(parameter) for parameter in (*forward, *backward)]
     grads = [None if tap is None else torch.zeros_like(tap) for tap in taps]
     if dx.numel():
@@ -60,7 +68,7 @@ def visible_conv_backward(
             dskip=address(dskip),
             dpooled_forward=address(dpooled),
             dpooled_backward=address(dpooled_b),
-            dx=address(dx),
+            dx=tokens_of(dx),
             dforward=tuple(targets[:3]),
             dbackward=tuple(targets[3:]),
         )
@@ -106,8 +114,11 @@ def visible_gate_backward(
     eps: float,
     lines: VisibleLines,
     share: float,
+    dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dskip, dgroups, dz = (x.new_zeros(x.shape) for x in (skip, groups, z))
+    """Gradients of skip, groups, z, in `dz` if it is given, weight and bias; no token is in no line."""
+    dskip, dgroups = skip.new_empty(skip.shape), (groups.new_empty if skip.numel() else groups.new_zeros)(groups.shape)
+    dz = z.new_empty(z.shape) if dz is None else dz
     wide, wide_bias = float32(weight), float32(bias)
     dweight, dbias = (skip.new_zeros(0 if x is None else x.shape, dtype=torch.float32) for x in (wide, wide_bias))
     if skip.numel():
@@ -120,7 +131,7 @@ def visible_gate_backward(
             dout=address(dout),
             dskip=address(dskip),
             dgroups=address(dgroups),
-            dz=address(dz),
+            dz=tokens_of(dz),
             dweight=address(dweight) if weight is not None else 0,
             dbias=address(dbias) if bias is not None else 0,
         )
