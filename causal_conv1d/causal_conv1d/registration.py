@@ -67,7 +67,8 @@ def _with_gradient(operator: torch._ops.OpOverload, save: Callable, differentiat
         return output
 
     def backward(ctx: Any, *grads: Any) -> tuple:
-        return *differentiate(ctx, *grads), None
+        found = differentiate(ctx, *grads)
+        return *(found if isinstance(found, tuple) else (found,)), None
 
     ways = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     # graphs of gradients show its name, "Backward" behind it

@@ -238,7 +238,8 @@ def _save_mixer(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _differentiate_mixer(ctx, dout: Tensor | None, *_: Any) -> tuple:
-    kept, tensors = ctx.saved_tensors[:_KEPT], ctx.saved_tensors[_KEPT:]
+    saved = ctx.saved_tensors  # once: where activations are computed anew, they are given once
+    kept, tensors = saved[:_KEPT], saved[_KEPT:]
     if dout is None:  # only what is kept was asked of
         return (None,) * (len(tensors) + 3)
     if torch.is_grad_enabled() or not _is_kept(kept, tensors[0], "mixer_backward"):
@@ -323,7 +324,8 @@ def _save_pooled(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _differentiate_pooled(ctx, dout: Tensor | None, *_: Any) -> tuple:
-    kept, tensors = ctx.saved_tensors[:_POOLED_KEPT], ctx.saved_tensors[_POOLED_KEPT:]
+    saved = ctx.saved_tensors
+    kept, tensors = saved[:_POOLED_KEPT], saved[_POOLED_KEPT:]
     nothing = (None,) * (len(ctx.options) + 1)
     if dout is None:
         return *(None for _ in tensors), *nothing
