@@ -153,6 +153,14 @@ def test_strides_of_gradients(strided, kernels, whole_mixer):
     assert [each.count_nonzero().item() for each in nothing] == [0] * 5
 
 
+def test_gradients_of_no_tokens(kernels):
+    parts = Parts()
+    x = parts.tokens(2, 6)[:, :0]
+    nothing = gradients(mixer_fn, (x, parts.ends, parts.directions), x)
+    assert nothing[1].shape == parts.ends.in_proj.shape
+    assert [each.count_nonzero().item() for each in nothing] == [0] * len(nothing)
+
+
 @needs_cpp
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_gradients_for_any_number_of_threads(batch):

@@ -242,6 +242,8 @@ def _differentiate_mixer(ctx, dout: Tensor | None, *_: Any) -> tuple:
     kept, tensors = saved[:_KEPT], saved[_KEPT:]
     if dout is None:  # only what is kept was asked of
         return (None,) * (len(tensors) + 3)
+    if dout.numel() == 0:
+        return *_nothing(tensors), None, None, None
     if torch.is_grad_enabled() or not _is_kept(kept, tensors[0], "mixer_backward"):
         grads = gradients_by_reference(_reference, (*tensors, ctx.reverse, ctx.share), (dout,))[:-2]
     else:
@@ -255,6 +257,11 @@ def _differentiate_mixer(ctx, dout: Tensor | None, *_: Any) -> tuple:
 def _reference(x: Tensor, *arguments: Any) -> Tensor:
     ends, (*parameters, reverse, share) = Ends(*arguments[:4]), arguments[4:]
     return mixer_ref(x, ends, split_directions(parameters, reverse), share)
+
+
+def _nothing(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients of no tokens."""
+    return [None if tensor is None else torch.zeros_like(tensor) for tensor in tensors]
 
 
 def _is_kept(kept: Sequence[Tensor], x: Tensor, name: str) -> bool:
@@ -329,6 +336,8 @@ def _differentiate_pooled(ctx, dout: Tensor | None, *_: Any) -> tuple:
     nothing = (None,) * (len(ctx.options) + 1)
     if dout is None:
         return *(None for _ in tensors), *nothing
+    if dout.numel() == 0:
+        return *_nothing(tensors), *nothing
     if torch.is_grad_enabled() or not _is_kept(kept, tensors[0], "pooled_mixer_backward"):
         grads = gradients_by_reference(_pooled_reference, (*tensors, *ctx.options), (dout,))[: len(tensors)]
     else:
