@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 
@@ -75,7 +76,7 @@ def _with_gradient(operator: torch._ops.OpOverload, save: Callable, differentiat
     function = type(operator.name().replace("::", "_"), (torch.autograd.Function,), ways)
 
     def call(keyset: Any, *arguments: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments):
             return function.apply(*arguments, keyset)
         return below(keyset, arguments)
 
