@@ -62,25 +62,6 @@ def assert_same(found, wanted, within=1e-5):
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=within * wanted.abs().max().item())
 
 
-# more than a tile or a panel of the product, less than one, and a depth that takes two passes
-SIZES = [
-    {},
-    {"width": 70, "dim": 140, "rank": 5, "dstate": 16},
-    {"width": 520, "dim": 24},
-    {"width": 3, "dim": 5, "taps": 2},
-]
-
-
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("optional", [True, False])
-@pytest.mark.parametrize("ways", [1, 2])
-def test_mixer(sizes, optional, ways, isa):
-    parts = Parts(**sizes, optional=optional)
-    for batch, seqlen in ((3, 21), (1, 100), (2, 1)):
-        given = parts.tokens(batch, seqlen), parts.ends, parts.directions[:ways], 0.5
-        assert_same(mixer_fn(*given), mixer_ref(*double(given)))
-
-
 def gradients(call, given, dout):
     """Of every tensor in `given`, nested, through `call`."""
     leaves = []
@@ -96,17 +77,31 @@ def gradients(call, given, dout):
     return torch.autograd.grad(call(*wanted(given)), leaves, dout)
 
 
+def assert_formulas(call, reference, given, within=1e-5):
+    """Value and gradients of `call`, against those of `reference` in float64."""
+    assert_same(call(*given), reference(*double(given)))
+    dout = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(len(given[0])))
+    wanted = gradients(reference, double(given), dout.double())
+    for found, one in zip(gradients(call, given, dout), wanted, strict=True):
+        assert_same(found, one, within)
+
+
+# more than a tile or a panel of the product, less than one, and a depth that takes two passes
+SIZES = [
+    {},
+    {"width": 70, "dim": 140, "rank": 5, "dstate": 16},
+    {"width": 520, "dim": 24},
+    {"width": 3, "dim": 5, "taps": 2},
+]
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("optional", [True, False])
 @pytest.mark.parametrize("ways", [1, 2])
-def test_mixer_gradients(sizes, optional, ways, isa):
+def test_mixer(sizes, optional, ways, isa):
     parts = Parts(**sizes, optional=optional)
     for batch, seqlen in ((3, 21), (1, 100), (2, 1)):
-        given = parts.tokens(batch, seqlen), parts.ends, parts.directions[:ways], 0.5
-        dout = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(batch))
-        wanted = gradients(mixer_ref, double(given), dout.double())
-        for found, one in zip(gradients(mixer_fn, given, dout), wanted, strict=True):
-            assert_same(found, one)
+        assert_formulas(mixer_fn, mixer_ref, (parts.tokens(batch, seqlen), parts.ends, parts.directions[:ways], 0.5))
 
 
 GRIDS = [
@@ -215,20 +210,8 @@ def test_pooled_mixer(sizes, optional, grid, isa):
     parts, lines = Parts(**sizes, optional=optional), Lines.of_grid(*grid, 0.75)
     for batch in (1, 3):
         given = parts.tokens(batch, 30), parts.ends, parts.taps, parts.projections, parts.norm, lines, 0.5
-        assert_same(pooled_mixer_fn(*given), pooled_mixer_ref(*double(given)))
-
-
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("optional", [True, False])
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_pooled_mixer_gradients(sizes, optional, grid, isa):
-    parts, lines = Parts(**sizes, optional=optional), Lines.of_grid(*grid, 0.75)
-    for batch in (1, 3):
-        given = parts.tokens(batch, 30), parts.ends, parts.taps, parts.projections, parts.norm, lines, 0.5
-        dout = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(batch))
-        wanted = gradients(pooled_mixer_ref, double(given), dout.double())
-        for found, one in zip(gradients(pooled_mixer_fn, given, dout), wanted, strict=True):
-            assert_same(found, one, 4e-5)  # the norm divides rounding by what may be a small deviation
+        # the norm divides rounding by what may be a small deviation
+        assert_formulas(pooled_mixer_fn, pooled_mixer_ref, given, within=4e-5)
 
 
 @needs_cpp

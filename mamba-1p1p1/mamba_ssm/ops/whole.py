@@ -202,13 +202,12 @@ _KEPT = 6  # xz, y, and x_dbl and states of two directions
 def _mixer(x, *arguments):
     ends, (*parameters, reverse, share, save) = Ends(*arguments[:4]), arguments[4:]
     directions, kernels = split_directions(parameters, reverse), backends.pick(x)
-    if x.numel() == 0:
-        return x.new_empty(x.shape), *_kept(x, ())
-    if not hasattr(kernels, "mixer"):
-        with torch.no_grad():
-            # a result of its own memory, as operators' must be
-            return mixer_ref(x, ends, directions, share).contiguous(), *_kept(x, ())
-    out, kept = kernels.mixer(x, ends, directions, share, save)
+    out, kept = x.new_empty(x.shape), ()
+    if x.numel() and hasattr(kernels, "mixer"):
+        out, kept = kernels.mixer(x, ends, directions, share, save)
+    elif x.numel():
+        # a result of its own memory, as operators' must be
+        out = mixer_ref(x, ends, directions, share).contiguous()
     return out, *_kept(x, kept)
 
 
