@@ -120,10 +120,20 @@ template <int K> VEC void exp2_within(V (&x)[K]) {
 #pragma GCC unroll 16
     for (int k = 0; k < K; ++k) x[k] = fma(parts.scale[k] * parts.r[k], slope[k], parts.scale[k]);
 }
+template <int K> VEC void exp2_all(V (&x)[K]) {
+    V slope[K];
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) x[k] = min(set(128.f), max(set(-127.f), x[k]));
+    const Exp2Parts<K> parts = exp2_parts(x);
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) slope[k] = exp2_slope(parts.r[k]);
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) x[k] = parts.scale[k] * fma(slope[k], parts.r[k], set(1.f));
+}
 VEC V exp2(V x) {
-    V one[1] = {min(set(128.f), max(set(-127.f), x))};
-    const Exp2Parts<1> parts = exp2_parts(one);
-    return parts.scale[0] * fma(exp2_slope(parts.r[0]), parts.r[0], set(1.f));
+    V one[1] = {x};
+    exp2_all(one);
+    return one[0];
 }
 #else
 // The polynomial is minimax on [-1/2, 1/2] among those that are exactly 1 at 0.
@@ -161,14 +171,26 @@ template <int K> VEC void exp2_within(V (&x)[K]) {
 #endif
 
 // 1 / x for x >= 1, to a unit in the last place; 0 beyond 2^125, NaN for NaN.
+#if ISA_AVX2
+template <int K> VEC void reciprocal_all(V (&x)[K]) {
+    V r[K], rest[K];
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) r[k] = (V)_mm256_rcp_ps((__m256)x[k]), rest[k] = fma(set(0.f) - x[k], r[k], set(1.f));
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) r[k] = fma(r[k], fma(rest[k], rest[k], rest[k]), r[k]);  // twelve bits, three times as many
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) x[k] = x[k] > set(0x1p125f) ? set(0.f) : r[k];
+}
+VEC V reciprocal(V x) {
+    V one[1] = {x};
+    reciprocal_all(one);
+    return one[0];
+}
+#else
 VEC V reciprocal(V x) {
 #if ISA_AVX512
     V r = (V)_mm512_rcp14_ps((__m512)x);
     r = fma(r, fma(set(0.f) - x, r, set(1.f)), r);
-    return x > set(0x1p125f) ? set(0.f) : r;
-#elif ISA_AVX2
-    V r = (V)_mm256_rcp_ps((__m256)x), rest = fma(set(0.f) - x, r, set(1.f));
-    r = fma(r, fma(rest, rest, rest), r);  // twelve bits, three times as many
     return x > set(0x1p125f) ? set(0.f) : r;
 #elif ISA_NEON
     V r = (V)vrecpeq_f32((float32x4_t)x);
@@ -180,6 +202,7 @@ VEC V reciprocal(V x) {
     return set(1.f) / x;
 #endif
 }
+#endif
 // log(1 + x) for x in [0, 1], to 2.4e-7 relative (3e-7 without fma): a polynomial, in two
 // halves that do not wait for each other.
 VEC V log1p(V x) {
@@ -341,3 +364,43 @@ struct Machine {
     static VEC Vector max(Vector a, Vector b) { return ISA_NAME::max(a, b); }
     static VEC Vector abs(Vector a) { return ISA_NAME::abs(a); }
 };
+
+// K vectors that take every step together, and their machine: for what is one long chain of steps, each of which waits for the
+// one before, as activations are.
+template <int K> struct Vectors {
+    Vector of[K];
+};
+template <int K> VEC Vectors<K> load_some(const float *from, int some) {
+    Vectors<K> x;
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) x.of[k] = load_some(from + k * LANES, some);
+    return x;
+}
+template <int K> VEC void store_some(float *to, const Vectors<K> &x, int some) {
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) store_some(to + k * LANES, x.of[k], some);
+}
+
+#define ISA_EACH(expression)                                                     \
+    Vectors<K> all;                                                              \
+    _Pragma("GCC unroll 16") for (int k = 0; k < K; ++k) all.of[k] = expression; \
+    return all
+template <int K> VEC Vectors<K> operator+(Vectors<K> a, Vectors<K> b) { ISA_EACH(a.of[k] + b.of[k]); }
+template <int K> VEC Vectors<K> operator-(Vectors<K> a, Vectors<K> b) { ISA_EACH(a.of[k] - b.of[k]); }
+template <int K> VEC Vectors<K> operator*(Vectors<K> a, Vectors<K> b) { ISA_EACH(a.of[k] * b.of[k]); }
+template <int K> struct MachineOf {
+    typedef Vectors<K> V;
+    static VEC V set(float x) { ISA_EACH(ISA_NAME::set(x)); }
+    static VEC V log1p(V x) { ISA_EACH(ISA_NAME::log1p(x.of[k])); }
+#if ISA_AVX2
+    static VEC V exp2(V x) { return exp2_all(x.of), x; }
+    static VEC V reciprocal(V x) { return reciprocal_all(x.of), x; }
+#else
+    static VEC V exp2(V x) { ISA_EACH(ISA_NAME::exp2(x.of[k])); }
+    static VEC V reciprocal(V x) { ISA_EACH(ISA_NAME::reciprocal(x.of[k])); }
+#endif
+    static VEC V fma(V a, V b, V c) { ISA_EACH(ISA_NAME::fma(a.of[k], b.of[k], c.of[k])); }
+    static VEC V max(V a, V b) { ISA_EACH(ISA_NAME::max(a.of[k], b.of[k])); }
+    static VEC V abs(V a) { ISA_EACH(ISA_NAME::abs(a.of[k])); }
+};
+#undef ISA_EACH

@@ -37,7 +37,8 @@ struct MixerArgs {
     Tokens x;  // (batch, seqlen, width)
     Linear in_proj, out_proj;
     int64_t out;  // contiguous (batch, seqlen, width)
-    // Written for the gradients, or 0, as x_dbl and states are then: contiguous (batch, seqlen, 2 * dim), (batch, seqlen, dim).
+    // Written for the gradients, or 0, as x_dbl and states are then: contiguous (batch, seqlen, 2 * dim), and (batch, seqlen,
+    // dim), before it is gated.
     int64_t xz, y;
 };
 

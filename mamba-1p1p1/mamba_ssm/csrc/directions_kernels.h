@@ -164,7 +164,42 @@ inline int directions_forward(const DirectionsArgs &s) {
     });
 }
 
-// The whole mixer, one image after the other, likewise.
+// body(how many vectors together, where they begin, how many lanes of each) for a row of `dim` numbers.
+template <class Body> VEC void each_vector(int64_t dim, Body body) {
+    int64_t c = 0;
+    for (; c + 4 * LANES <= dim; c += 4 * LANES) body(std::integral_constant<int, 4>(), c, LANES);
+    for (; c < dim; c += LANES) body(std::integral_constant<int, 1>(), c, int(std::min<int64_t>(LANES, dim - c)));
+}
+
+// One image's y (seqlen, dim) times silu(z), contiguous.
+inline void gate(int64_t seqlen, int64_t dim, const float *y, const float *z, int64_t z_stride, float *gated) {
+    for (int64_t t = 0; t < seqlen; ++t, y += dim, z += z_stride, gated += dim)
+        each_vector(dim, [&](auto count, int64_t c, int some) __attribute__((always_inline)) {
+            constexpr int K = decltype(count)::value;
+            const Vectors<K> open = shared_math::silu<MachineOf<K>>(load_some<K>(z + c, some));
+            store_some(gated + c, load_some<K>(y + c, some) * open, some);
+        });
+}
+
+// And backwards: `grad`, of the gated, becomes that of y. Beside dz, the gated is written anew.
+inline void gate_backward(int64_t seqlen, int64_t dim, const float *y, const float *z, int64_t z_stride, float *grad, float *dz,
+                          int64_t dz_stride, float *gated) {
+    for (int64_t t = 0; t < seqlen; ++t, y += dim, z += z_stride, grad += dim, dz += dz_stride, gated += dim)
+        each_vector(dim, [&](auto count, int64_t c, int some) __attribute__((always_inline)) {
+            constexpr int K = decltype(count)::value;
+            // both were kept since the forward, in main memory, which wants to be asked early
+            for (int64_t i = c; i < c + K * LANES; i += 16)
+                __builtin_prefetch(y + 8 * dim + i), __builtin_prefetch(z + 8 * z_stride + i);
+            const Vectors<K> of_z = load_some<K>(z + c, some), of_y = load_some<K>(y + c, some);
+            const Vectors<K> of_grad = load_some<K>(grad + c, some), slope = shared_math::sigmoid<MachineOf<K>>(of_z);
+            const Vectors<K> open = of_z * slope;
+            store_some(gated + c, of_y * open, some), store_some(grad + c, of_grad * open, some);
+            store_some(dz + c, of_grad * of_y * shared_math::silu_grad<MachineOf<K>>(of_z, slope), some);
+        });
+}
+
+// The whole mixer, one image after the other, likewise. y is kept as it is before its gate: with it the gate's gradients are
+// found once, not by the scan of each direction, which would have to find its own part of y anew.
 inline int mixer_forward(const MixerArgs &s) {
     const DirectionsArgs &all = s.between;
     const Rates rates(all);
@@ -185,12 +220,15 @@ inline int mixer_forward(const MixerArgs &s) {
             float *const xz = kept ? floats(s.xz) + image * 2 * size : free;
             float *const y = kept ? floats(s.y) + image * size : free + 2 * size;
             in_proj.multiply(tokens, threads, x, s.x.token_stride, xz, 2 * all.dim);
-            one.first.x = one.second.x = {at(xz), 0, 2 * all.dim}, one.z = {at(xz + all.dim), 0, 2 * all.dim};
+            one.first.x = one.second.x = {at(xz), 0, 2 * all.dim};
+            if (!kept) one.z = {at(xz + all.dim), 0, 2 * all.dim};
             for (int64_t number = 0; number < one.directions; ++number) {
                 const DirectionOfImage here(one, number, kept ? image : 0, threads, rates.A);
                 if (direction_forward(here, packed[number], memory, y)) return 1;
             }
-            out_proj.multiply(tokens, threads, y, all.dim, floats(s.out) + image * tokens * s.width, s.width);
+            if (kept) gate(tokens, all.dim, y, xz + all.dim, 2 * all.dim, memory);
+            const float *const gated = kept ? memory : y;
+            out_proj.multiply(tokens, threads, gated, all.dim, floats(s.out) + image * tokens * s.width, s.width);
         }
         return 0;
     });
@@ -367,18 +405,19 @@ struct Ends {
           out_proj({m.out_proj, dim, 1}, 0, dim, m.width, m.between.forward.threads) {}
     bool ok() const { return in_proj.ok() && out_proj.ok(); }
     static int64_t floats_of_image(const MixerBackwardArgs &m) {
-        return m.width ? 3 * m.between.forward.seqlen * m.between.forward.dim : 0;
+        return m.width ? 4 * m.between.forward.seqlen * m.between.forward.dim : 0;
     }
 
-    // Backwards through out_proj, and where `one` finds and writes its tokens: in `memory`.
+    // Backwards through out_proj and the gate, and where `one` finds and writes its tokens: in `memory`.
     int begin(int64_t image, int64_t threads, float *memory, const EndSums &sums, DirectionsBackwardArgs &one) const {
         const float *const dout = floats(m.dout.data) + image * m.dout.batch_stride, *const y = floats(m.y) + image * size;
         const float *const xz = floats(m.xz) + image * 2 * size;
-        float *const dxz = memory, *const dy = memory + 2 * size;
+        float *const dxz = memory, *const dy = dxz + 2 * size, *const gated = dy + size;
         out_proj.multiply(tokens, threads, dout, m.dout.token_stride, dy, dim);
-        one.forward.first.x = one.forward.second.x = {at(xz), 0, 2 * dim}, one.forward.z = {at(xz + dim), 0, 2 * dim};
-        one.first.x = one.second.x = {at(dxz), 0, 2 * dim}, one.dz = {at(dxz + dim), 0, 2 * dim}, one.dout = {at(dy), 0, dim};
-        return sums.add_to(sums.out_proj, tokens, threads, dout, m.dout.token_stride, m.width, y, dim, dim);
+        gate_backward(tokens, dim, y, xz + dim, 2 * dim, dy, dxz + dim, 2 * dim, gated);
+        one.forward.first.x = one.forward.second.x = {at(xz), 0, 2 * dim};
+        one.first.x = one.second.x = {at(dxz), 0, 2 * dim}, one.dout = {at(dy), 0, dim};
+        return sums.add_to(sums.out_proj, tokens, threads, dout, m.dout.token_stride, m.width, gated, dim, dim);
     }
     // Backwards through in_proj.
     int end(int64_t image, int64_t threads, const float *memory, const EndSums &sums) const {

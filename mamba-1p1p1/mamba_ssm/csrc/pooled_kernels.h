@@ -64,13 +64,14 @@ void convolve(const T *const *x, T *const *skip, int64_t c, int channels, const 
     sums.begin(c);
 #pragma GCC unroll 8
     for (int i = 0; i < COUNT; ++i) {
-        V f = bias_f, b = bias_b;
+        Vectors<2> both = {{bias_f, bias_b}};
 #pragma GCC unroll 8
         for (int k = 0; k < WIDTH; ++k) {
-            f = fma(ahead[k], row[i + k], f);
-            b = fma(behind[k], row[i + 2 * (WIDTH - 1) - k], b);
+            both.of[0] = fma(ahead[k], row[i + k], both.of[0]);
+            both.of[1] = fma(behind[k], row[i + 2 * (WIDTH - 1) - k], both.of[1]);
         }
-        f = shared_math::silu<Machine>(f), b = shared_math::silu<Machine>(b);
+        both = shared_math::silu<MachineOf<2>>(both);
+        const V f = both.of[0], b = both.of[1];
         sums.add(i, c, f, b);
         store_some(skip[i] + c, fma(D_f, f, D_b * b), channels);
     }

@@ -87,16 +87,20 @@ template <int WIDTH> struct Direction {
         for (int k = 0; k < WIDTH + 2; ++k) tap[k] = load(rows + k * pitch), grad[k] = set(0.f);
     }
 
-    // The gradient before the activation at a place; x(k) is what tap k sees there.
-    template <class Seen> VEC V differentiate(V dskip, V dpooled, Seen x) {
+    // What the activation is of at a place; x(k) is what tap k sees there.
+    template <class Seen> VEC V convolve(Seen x) const {
         V before = tap[WIDTH];
 #pragma GCC unroll 8
         for (int k = 0; k < WIDTH; ++k) before = fma(tap[k], x(k), before);
-        const V slope = fma(tap[WIDTH + 1], dskip, dpooled) * shared_math::silu_grad<Machine>(before);
+        return before;
+    }
+    // The gradient of that, of which `opening` is the sigmoid.
+    template <class Seen> VEC V differentiate(V dskip, V dpooled, V before, V opening, Seen x) {
+        const V slope = fma(tap[WIDTH + 1], dskip, dpooled) * shared_math::silu_grad<Machine>(before, opening);
 #pragma GCC unroll 8
         for (int k = 0; k < WIDTH; ++k) grad[k] = fma(slope, x(k), grad[k]);
         grad[WIDTH] = grad[WIDTH] + slope;
-        grad[WIDTH + 1] = fma(dskip, shared_math::silu<Machine>(before), grad[WIDTH + 1]);
+        grad[WIDTH + 1] = fma(dskip, before * opening, grad[WIDTH + 1]);
         return slope;
     }
 
@@ -143,8 +147,11 @@ void differentiate_channels(const VisibleConvBackwardArgs &s, int64_t c, const f
                 }
                 const int64_t at = batch * tokens + s.lines.walked(batch, t);
                 const V dskip = load_some(row_of<T>(s.dskip, at, s.dim) + c, channels);
-                slope_f[0] = f.differentiate(dskip, pooled_f, [&](int k) { return row[k]; });
-                slope_b[0] = b.differentiate(dskip, pooled_b, [&](int k) { return row[SEEN - 1 - k]; });
+                const auto seen_f = [&](int k) { return row[k]; }, seen_b = [&](int k) { return row[SEEN - 1 - k]; };
+                const Vectors<2> before = {{f.convolve(seen_f), b.convolve(seen_b)}};
+                const Vectors<2> opening = shared_math::sigmoid<MachineOf<2>>(before);
+                slope_f[0] = f.differentiate(dskip, pooled_f, before.of[0], opening.of[0], seen_f);
+                slope_b[0] = b.differentiate(dskip, pooled_b, before.of[1], opening.of[1], seen_b);
             }
             if (t < BEFORE) continue;
             V dx = zero;
@@ -242,8 +249,10 @@ VEC void differentiate_gate(const VisibleGateBackwardArgs &s, const GateSettings
     for (int64_t c = 0; c < dim; c += LANES) {
         const int channels = int(dim - c < LANES ? dim - c : LANES);
         const V x = (load(normal + c) - center) * scale, gate = load_some(z + c, channels);
-        const V grad = load_some(dout + c, channels), passed = grad * shared_math::silu<Machine>(gate);
-        store_some(dz + c, grad * fma(x, load(weight + c), load(bias + c)) * shared_math::silu_grad<Machine>(gate), channels);
+        const V opening = shared_math::sigmoid<Machine>(gate);
+        const V grad = load_some(dout + c, channels), passed = grad * gate * opening;
+        const V slope_of_z = shared_math::silu_grad<Machine>(gate, opening);
+        store_some(dz + c, grad * fma(x, load(weight + c), load(bias + c)) * slope_of_z, channels);
         store(dweight + c, fma(passed, x, load(dweight + c)));
         store(dbias + c, load(dbias + c) + passed);
         const V g = passed * load(weight + c);

@@ -40,8 +40,8 @@ def _ends_fields(x: Tensor, ends: Ends, out: Tensor) -> dict:
 def mixer(
     x: Tensor, ends: Ends, directions: Sequence[Direction], share: float, save: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """x (batch, seqlen, width) -> the same, and what its gradient is computed from if that is to be saved: xz and y
-    (batch, seqlen, 2*dim and dim), x_dbl of each direction, saved states of each direction. `A` of the directions,
+    """x (batch, seqlen, width) -> the same, and what its gradient is computed from if that is to be saved: xz (batch,
+    seqlen, 2*dim), y (batch, seqlen, dim) before its gate, x_dbl of each direction, saved states of each direction. `A` of the directions,
     which are of equal sizes, is log(-A)."""
     x, out, ends = channel_last(x), x.new_empty(x.shape), Ends(*map(float32, ends))
     batch, seqlen, _ = x.shape
