@@ -41,8 +41,8 @@ def mixer(
     x: Tensor, ends: Ends, directions: Sequence[Direction], share: float, save: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """x (batch, seqlen, width) -> the same, and what its gradient is computed from if that is to be saved: xz (batch,
-    seqlen, 2*dim), y (batch, seqlen, dim) before its gate, x_dbl of each direction, saved states of each direction. `A` of the directions,
-    which are of equal sizes, is log(-A)."""
+    seqlen, 2*dim), y (batch, seqlen, dim) before its gate, x_dbl of each direction, saved states of each direction.
+    `A` of the directions, which are of equal sizes, is log(-A)."""
     x, out, ends = channel_last(x), x.new_empty(x.shape), Ends(*map(float32, ends))
     batch, seqlen, _ = x.shape
     sizes, nothing = (batch, seqlen, ends.out_proj.shape[1]), [None] * len(directions)
