@@ -30,20 +30,6 @@ inline void transpose_weight(const ConvArgs &s, float *rows) {
     }
 }
 
-// COUNT steps of a vector of channels, of the rows from WIDTH - 1 before them on.
-template <int WIDTH, int COUNT> VEC Vectors<COUNT> convolved(const V *row, const float *weight, int64_t pitch) {
-    Vectors<COUNT> sums;
-    const V bias = load(weight + WIDTH * pitch);
-#pragma GCC unroll 8
-    for (int i = 0; i < COUNT; ++i) sums.of[i] = bias;
-#pragma GCC unroll 8
-    for (int k = 0; k < WIDTH; ++k) {
-        const V w = load(weight + k * pitch);
-#pragma GCC unroll 8
-        for (int i = 0; i < COUNT; ++i) sums.of[i] = fma(w, row[i + k], sums.of[i]);
-    }
-    return sums;
-}
 // COUNT steps of a vector of channels; `before` steps come before them.
 template <class T, int WIDTH, int COUNT, bool SILU>
 VEC void forward_rows(const T *x, int64_t x_stride, T *out, int64_t out_stride, int64_t before, int channels,
@@ -54,7 +40,16 @@ VEC void forward_rows(const T *x, int64_t x_stride, T *out, int64_t out_stride, 
         const int64_t t = i - (WIDTH - 1);
         row[i] = t < -before ? set(0.f) : load_some(x + t * x_stride, channels);
     }
-    Vectors<COUNT> sums = convolved<WIDTH, COUNT>(row, weight, pitch);
+    Vectors<COUNT> sums;
+    const V bias = load(weight + WIDTH * pitch);
+#pragma GCC unroll 8
+    for (int i = 0; i < COUNT; ++i) sums.of[i] = bias;
+#pragma GCC unroll 8
+    for (int k = 0; k < WIDTH; ++k) {
+        const V w = load(weight + k * pitch);
+#pragma GCC unroll 8
+        for (int i = 0; i < COUNT; ++i) sums.of[i] = fma(w, row[i + k], sums.of[i]);
+    }
     if (SILU) sums = shared_math::silu<MachineOf<COUNT>>(sums);
 #pragma GCC unroll 8
     for (int i = 0; i < COUNT; ++i) store_some(out + i * out_stride, sums.of[i], channels);
@@ -87,32 +82,6 @@ void forward_channels(const ConvArgs &s, const Part &part, const float *weight) 
     }
 }
 
-// The gradients before the activation of COUNT steps, and what they add to `sums`, from `pitch` floats to `pitch` floats; `before`
-// steps come before them.
-template <class T, int WIDTH, int COUNT>
-VEC void gradient_rows(const T *x, int64_t x_stride, const T *dout, int64_t dout_stride, int64_t before, int channels,
-                       bool silu, const float *weight, float *sums, int64_t pitch, V *grads) {
-    V row[WIDTH - 1 + COUNT];
-    Vectors<COUNT> grad;
-#pragma GCC unroll 8
-    for (int i = 0; i < WIDTH - 1 + COUNT; ++i) {
-        const int64_t t = i - (WIDTH - 1);
-        row[i] = t < -before ? set(0.f) : load_some(x + t * x_stride, channels);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < COUNT; ++i) grad.of[i] = load_some(dout + i * dout_stride, channels);
-    if (silu) grad = grad * shared_math::silu_grad<MachineOf<COUNT>>(convolved<WIDTH, COUNT>(row, weight, pitch));
-#pragma GCC unroll 8
-    for (int i = 0; i < COUNT; ++i) grads[i] = grad.of[i];
-#pragma GCC unroll 8
-    for (int k = 0; k <= WIDTH; ++k) {
-        V sum = load(sums + k * pitch);
-#pragma GCC unroll 8
-        for (int i = 0; i < COUNT; ++i) sum = k < WIDTH ? fma(grad.of[i], row[i + k], sum) : sum + grad.of[i];
-        store(sums + k * pitch, sum);
-    }
-}
-
 // Walks the steps once. At step t the gradient before the activation is known for t, so dx is complete for t - (WIDTH - 1).
 // carried: WIDTH - 1 rows of those gradients from one group of rows to the next.
 template <class T, int WIDTH>
@@ -122,36 +91,51 @@ void backward_channels(const ConvArgs &s, const Part &part, const float *weight,
     const int64_t dx_stride = sign * s.dx.step_stride;
     std::memset(carried, 0, (WIDTH - 1) * pitch * sizeof(float));
     for (int64_t start = 0; start < s.seqlen + WIDTH - 1; start += ROWS) {
-        const int64_t end = smaller(start + ROWS, s.seqlen + WIDTH - 1), with_gradient = smaller(end, s.seqlen);
+        const int64_t end = smaller(start + ROWS, s.seqlen + WIDTH - 1);
         for (int64_t c = part.first; c < part.last; c += LANES) {
             const int channels = int(smaller(LANES, part.last - c));
             const T *x = row_of<T>(s.x, part.batch, c, begin), *dout = row_of<T>(s.dout, part.batch, c, begin);
             T *dx = row_of<T>(s.dx, part.batch, c, begin);
-            V grads[WIDTH - 1 + ROWS];  // from step start - (WIDTH - 1) on
-            V *const here = grads + WIDTH - 1;
+            const V bias = load(weight + WIDTH * pitch + c);
+            V w[WIDTH], row[WIDTH], grad[WIDTH], sum[WIDTH + 1];  // grad[k] is that of step t - k
 #pragma GCC unroll 8
-            for (int k = 0; k < WIDTH - 1; ++k) grads[k] = load(carried + k * pitch + c);
-            int64_t t = start;
-            for (; t >= WIDTH - 1 && t + 4 <= with_gradient && channels == LANES; t += 4)
-                gradient_rows<T, WIDTH, 4>(x + t * x_stride, x_stride, dout + t * dout_stride, dout_stride, WIDTH - 1, LANES,
-                                           s.silu, weight + c, sums + c, pitch, here + (t - start));
-            for (; t < with_gradient; ++t)
-                gradient_rows<T, WIDTH, 1>(x + t * x_stride, x_stride, dout + t * dout_stride, dout_stride, t, channels,
-                                           s.silu, weight + c, sums + c, pitch, here + (t - start));
-            for (; t < end; ++t) here[t - start] = set(0.f);
-            V w[WIDTH];
+            for (int k = 0; k <= WIDTH; ++k) sum[k] = load(sums + k * pitch + c);
 #pragma GCC unroll 8
             for (int k = 0; k < WIDTH; ++k) w[k] = load(weight + k * pitch + c);
-            for (t = larger(start, WIDTH - 1); t < end; ++t) {
-                V total = w[0] * here[t - start];
 #pragma GCC unroll 8
-                for (int k = 1; k < WIDTH; ++k) total = fma(w[k], here[t - start - k], total);
-                T *const to = dx + (t - (WIDTH - 1)) * dx_stride;
-                if (s.accumulate) total = total + load_some(to, channels);
-                store_some(to, total, channels);
+            for (int k = 1; k < WIDTH; ++k) {
+                const int64_t t = start - k;
+                row[WIDTH - k] = t < 0 || t >= s.seqlen ? set(0.f) : load_some(x + t * x_stride, channels);
+                grad[k - 1] = load(carried + (k - 1) * pitch + c);
+            }
+            for (int64_t t = start; t < end; ++t) {
+#pragma GCC unroll 8
+                for (int k = 0; k < WIDTH - 1; ++k) row[k] = row[k + 1], grad[WIDTH - 1 - k] = grad[WIDTH - 2 - k];
+                if (t < s.seqlen) {
+                    row[WIDTH - 1] = load_some(x + t * x_stride, channels);
+                    V before = bias;
+#pragma GCC unroll 8
+                    for (int k = 0; k < WIDTH; ++k) before = fma(w[k], row[k], before);
+                    grad[0] = load_some(dout + t * dout_stride, channels);
+                    if (s.silu) grad[0] = grad[0] * shared_math::silu_grad<Machine>(before);
+#pragma GCC unroll 8
+                    for (int k = 0; k < WIDTH; ++k) sum[k] = fma(grad[0], row[k], sum[k]);
+                    sum[WIDTH] = sum[WIDTH] + grad[0];
+                } else {
+                    row[WIDTH - 1] = grad[0] = set(0.f);
+                }
+                if (t >= WIDTH - 1) {
+                    V total = w[0] * grad[0];
+#pragma GCC unroll 8
+                    for (int k = 1; k < WIDTH; ++k) total = fma(w[k], grad[k], total);
+                    if (s.accumulate) total = total + load_some(dx + (t - (WIDTH - 1)) * dx_stride, channels);
+                    store_some(dx + (t - (WIDTH - 1)) * dx_stride, total, channels);
+                }
             }
 #pragma GCC unroll 8
-            for (int k = 0; k < WIDTH - 1; ++k) store(carried + k * pitch + c, here[end - start - (WIDTH - 1) + k]);
+            for (int k = 0; k < WIDTH - 1; ++k) store(carried + k * pitch + c, grad[k]);
+#pragma GCC unroll 8
+            for (int k = 0; k <= WIDTH; ++k) store(sums + k * pitch + c, sum[k]);
         }
     }
 }
