@@ -366,7 +366,7 @@ struct Machine {
 };
 
 // K vectors that take every step together, and their machine: for what is one long chain of steps, each of which waits for the
-// one before, as activations are.
+// one before, as sigmoid and what comes of it are. (Softplus wants more of a machine.)
 template <int K> struct Vectors {
     Vector of[K];
 };
@@ -391,7 +391,6 @@ template <int K> VEC Vectors<K> operator*(Vectors<K> a, Vectors<K> b) { ISA_EACH
 template <int K> struct MachineOf {
     typedef Vectors<K> V;
     static VEC V set(float x) { ISA_EACH(ISA_NAME::set(x)); }
-    static VEC V log1p(V x) { ISA_EACH(ISA_NAME::log1p(x.of[k])); }
 #if ISA_AVX2
     static VEC V exp2(V x) { return exp2_all(x.of), x; }
     static VEC V reciprocal(V x) { return reciprocal_all(x.of), x; }
@@ -400,7 +399,5 @@ template <int K> struct MachineOf {
     static VEC V reciprocal(V x) { ISA_EACH(ISA_NAME::reciprocal(x.of[k])); }
 #endif
     static VEC V fma(V a, V b, V c) { ISA_EACH(ISA_NAME::fma(a.of[k], b.of[k], c.of[k])); }
-    static VEC V max(V a, V b) { ISA_EACH(ISA_NAME::max(a.of[k], b.of[k])); }
-    static VEC V abs(V a) { ISA_EACH(ISA_NAME::abs(a.of[k])); }
 };
 #undef ISA_EACH

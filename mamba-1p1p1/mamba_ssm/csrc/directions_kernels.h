@@ -191,10 +191,10 @@ inline void gate_backward(int64_t seqlen, int64_t dim, const float *y, const flo
             for (int64_t i = c; i < c + K * LANES; i += 16)
                 __builtin_prefetch(y + 8 * dim + i), __builtin_prefetch(z + 8 * z_stride + i);
             const Vectors<K> of_z = load_some<K>(z + c, some), of_y = load_some<K>(y + c, some);
-            const Vectors<K> of_grad = load_some<K>(grad + c, some), slope = shared_math::sigmoid<MachineOf<K>>(of_z);
-            const Vectors<K> open = of_z * slope;
+            const Vectors<K> of_grad = load_some<K>(grad + c, some), opening = shared_math::sigmoid<MachineOf<K>>(of_z);
+            const Vectors<K> open = of_z * opening;
             store_some(gated + c, of_y * open, some), store_some(grad + c, of_grad * open, some);
-            store_some(dz + c, of_grad * of_y * shared_math::silu_grad<MachineOf<K>>(of_z, slope), some);
+            store_some(dz + c, of_grad * of_y * shared_math::silu_grad<MachineOf<K>>(of_z, opening), some);
         });
 }
 
