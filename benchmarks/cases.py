@@ -14,6 +14,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,10 +69,24 @@ def build(spec: str, img_size: int | tuple[int, int] | None, **keywords: Any) ->
         raise UsageError(f"{spec} cannot be built: {error}") from error
 
 
+def without_drop_path(model: nn.Module) -> nn.Module:
+    """`model`, no layer of which is skipped at random: a setting of training, in which registries differ."""
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    return model
+
+
 def own_size(model: nn.Module) -> int | tuple[int, int]:
     """The image side that `model` was built for, or (height, width) where these differ."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or model.default_cfg["input_size"][1:]
     return int(size[0]) if size[0] == size[1] else (int(size[0]), int(size[1]))
+
+
+def adamw(model: nn.Module, **settings: Any) -> torch.optim.AdamW:
+    """The optimiser that the program trains a model with (`engine.build_optimizer`): on a CPU in one pass."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(parameters, fused=parameters[0].device.type == "cpu" or None, **settings)
 
 
 class Case:
@@ -89,7 +104,7 @@ class Case:
         self.model, self.images, self.dtype = model, images, getattr(torch, dtype)
         self.run: Callable[[Tensor], Any] = torch.compile(model) if compiled else model
         self.targets = torch.randint(model.num_classes, (len(images),), device=images.device) if train else None
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0) if train else None
+        self.optimizer = adamw(model, lr=0.0, weight_decay=0.0) if train else None
 
     def _logits(self) -> Tensor:
         with torch.autocast(self.images.device.type, self.dtype, enabled=self.dtype != torch.float32):

@@ -19,7 +19,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from benchmarks.cases import model_spec, parse_spec
+from benchmarks.cases import adamw, model_spec, parse_spec
 from benchmarks.command import add_device, add_threads, command, parser
 from measure.machine import in_words, machine
 from measure.timing import time_in_turns
@@ -68,7 +68,7 @@ class VitAutoencoder(nn.Module):
 
 def training_step(model: nn.Module, images: Tensor, noise: Tensor, mask_ratio: float) -> Callable[[], None]:
     """A call that takes one step of AdamW, which moves nothing."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+    optimizer = adamw(model, lr=0.0, weight_decay=0.0)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import build, model_spec
+from benchmarks.cases import adamw, build, model_spec
 from benchmarks.command import add_device, add_threads, command, parser, write_json
 from fusion import token_merging
 from measure.machine import in_words, machine
@@ -47,7 +47,7 @@ class Trainer:
         self.device, side, batch = torch.device(about["device"]), about["size"], about["batch"]
         keywords |= dict(num_classes=100, drop_path_rate=0.0) | SETTINGS[setting]
         self.model: nn.Module = build(about["model"], side, **keywords).to(self.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.optimizer = adamw(self.model, lr=1e-4)
         self.images = torch.randn(batch, 3, side, side, device=self.device)
         self.targets = torch.randint(100, (batch,), device=self.device)
 

@@ -7,11 +7,12 @@
 
 A model is a registry name, with keywords behind a colon. Everything that shares an image and batch size is measured in
 turns in one process, in a new random order each round, so that a machine that slows down slows down all of it; a figure
-is the median over the rounds, after a warm-up. dtypes other than float32 run under autocast, as the program's AMP does.
-Peak memory is the model, its images and the most that a call allocates on top of them. The gates of a model that
-skips scan directions are set to the share that its training aims at, since random weights would skip none. With
-`--peers` the models that a user would take on a CPU come along (`benchmarks.peers`), with `--compile` every model under
-torch.compile, and with `--onnx` every one as ONNX Runtime runs its export.
+is the median over the rounds, after a warm-up. A training step is forward, backward and the AdamW that the program
+trains with; no model skips layers at random, whatever its registry makes it with. dtypes other than float32 run under
+autocast, as the program's AMP does. Peak memory is the model, its images and the most that a call allocates on top of
+them. The gates of a model that skips scan directions are set to the share that its training aims at, since random
+weights would skip none. With `--peers` the models that a user would take on a CPU come along (`benchmarks.peers`), with
+`--compile` every model under torch.compile, and with `--onnx` every one as ONNX Runtime runs its export.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from timm.layers import to_2tuple
 
-from benchmarks.cases import DTYPES, Case, OnnxCase, build, model_spec, own_size
+from benchmarks.cases import DTYPES, Case, OnnxCase, build, model_spec, own_size, without_drop_path
 from benchmarks.command import add_device, add_threads, command, device_of, parser, write_json
 from benchmarks.peers import PEERS
 from measure.flops import model_flops
@@ -57,7 +58,7 @@ def _measure_together(
     rows: list[dict[str, Any]] = []
     timed: list[tuple[dict[str, Any], str, Call]] = []
     for spec in args.models:
-        model = build(spec, img_size).to(device)
+        model = without_drop_path(build(spec, img_size)).to(device)
         size = img_size or own_size(model)
         images = torch.randn(batch_size, 3, *to_2tuple(size), device=device)
         kept = None
