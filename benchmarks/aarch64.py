@@ -25,7 +25,7 @@ from utils import RunError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCAN, CONV = ROOT / "mamba-1p1p1/mamba_ssm/csrc", ROOT / "causal_conv1d/causal_conv1d/csrc"
-SOURCES = (*(SCAN / f"{name}.cpp" for name in ("scan", "gemm", "norm", "directions")), CONV / "conv1d.cpp")
+SOURCES = (*(SCAN / f"{name}.cpp" for name in ("scan", "gemm", "norm", "mixers")), CONV / "conv1d.cpp")
 COMPILER, EMULATOR, DISASSEMBLER = "aarch64-linux-gnu-g++", "qemu-aarch64-static", "aarch64-linux-gnu-objdump"
 PACKAGES = "gcc-aarch64-linux-gnu g++-aarch64-linux-gnu qemu-user-static"
 # as setup.py of both packages has them

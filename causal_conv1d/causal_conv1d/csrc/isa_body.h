@@ -2,6 +2,7 @@
 // holds for all of them.
 #undef ACTIVATIONS_H
 #undef SCAN_MATH_H
+#undef SCAN_KERNELS_H
 #include "activations.h"
 #include "vec.h"
 #include KERNELS

@@ -56,14 +56,18 @@ struct DirectionsBackwardArgs {
     DirectionGradients first, second;
 };
 
-// Of the whole mixer, whose xz and y are read: `between` is not given the tokens. What is written is contiguous, and 0 where it
-// is not wanted.
+// A mixer's outer projections, backwards. What is written is contiguous, and 0 where it is not wanted.
+struct EndsBackward {
+    int64_t width;
+    Tokens x, dout;  // (batch, tokens, width)
+    int64_t in_proj, out_proj;
+    int64_t dx;      // (batch, tokens, width)
+    Linear din_proj, dout_proj;
+};
+
+// Of the whole mixer, whose xz and y are read: `between` is not given the tokens.
 struct MixerBackwardArgs {
     DirectionsBackwardArgs between;
-    int64_t width;             // 0: there are no projections, and `between` is all
-    Tokens x, dout;            // (batch, seqlen, width)
-    int64_t in_proj, out_proj;
+    EndsBackward ends;
     int64_t xz, y;
-    int64_t dx;                // (batch, seqlen, width)
-    Linear din_proj, dout_proj;
 };

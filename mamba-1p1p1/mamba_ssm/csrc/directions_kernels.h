@@ -164,76 +164,6 @@ inline int directions_forward(const DirectionsArgs &s) {
     });
 }
 
-// body(how many vectors together, where they begin, how many lanes of each) for a row of `dim` numbers.
-template <class Body> VEC void each_vector(int64_t dim, Body body) {
-    int64_t c = 0;
-    for (; c + 4 * LANES <= dim; c += 4 * LANES) body(std::integral_constant<int, 4>(), c, LANES);
-    for (; c < dim; c += LANES) body(std::integral_constant<int, 1>(), c, int(std::min<int64_t>(LANES, dim - c)));
-}
-
-// One image's y (seqlen, dim) times silu(z), contiguous.
-inline void gate(int64_t seqlen, int64_t dim, const float *y, const float *z, int64_t z_stride, float *gated) {
-    for (int64_t t = 0; t < seqlen; ++t, y += dim, z += z_stride, gated += dim)
-        each_vector(dim, [&](auto count, int64_t c, int some) __attribute__((always_inline)) {
-            constexpr int K = decltype(count)::value;
-            const Vectors<K> open = shared_math::silu<MachineOf<K>>(load_some<K>(z + c, some));
-            store_some(gated + c, load_some<K>(y + c, some) * open, some);
-        });
-}
-
-// And backwards: `grad`, of the gated, becomes that of y. Beside dz, the gated is written anew.
-inline void gate_backward(int64_t seqlen, int64_t dim, const float *y, const float *z, int64_t z_stride, float *grad, float *dz,
-                          int64_t dz_stride, float *gated) {
-    for (int64_t t = 0; t < seqlen; ++t, y += dim, z += z_stride, grad += dim, dz += dz_stride, gated += dim)
-        each_vector(dim, [&](auto count, int64_t c, int some) __attribute__((always_inline)) {
-            constexpr int K = decltype(count)::value;
-            // both were kept since the forward, in main memory, which wants to be asked early
-            for (int64_t i = c; i < c + K * LANES; i += 16)
-                __builtin_prefetch(y + 8 * dim + i), __builtin_prefetch(z + 8 * z_stride + i);
-            const Vectors<K> of_z = load_some<K>(z + c, some), of_y = load_some<K>(y + c, some);
-            const Vectors<K> of_grad = load_some<K>(grad + c, some), opening = shared_math::sigmoid<MachineOf<K>>(of_z);
-            const Vectors<K> open = of_z * opening;
-            store_some(gated + c, of_y * open, some), store_some(grad + c, of_grad * open, some);
-            store_some(dz + c, of_grad * of_y * shared_math::silu_grad<MachineOf<K>>(of_z, opening), some);
-        });
-}
-
-// The whole mixer, one image after the other, likewise. y is kept as it is before its gate: with it the gate's gradients are
-// found once, not by the scan of each direction, which would have to find its own part of y anew.
-inline int mixer_forward(const MixerArgs &s) {
-    const DirectionsArgs &all = s.between;
-    const Rates rates(all);
-    const PackedWeight in_proj(s.in_proj.weight, s.in_proj.bias, 2 * all.dim, s.width, all.threads);
-    const PackedWeight out_proj(s.out_proj.weight, s.out_proj.bias, s.width, all.dim, all.threads);
-    const PackedDirection packed[] = {{all, 0}, {all, all.directions - 1}};
-    if (!rates.A || !in_proj.ok() || !out_proj.ok() || !packed[0].ok() || !packed[1].ok()) return 1;
-    const int64_t tokens = all.seqlen, size = tokens * all.dim;
-    return images::each(all.batch, all.threads, shares_of_images(all), [&](int64_t begin, int64_t end, int64_t threads, int) {
-        const bool kept = s.xz != 0;
-        const memory::Buffer buffer(bytes(kept ? 2 * size : 5 * size + tokens * (all.rank + 2 * all.dstate)));
-        if (!buffer.data()) return 1;
-        float *const memory = static_cast<float *>(buffer.data()), *const free = memory + 2 * size;
-        DirectionsArgs one = all;
-        if (!kept) one.first.x_dbl = one.second.x_dbl = at(free + 3 * size);
-        for (int64_t image = begin; image < end; ++image) {
-            const float *const x = floats(s.x.data) + image * s.x.batch_stride;
-            float *const xz = kept ? floats(s.xz) + image * 2 * size : free;
-            float *const y = kept ? floats(s.y) + image * size : free + 2 * size;
-            in_proj.multiply(tokens, threads, x, s.x.token_stride, xz, 2 * all.dim);
-            one.first.x = one.second.x = {at(xz), 0, 2 * all.dim};
-            if (!kept) one.z = {at(xz + all.dim), 0, 2 * all.dim};
-            for (int64_t number = 0; number < one.directions; ++number) {
-                const DirectionOfImage here(one, number, kept ? image : 0, threads, rates.A);
-                if (direction_forward(here, packed[number], memory, y)) return 1;
-            }
-            if (kept) gate(tokens, all.dim, y, xz + all.dim, 2 * all.dim, memory);
-            const float *const gated = kept ? memory : y;
-            out_proj.multiply(tokens, threads, gated, all.dim, floats(s.out) + image * tokens * s.width, s.width);
-        }
-        return 0;
-    });
-}
-
 // A direction's gradients, one after the other.
 struct GradientSums {
     float *conv, *conv_bias, *x_proj, *dt_proj, *dt_bias, *A, *D;
@@ -358,118 +288,72 @@ inline void write_gradients(const DirectionsArgs &s, const DirectionGradients &t
     for (int64_t i = 0; i < s.dim * s.dstate; ++i) floats(to.A)[i] = s.log_decay ? sums.A[i] * A[i] : sums.A[i];
 }
 
-// The gradients of a mixer's outer projections, as one share of the images adds them up; 0 where they are not wanted.
-struct EndSums {
-    Linear in_proj, out_proj;
-    bool fresh;  // nothing is there yet
-
-    static int64_t size(const MixerBackwardArgs &m) { return (m.width + 1) * 3 * m.between.forward.dim + m.width; }
-    // Those of a share that are not where they are wanted.
-    EndSums(const MixerBackwardArgs &m, float *memory) : in_proj(), out_proj(), fresh(true) {
-        const int64_t dim = m.between.forward.dim;
-        if (m.din_proj.weight) in_proj.weight = at(memory);
-        if (m.dout_proj.weight) out_proj.weight = at(memory + 2 * dim * m.width);
-        if (m.din_proj.bias) in_proj.bias = at(memory + 3 * dim * m.width);
-        if (m.dout_proj.bias) out_proj.bias = at(memory + 3 * dim * m.width + 2 * dim);
-    }
-    EndSums(const MixerBackwardArgs &m, bool fresh) : in_proj(m.din_proj), out_proj(m.dout_proj), fresh(fresh) {}
-
-    // Of one image: y (tokens, columns) = x (tokens, depth) times the weight has the gradient `dy`.
-    int add_to(const Linear &to, int64_t tokens, int64_t threads, const float *dy, int64_t dy_stride, int64_t columns,
-               const float *x, int64_t x_stride, int64_t depth) const {
-        if (to.bias && fresh) std::memset(floats(to.bias), 0, size_t(bytes(columns)));
-        for (int64_t t = 0; to.bias && t < tokens; ++t) add(dy + t * dy_stride, columns, floats(to.bias));
-        return to.weight && multiply(columns, depth, tokens, threads, {at(dy), 1, dy_stride}, {at(x), x_stride, 1},
-                                     floats(to.weight), depth, !fresh);
-    }
-    // These, added to where they are wanted.
-    void add_all(const MixerBackwardArgs &m) const {
-        const int64_t dim = m.between.forward.dim;
-        const auto add_one = [](int64_t from, int64_t count, int64_t to) {
-            if (to) add(floats(from), count, floats(to));
-        };
-        add_one(in_proj.weight, 2 * dim * m.width, m.din_proj.weight), add_one(in_proj.bias, 2 * dim, m.din_proj.bias);
-        add_one(out_proj.weight, dim * m.width, m.dout_proj.weight), add_one(out_proj.bias, m.width, m.dout_proj.bias);
-    }
+// What there is around the directions of each image, outside of `backward_of_images`: nothing.
+struct NoOutside {
+    struct Share {
+        Share(const NoOutside &, float *, float *, bool) {}
+        bool fresh;
+    };
+    int64_t image_floats() const { return 0; }
+    int64_t share_floats() const { return 0; }
+    int64_t other_floats() const { return 0; }
+    bool ok() const { return true; }
+    int begin(int64_t, int64_t, float *, Share &, DirectionsBackwardArgs &) const { return 0; }
+    int end(int64_t, int64_t, float *, Share &) const { return 0; }
+    void add_to_first(const Share &, const Share &) const {}
+    void write(const Share &) const {}
 };
 
-// A mixer's outer projections, packed for the gradients of what goes into them, and the images on their ways through.
-struct Ends {
-    const MixerBackwardArgs &m;
-    const int64_t dim, tokens, size;
-    PackedFactor in_proj, out_proj;
-
-    explicit Ends(const MixerBackwardArgs &m)
-        : m(m), dim(m.between.forward.dim), tokens(m.between.forward.seqlen), size(tokens * dim),
-          in_proj({m.in_proj, m.width, 1}, 0, m.width, 2 * dim, m.between.forward.threads),
-          out_proj({m.out_proj, dim, 1}, 0, dim, m.width, m.between.forward.threads) {}
-    bool ok() const { return in_proj.ok() && out_proj.ok(); }
-    static int64_t floats_of_image(const MixerBackwardArgs &m) {
-        return m.width ? 4 * m.between.forward.seqlen * m.between.forward.dim : 0;
-    }
-
-    // Backwards through out_proj and the gate, and where `one` finds and writes its tokens: in `memory`.
-    int begin(int64_t image, int64_t threads, float *memory, const EndSums &sums, DirectionsBackwardArgs &one) const {
-        const float *const dout = floats(m.dout.data) + image * m.dout.batch_stride, *const y = floats(m.y) + image * size;
-        const float *const xz = floats(m.xz) + image * 2 * size;
-        float *const dxz = memory, *const dy = dxz + 2 * size, *const gated = dy + size;
-        out_proj.multiply(tokens, threads, dout, m.dout.token_stride, dy, dim);
-        gate_backward(tokens, dim, y, xz + dim, 2 * dim, dy, dxz + dim, 2 * dim, gated);
-        one.forward.first.x = one.forward.second.x = {at(xz), 0, 2 * dim};
-        one.first.x = one.second.x = {at(dxz), 0, 2 * dim}, one.dout = {at(dy), 0, dim};
-        return sums.add_to(sums.out_proj, tokens, threads, dout, m.dout.token_stride, m.width, gated, dim, dim);
-    }
-    // Backwards through in_proj.
-    int end(int64_t image, int64_t threads, const float *memory, const EndSums &sums) const {
-        const float *const x = floats(m.x.data) + image * m.x.batch_stride, *const dxz = memory;
-        if (m.dx) in_proj.multiply(tokens, threads, dxz, 2 * dim, floats(m.dx) + image * tokens * m.width, m.width);
-        return sums.add_to(sums.in_proj, tokens, threads, dxz, 2 * dim, 2 * dim, x, m.x.token_stride, m.width);
-    }
-};
-
-// One where there was no memory, else zero.
-inline int mixer_backward(const MixerBackwardArgs &m) {
-    const DirectionsArgs &s = m.between.forward;
+// The gradients of the directions of one image after the other, and of what is outside of them, in between `begin` and `end`:
+// that has `image_floats` to work in, and as many others as `share_floats`, zeros, for sums over the images of a share. A
+// share is given `other_floats` more, not zeros, but not the first one, which writes where its sums are wanted. One where
+// there was no memory, else zero.
+template <class Outside> int backward_of_images(const DirectionsBackwardArgs &args, int shares, const Outside &outside) {
+    const DirectionsArgs &s = args.forward;
     const Rates rates(s);
     const BackwardFactors packed[] = {{s, 0}, {s, s.directions - 1}};
-    std::optional<Ends> ends;
-    if (m.width) ends.emplace(m);
-    const int shares = shares_of_images(s);
-    const int64_t sums = GradientSums::size(s), of_share = (s.directions + 1) * sums;
-    const int64_t of_ends = m.width ? EndSums::size(m) : 0;
-    const memory::Buffer others(bytes((shares - 1) * of_ends + 1));  // share 0 writes where its sums are wanted
-    const auto of_other = [&](int share) { return static_cast<float *>(others.data()) + (share - 1) * of_ends; };
+    const int64_t sums = GradientSums::size(s), of_directions = (s.directions + 1) * sums;
+    const int64_t of_share = of_directions + outside.share_floats(), others = outside.other_floats();
+    const memory::Buffer buffer_of_others(bytes((shares - 1) * others + 1));
     float *const all = static_cast<float *>(std::calloc(size_t(shares * of_share), sizeof(float)));
-    if (!all || !rates.A || !others.data() || !packed[0].ok() || !packed[1].ok() || (ends && !ends->ok()))
+    if (!all || !rates.A || !buffer_of_others.data() || !packed[0].ok() || !packed[1].ok() || !outside.ok())
         return std::free(all), 1;
+    const auto share_of = [&](int share, bool fresh) {
+        float *const other = share ? static_cast<float *>(buffer_of_others.data()) + (share - 1) * others : nullptr;
+        return typename Outside::Share(outside, all + share * of_share + of_directions, other, fresh);
+    };
     const int failed = images::each(s.batch, s.threads, shares, [&](int64_t begin, int64_t end, int64_t threads, int share) {
-        const memory::Buffer buffer(bytes(GradientRows::size(s) + Ends::floats_of_image(m)));
+        const memory::Buffer buffer(bytes(GradientRows::size(s) + outside.image_floats()));
         if (!buffer.data()) return 1;
-        float *const memory = static_cast<float *>(buffer.data());
-        const GradientRows rows(s, memory + Ends::floats_of_image(m));
-        float *const own = all + share * of_share;
+        float *const memory = static_cast<float *>(buffer.data()), *const own = all + share * of_share;
+        const GradientRows rows(s, memory + outside.image_floats());
         const GradientSums found(s, own + s.directions * sums);
-        EndSums of_this = share ? EndSums(m, of_other(share)) : EndSums(m, begin == 0);
-        DirectionsBackwardArgs one = m.between;
+        typename Outside::Share of_this = share_of(share, share || begin == 0);
+        DirectionsBackwardArgs one = args;
         for (int64_t image = begin; image < end; ++image, of_this.fresh = false) {
-            if (ends && ends->begin(image, threads, memory, of_this, one)) return 1;
+            if (outside.begin(image, threads, memory, of_this, one)) return 1;
             for (int64_t number = 0; number < s.directions; ++number) {
                 const DirectionOfImage here(one.forward, number, image, threads, rates.A);
                 const DirectionGradients &to = number ? one.second : one.first;
                 if (direction_backward(one, here, packed[number], to, rows, GradientSums(s, own + number * sums), found))
                     return 1;
             }
-            if (ends && ends->end(image, threads, memory, of_this)) return 1;
+            if (outside.end(image, threads, memory, of_this)) return 1;
         }
         return 0;
     });
     for (int share = 1; share < shares; ++share) {
         add(all + share * of_share, s.directions * sums, all);
-        if (ends) EndSums(m, of_other(share)).add_all(m);
+        outside.add_to_first(share_of(0, false), share_of(share, false));
     }
     for (int64_t number = 0; number < s.directions; ++number)
-        write_gradients(s, number ? m.between.second : m.between.first,
-                        rates.A + (s.log_decay ? number * s.dim * s.dstate : 0), GradientSums(s, all + number * sums));
+        write_gradients(s, number ? args.second : args.first, rates.A + (s.log_decay ? number * s.dim * s.dstate : 0),
+                        GradientSums(s, all + number * sums));
+    outside.write(share_of(0, false));
     std::free(all);
     return failed;
+}
+
+inline int directions_backward(const DirectionsBackwardArgs &args) {
+    return backward_of_images(args, shares_of_images(args.forward), NoOutside());
 }

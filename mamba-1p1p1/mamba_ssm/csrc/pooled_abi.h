@@ -64,15 +64,3 @@ struct PooledGateArgs {
     int64_t weight, bias;         // contiguous float32 (dim,); weight is 0 where there is no norm
     int64_t skip, groups, out;  // contiguous, in one dtype: (batch, tokens, dim), (batch, lines, dim), (batch, tokens, dim)
 };
-
-// The whole mixer, float32: in_proj (2 * dim, width), the three above, out_proj (width, dim).
-struct PooledMixerArgs {
-    int64_t batch, width, dim, taps, rank, dstate, scale, share, eps, threads;
-    Lines lines;
-    Tokens x;  // (batch, tokens, width)
-    Linear in_proj, out_proj;
-    int64_t norm_weight, norm_bias;  // (dim,); weight is 0 where there is no norm
-    Taps forward, backward;
-    Projections forward_scan, backward_scan;
-    int64_t out;  // contiguous (batch, tokens, width)
-};

@@ -1,6 +1,8 @@
 // The selective scan on CPU vectors: a lane is a channel, a vector's states stay in registers while it walks the sequence.
 // Included inside an instruction set's namespace (see each_isa.h).
-#undef SCAN_MATH_H
+#ifndef SCAN_KERNELS_H
+#define SCAN_KERNELS_H
+
 #include "scan_math.h"
 #include "tile.h"
 
@@ -387,3 +389,5 @@ inline int scan_forward(const ScanArgs &s) {
     });
     return failures ? 1 : 0;
 }
+
+#endif  // SCAN_KERNELS_H

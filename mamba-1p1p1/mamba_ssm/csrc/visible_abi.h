@@ -64,4 +64,5 @@ struct VisibleGateBackwardArgs {
     int64_t dskip, dgroups;       // as skip and groups
     Tokens dz;
     int64_t dweight, dbias;       // contiguous float32 (dim,), or 0
+    int64_t gated;                // what VisibleGateArgs calls out, written anew; or 0
 };

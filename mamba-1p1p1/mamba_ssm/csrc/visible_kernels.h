@@ -243,6 +243,7 @@ VEC void differentiate_gate(const VisibleGateBackwardArgs &s, const GateSettings
     const int64_t dim = s.dim, row = batch * s.lines.tokens + token;
     const T *z = row_of<T>(s.z, batch, token), *dout = row_of<T>(s.dout, row, dim);
     T *dz = row_of<T>(s.dz, batch, token), *dskip = row_of<T>(s.dskip, row, dim);
+    T *const gated = s.gated ? row_of<T>(s.gated, row, dim) : nullptr;
     const Moments moments = gate_moments(settings, row_of<T>(s.skip, row, dim), group, normal);
     const V center = set(moments.mean), scale = set(moments.scale);
     V along = set(0.f), whole = set(0.f);
@@ -250,9 +251,10 @@ VEC void differentiate_gate(const VisibleGateBackwardArgs &s, const GateSettings
         const int channels = int(dim - c < LANES ? dim - c : LANES);
         const V x = (load(normal + c) - center) * scale, gate = load_some(z + c, channels);
         const V opening = shared_math::sigmoid<Machine>(gate);
-        const V grad = load_some(dout + c, channels), passed = grad * gate * opening;
-        const V slope_of_z = shared_math::silu_grad<Machine>(gate, opening);
-        store_some(dz + c, grad * fma(x, load(weight + c), load(bias + c)) * slope_of_z, channels);
+        const V grad = load_some(dout + c, channels), open = gate * opening, passed = grad * open;
+        const V slope_of_z = shared_math::silu_grad<Machine>(gate, opening), y = fma(x, load(weight + c), load(bias + c));
+        store_some(dz + c, grad * y * slope_of_z, channels);
+        if (gated) store_some(gated + c, y * open, channels);
         store(dweight + c, fma(passed, x, load(dweight + c)));
         store(dbias + c, load(dbias + c) + passed);
         const V g = passed * load(weight + c);

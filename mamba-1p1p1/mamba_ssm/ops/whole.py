@@ -289,7 +289,7 @@ def _fake_mixer_backward(dout, x, *arguments):
 
 
 _POOLED_TENSORS = 16  # taps and projections of two directions, and the norm
-_POOLED_KEPT = 10  # see `pooled_mixer` of kernels/cpp/whole.py
+_POOLED_KEPT = 9  # see `pooled_mixer` of kernels/cpp/whole.py
 
 
 def _pooled_parts(tensors, eps, sizes, strides, pooled, scale):
@@ -318,8 +318,8 @@ def _fake_pooled(x, *arguments):
         (batch, tokens, _), dim, count = x.shape, out_proj.shape[1], _pooled_parts((None,) * 16, *options)[-1].count
         groups, x_dbl = (batch, count, dim), (batch, count, x_proj.shape[0])
         states = kernels.states_shape(batch, dim, count, A_log.shape[1])
-        y = batch, tokens, dim
-        shapes = (batch, tokens, 2 * dim), y, groups, groups, groups, x_dbl, x_dbl, states, states, y
+        skip = batch, tokens, dim
+        shapes = (batch, tokens, 2 * dim), skip, groups, groups, groups, x_dbl, x_dbl, states, states
     return x.new_empty(x.shape), *(x.new_empty(shape) for shape in shapes)
 
 
@@ -403,7 +403,7 @@ OPERATORS.register(
 _POOLED = f"{TAPS}, {PROJECTIONS}, Tensor? norm_weight, Tensor? norm_bias, float eps, {LINES}, float scale, float share"
 _POOLED_SAVED = (
     "Tensor xz, Tensor skip, Tensor groups, Tensor groups_b, Tensor scanned, Tensor x_dbl, Tensor x_dbl_b,"
-    " Tensor states, Tensor states_b, Tensor y"
+    " Tensor states, Tensor states_b"
 )
 OPERATORS.register(
     f"pooled_mixer(Tensor x, {ENDS}, {_POOLED}, bool save) -> (Tensor, {', '.join(['Tensor'] * _POOLED_KEPT)})",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from causal_conv1d.layout import address, channel_last, float32
 from causal_conv1d.native import DTYPE_CODES, bits, tokens_of
-from mamba_ssm.kernels.arguments import Direction
+from mamba_ssm.kernels.arguments import Direction, Projections
 from mamba_ssm.kernels.cpp.directions import backward_in_one, forward_in_one
 from mamba_ssm.kernels.cpp.library import LIBRARY
 from torch import Tensor
@@ -112,9 +112,9 @@ def pooled_scan(groups: Tensor, groups_b: Tensor, *projections: Tensor) -> Tenso
     return out
 
 
-def _directions(projections: Sequence[Tensor]) -> list[Direction]:
+def scans_of(projections: Sequence[Projections]) -> list[Direction]:
     """Both directions' scans as those of a mixer without convolution, D and gate."""
-    pairs = (projections[:4], False), (projections[4:], True)
+    pairs = zip(projections, (False, True))
     return [Direction(None, None, x_proj, dt, bias, A_log, None, way) for (x_proj, dt, bias, A_log), way in pairs]
 
 
@@ -122,7 +122,7 @@ def pooled_scan_saving(groups: Tensor, groups_b: Tensor, *projections: Tensor) -
     """`pooled_scan`, and for `pooled_scan_backward` both directions' x_dbl and saved states; in float32, whatever the
     groups are."""
     xs = float32(groups), float32(groups_b)
-    out, x_dbls, states = forward_in_one(xs, None, _directions(projections), 1.0, True, True)
+    out, x_dbls, states = forward_in_one(xs, None, scans_of((projections[:4], projections[4:])), 1.0, True, True)
     return out.to(groups.dtype), *x_dbls, *states
 
 
@@ -137,7 +137,8 @@ def pooled_scan_backward(
     """Gradients of both directions' groups, then of their projections."""
     xs = float32(groups), float32(groups_b)
     dxs = [torch.empty_like(x) for x in xs]
-    found = backward_in_one(dout.float(), xs, None, _directions(projections), x_dbls, states, 1.0, True, dxs, None)
+    directions = scans_of((projections[:4], projections[4:]))
+    found = backward_in_one(dout.float(), xs, None, directions, x_dbls, states, 1.0, True, dxs, None)
     return [*dxs, *(grad for grad in found if grad is not None)]
 
 

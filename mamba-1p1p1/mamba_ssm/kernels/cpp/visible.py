@@ -18,11 +18,16 @@ def _call(function: str, arguments: ctypes.Structure) -> None:
         raise ValueError("order or starts point outside the tokens; wanted places of the walk, rising from 0 to V")
 
 
+def visible_fields(lines: VisibleLines, tokens: int) -> tuple[int, int, int, int]:
+    """The fields of csrc/visible_abi.h's VisibleLines; `lines` are contiguous."""
+    return lines.count, tokens, address(lines.order), address(lines.starts)
+
+
 def _lines_of(lines: VisibleLines, tokens: int) -> tuple[VisibleLines, tuple[int, int, int, int]]:
     """The lines in dense memory, to be held until the call is over, and their fields."""
     order = None if lines.order is None else lines.order.contiguous()
     lines = lines._replace(order=order, starts=lines.starts.contiguous())
-    return lines, (lines.count, tokens, address(lines.order), address(lines.starts))
+    return lines, visible_fields(lines, tokens)
 
 
 def visible_conv(x: Tensor, forward: Taps, backward: Taps, lines: VisibleLines) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,11 +56,10 @@ def visible_conv_backward(
     forward: Taps,
     backward: Taps,
     lines: VisibleLines,
-    dx: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, in `dx` if it is given, and of both directions' taps."""
+    """Gradients of x, and of both directions' taps."""
     batch, tokens, dim = x.shape
-    dx = x.new_empty(x.shape) if dx is None else dx
+    dx = x.new_empty(x.shape)
     taps = [float32(parameter) for parameter in (*forward, *backward)]
     grads = [None if tap is None else torch.zeros_like(tap) for tap in taps]
     if dx.numel():
@@ -114,11 +118,10 @@ def visible_gate_backward(
     eps: float,
     lines: VisibleLines,
     share: float,
-    dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of skip, groups, z, in `dz` if it is given, weight and bias; no token is in no line."""
+    """Gradients of skip, groups, z, weight and bias; no token is in no line."""
     dskip, dgroups = skip.new_empty(skip.shape), (groups.new_empty if skip.numel() else groups.new_zeros)(groups.shape)
-    dz = z.new_empty(z.shape) if dz is None else dz
+    dz = z.new_empty(z.shape)
     wide, wide_bias = float32(weight), float32(bias)
     dweight, dbias = (skip.new_zeros(0 if x is None else x.shape, dtype=torch.float32) for x in (wide, wide_bias))
     if skip.numel():

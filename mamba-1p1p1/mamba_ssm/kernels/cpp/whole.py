@@ -1,10 +1,10 @@
 """Whole mixers of the C++ kernel set, float32: from in_proj to out_proj in one call of the library, and back in
-another, image by image, so that what is between the steps stays in the cache; a pooled mixer's steps are calls of their
-own where gradients are wanted."""
+another, image by image, so that what is between the steps stays in the cache."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import Structure
 from functools import lru_cache
 
 import torch
@@ -13,15 +13,8 @@ from causal_conv1d.native import bits, tokens_of
 from mamba_ssm.kernels.arguments import Direction, Ends, Lines, Projections, Taps, VisibleLines
 from mamba_ssm.kernels.cpp.directions import NO_TOKENS, gradients_of_directions, kept_of_directions, told_of_directions
 from mamba_ssm.kernels.cpp.library import LIBRARY
-from mamba_ssm.kernels.cpp.linear import linear, linear_backward
-from mamba_ssm.kernels.cpp.pooled import (
-    lines_fields,
-    pooled_conv,
-    pooled_gate,
-    pooled_scan_backward,
-    pooled_scan_saving,
-)
-from mamba_ssm.kernels.cpp.visible import visible_conv_backward, visible_gate_backward
+from mamba_ssm.kernels.cpp.pooled import lines_fields, scans_of
+from mamba_ssm.kernels.cpp.visible import visible_fields
 from torch import Tensor
 
 
@@ -35,6 +28,27 @@ def _ends_fields(x: Tensor, ends: Ends, out: Tensor) -> dict:
         "out_proj": (out_proj, out_bias),
         "out": address(out),
     }
+
+
+def _told_of_ends_backward(
+    dout: Tensor, x: Tensor, ends: Ends, wanted: Sequence[bool]
+) -> tuple[list[Tensor | None], Structure, tuple]:
+    """New gradients of x and of the ends, None where they are not `wanted`; the library's arguments for them; and what
+    has to live as long as it works with these."""
+    x, dout, ends = channel_last(x), channel_last(dout), Ends(*map(float32, ends))
+    outer = [like.new_empty(like.shape) if want else None for like, want in zip((x, *ends), wanted)]
+    dx, *dends = map(address, outer)
+    told = LIBRARY.structs.EndsBackward(
+        width=x.shape[2],
+        x=tokens_of(x),
+        dout=tokens_of(dout),
+        in_proj=address(ends.in_proj),
+        out_proj=address(ends.out_proj),
+        dx=dx,
+        din_proj=tuple(dends[:2]),
+        dout_proj=tuple(dends[2:]),
+    )
+    return outer, told, (x, dout, ends)
 
 
 def mixer(
@@ -70,31 +84,21 @@ def mixer_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of x, of the ends and of each direction's tensors; of the former five, None where `wanted` is not."""
-    x, dout, ends = channel_last(x), channel_last(dout), Ends(*map(float32, ends))
     (xz, y, *of_directions), structs = saved, LIBRARY.structs
     x_dbls, states = of_directions[: len(directions)], of_directions[len(directions) :]
     told, alive = told_of_directions(y.shape, directions, x_dbls, states, share, True)
     grads, written = gradients_of_directions(directions, [NO_TOKENS] * len(directions))
-    outer = [like.new_empty(like.shape) if want else None for like, want in zip((x, *ends), wanted)]
-    dx, *dends = map(address, outer)
-    between = structs.DirectionsBackwardArgs(
-        forward=structs.DirectionsArgs(**told), first=written[0], second=written[-1]
-    )
+    outer, told_of_ends, outer_alive = _told_of_ends_backward(dout, x, ends, wanted)
     arguments = structs.MixerBackwardArgs(
-        between=between,
-        width=x.shape[2],
-        x=tokens_of(x),
-        dout=tokens_of(dout),
-        in_proj=address(ends.in_proj),
-        out_proj=address(ends.out_proj),
+        between=structs.DirectionsBackwardArgs(
+            forward=structs.DirectionsArgs(**told), first=written[0], second=written[-1]
+        ),
+        ends=told_of_ends,
         xz=address(xz),
         y=address(y),
-        dx=dx,
-        din_proj=tuple(dends[:2]),
-        dout_proj=tuple(dends[2:]),
     )
     LIBRARY.call("mamba_mixer_backward", arguments)
-    del alive
+    del alive, outer_alive
     return [*outer, *grads]
 
 
@@ -108,49 +112,33 @@ def pooled_mixer(
     share: float,
     save: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """x (batch, tokens, width) -> the same, and what its gradient is computed from if that is to be saved: what the
-    steps give one another, and what `pooled_scan_saving` keeps."""
+    """x (batch, tokens, width) -> the same, and what its gradient is computed from if that is to be saved: xz (batch,
+    tokens, 2*dim), both convolutions' sum (batch, tokens, dim), both directions' means and the sum of their scans
+    (batch, groups, dim), x_dbl of each direction, saved states of each direction."""
+    x, out, ends, directions = channel_last(x), x.new_empty(x.shape), Ends(*map(float32, ends)), scans_of(projections)
+    batch, tokens, _ = x.shape
+    dim = ends.out_proj.shape[1]
+    sizes, nothing = (batch, lines.count, dim), (None, None)
     if save:
-        xz = linear(x, ends.in_proj, ends.in_bias)
-        signal, z = xz.chunk(2, dim=-1)
-        skip, *groups = pooled_conv(signal, *taps[0], *taps[1], *lines)
-        scanned, *of_scans = pooled_scan_saving(*groups, *projections[0], *projections[1])
-        y = pooled_gate(skip, scanned, z, *norm, *lines[:3], share)
-        return linear(y, ends.out_proj, ends.out_bias), [xz, skip, *groups, scanned, *of_scans, y]
-    x, out, ends, (*norm, eps) = channel_last(x), x.new_empty(x.shape), Ends(*map(float32, ends)), norm
-    taps = [[float32(tensor) for tensor in each] for each in taps]
-    projections = [[float32(tensor) for tensor in each] for each in projections]
-    weight, bias = map(float32, norm)
-    conv_weight, (_, dt_proj, _, A_log) = taps[0][0], projections[0]
-    forward, backward = (tuple(map(address, each)) for each in taps)
-    forward_scan, backward_scan = (tuple(map(address, each)) for each in projections)
+        xz, skip = x.new_empty(batch, tokens, 2 * dim), x.new_empty(batch, tokens, dim)
+        *groups, scanned = (x.new_empty(sizes) for _ in range(3))
+        x_dbls, states = kept_of_directions(x, sizes, directions, True)
+    else:
+        xz = skip = scanned = groups = None
+        x_dbls = states = nothing
+    between, alive = told_of_directions(sizes, directions, x_dbls, states, 1.0, True, groups)
+    told, also_alive = _told_of_pooled(taps, norm, lines, share)
     arguments = LIBRARY.structs.PooledMixerArgs(
-        batch=x.shape[0],
-        dim=ends.out_proj.shape[1],
-        taps=conv_weight.shape[1],
-        rank=dt_proj.shape[1],
-        dstate=A_log.shape[1],
+        between=LIBRARY.structs.DirectionsArgs(**between, out=address(scanned)),
         scale=bits(lines.scale),
-        share=bits(share),
-        eps=bits(eps),
-        threads=torch.get_num_threads(),
-        lines=lines_fields(*lines[:3]),
-        forward=forward,
-        backward=backward,
-        forward_scan=forward_scan,
-        backward_scan=backward_scan,
-        norm_weight=address(weight),
-        norm_bias=address(bias),
+        xz=address(xz),
+        skip=address(skip),
+        **told,
         **_ends_fields(x, ends, out),
     )
     LIBRARY.call("mamba_pooled_mixer", arguments)
-    return out, []
-
-
-@lru_cache(maxsize=16)
-def _visible(lines: Lines, batch: int, each: bool) -> VisibleLines:
-    """All tokens of the lines as visible ones, each a line of its own or not: for kernels, which only read them."""
-    return (lines.each_visible if each else lines.all_visible)(batch, torch.device("cpu"))
+    del alive, also_alive
+    return out, [xz, skip, *groups, scanned, *x_dbls, *states] if save else []
 
 
 def pooled_mixer_backward(
@@ -167,26 +155,61 @@ def pooled_mixer_backward(
 ) -> list[Tensor | None]:
     """Gradients of x, of the ends, of both directions' taps and projections, and of the norm; of the former five, None
     where `wanted` is not."""
-    xz, skip, *groups, scanned, x_dbl, x_dbl_b, states, states_b, y = saved
-    wants_dx, wants_in, wants_in_bias, wants_out, wants_out_bias = wanted
-    dxz, batch, (weight, bias, eps) = torch.empty_like(xz), len(x), norm
-    (signal, z), (dsignal, dz) = xz.chunk(2, dim=-1), dxz.chunk(2, dim=-1)
-    dy, dout_proj = linear_backward(dout, y, ends.out_proj, True, wants_out)
-    given = weight, bias, eps, _visible(lines, batch, False), share, dz
-    dskip, dscanned, _, *dnorm = visible_gate_backward(dy, skip, scanned, z, *given)
-    kept = (x_dbl, x_dbl_b), (states, states_b)
-    dscans = pooled_scan_backward(dscanned, *groups, *kept, *projections[0], *projections[1])
-    dgroups, dprojections = dscans[:2], dscans[2:]
-    if not lines.runs:
-        dgroups = [lines.spread(each).expand(-1, *lines.sizes, -1).flatten(1, 3) for each in dgroups]
-    of_lines = _visible(lines, batch, not lines.runs)
-    _, *dtaps = visible_conv_backward(dskip, *dgroups, signal, *taps, of_lines, dsignal)
-    dx, din_proj = linear_backward(dxz, x, ends.in_proj, wants_dx, wants_in)
-    outer = [
-        dx if wants_dx else None,
-        din_proj if wants_in else None,
-        dxz.sum((0, 1)) if wants_in_bias else None,
-        dout_proj if wants_out else None,
-        dout.sum((0, 1)) if wants_out_bias else None,
-    ]
-    return [*outer, *dtaps, *dprojections, *dnorm]
+    (xz, skip, *groups, scanned, x_dbl, x_dbl_b, states, states_b), structs = saved, LIBRARY.structs
+    directions = scans_of(projections)
+    x_dbls, states = (x_dbl, x_dbl_b), (states, states_b)
+    between, alive = told_of_directions(scanned.shape, directions, x_dbls, states, 1.0, True, groups)
+    grads, written = gradients_of_directions(directions, [NO_TOKENS] * 2)
+    outer, told_of_ends, outer_alive = _told_of_ends_backward(dout, x, ends, wanted)
+    told, also_alive = _told_of_pooled(taps, norm, lines, share)
+    inner = [None if like is None else like.new_empty(like.shape) for like in (*taps[0], *taps[1], *norm[:2])]
+    *of_taps, dweight, dbias = map(address, inner)
+    walked = _visible(lines, False), _visible(lines, not lines.runs)
+    arguments = structs.PooledMixerBackwardArgs(
+        between=structs.DirectionsBackwardArgs(
+            forward=structs.DirectionsArgs(**between), first=written[0], second=written[1]
+        ),
+        ends=told_of_ends,
+        of_gate=visible_fields(walked[0], skip.shape[1]),
+        of_taps=visible_fields(walked[1], skip.shape[1]),
+        factor=bits(walked[1].factor),
+        xz=address(xz),
+        skip=address(skip),
+        scanned=address(scanned),
+        dforward=tuple(of_taps[:3]),
+        dbackward=tuple(of_taps[3:]),
+        dnorm_weight=dweight,
+        dnorm_bias=dbias,
+        **told,
+    )
+    LIBRARY.call("mamba_pooled_mixer_backward", arguments)
+    del alive, outer_alive, also_alive
+    return [*outer, *inner[:6], *(grad for grad in grads if grad is not None), *inner[6:]]
+
+
+def _told_of_pooled(
+    taps: Sequence[Taps], norm: tuple[Tensor | None, Tensor | None, float], lines: Lines, share: float
+) -> tuple[dict, list[Sequence[Tensor | None]]]:
+    """What is around the scans, and what has to live as long as the library works with it."""
+    weight, bias, eps = norm
+    alive = [[float32(tensor) for tensor in each] for each in (*taps, (weight, bias))]
+    forward, backward, (norm_weight, norm_bias) = (tuple(map(address, each)) for each in alive)
+    told = dict(
+        taps=taps[0].weight.shape[1],
+        share=bits(share),
+        eps=bits(eps),
+        lines=lines_fields(*lines[:3]),
+        forward=forward,
+        backward=backward,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+    )
+    return told, alive
+
+
+@lru_cache(maxsize=32)
+def _visible(lines: Lines, each: bool) -> VisibleLines:
+    """All tokens of the lines as visible ones of one image, each a line of its own or not: for kernels, which only read
+    them."""
+    visible = (lines.each_visible if each else lines.all_visible)(1, torch.device("cpu"))
+    return visible._replace(order=visible.order.contiguous(), starts=visible.starts.contiguous())
