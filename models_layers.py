@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from mamba_ssm.modules.mamba_simple import Mamba
-from mamba_ssm.modules.parts import is_plain
+from mamba_ssm.modules.parts import is_bare, is_plain
+from mamba_ssm.ops.layers import Layer, has_layers, layers_fn
 from mamba_ssm.ops.triton.layernorm import RMSNorm, layer_norm_fn
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from embeddings import resize_pos_embed
+from fusion.token_state import TokenState
 
 
 class Block(nn.Module):
@@ -39,6 +41,44 @@ class Block(nn.Module):
             hidden = self.drop_path(hidden)
         hidden, residual = add_norm(self.norm, hidden, residual, self.fused_add_norm, self.residual_in_fp32)
         return self.mixer(hidden, **mixer_args), residual
+
+
+def run_layers(layers: Sequence[Block], state: TokenState, handed: Sequence[Mapping[str, Any]]) -> TokenState:
+    """The sequence behind one layer after the other, each with what its mixer is `handed`: in one operator where that
+    does the same, as for layers that are as they were made, else by calling each."""
+    hidden, residual = state.hidden, state.residual
+    found = _as_operator(layers, hidden, residual, handed)
+    if found is not None:
+        hidden, residual = layers_fn(hidden, residual, found)
+    else:
+        for layer, mixer_args in zip(layers, handed, strict=True):
+            hidden, residual = layer(hidden, residual, **mixer_args)
+    return state.replace(hidden=hidden, residual=residual)
+
+
+def _as_operator(
+    layers: Sequence[Block], hidden: Tensor, residual: Tensor | None, handed: Sequence[Mapping[str, Any]]
+) -> list[Layer] | None:
+    """What `layers_fn` is to be given; None where a layer has to be called."""
+    if len(layers) < 2 or not has_layers(hidden, residual):
+        return None
+    found = []
+    for layer, mixer_args in zip(layers, handed, strict=True):
+        norm, mixer, drop_path = layer.norm, layer.mixer, layer.drop_path
+        if not (is_bare(layer, Block) and is_bare(mixer, Mamba) and is_plain(norm) and layer.fused_add_norm):
+            return None
+        if not isinstance(drop_path, nn.Identity) and not is_bare(drop_path, DropPath):
+            return None
+        whole = mixer.whole(hidden, **mixer_args) if mixer_args.keys() <= {"pooling"} else None
+        if whole is None or norm.weight is None:
+            return None
+        found.append(Layer(norm.weight, norm.bias, norm.eps, isinstance(norm, RMSNorm), whole))
+    # once all are known to be run as one, since each that is called draws, too; the first of all never drops
+    for place in range(residual is None, len(layers)):
+        drop_path = layers[place].drop_path
+        if not isinstance(drop_path, nn.Identity) and drop_path.training and drop_path.drop_prob:
+            found[place] = found[place]._replace(factor=drop_path(hidden.new_ones(len(hidden), 1, 1)))
+    return found
 
 
 def add_norm(
@@ -97,17 +137,17 @@ def made_at(build: Callable[[], nn.Module], device: Any = None, dtype: torch.dty
     return model if dtype is None else model.to(dtype=dtype)
 
 
-class Unscripted(nn.Module):
-    """A module that `torch.jit.script` refuses in words that lead on."""
+class Untraced(nn.Module):
+    """A module that `torch.jit.script` and `torch.fx` refuse in words that lead on."""
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise TypeError("torch.jit.script cannot read this model's Python; wanted torch.jit.trace or torch.export.")
 
-
-def refuse_symbolic(x: Tensor) -> None:
-    """Raise TypeError, in words that lead on, for the stand-in by which `torch.fx` follows a model."""
-    if isinstance(x, torch.fx.Proxy):
-        raise TypeError(
-            "torch.fx cannot follow this model, which looks at sizes and values; wanted features by "
-            "forward_intermediates or timm's features_only, and graphs by torch.export."
-        )
+    @staticmethod
+    def refuse_symbolic(x: Tensor) -> None:
+        """Raise TypeError for the stand-in by which `torch.fx` follows a model."""
+        if isinstance(x, torch.fx.Proxy):
+            raise TypeError(
+                "torch.fx cannot follow this model, which looks at sizes and values; wanted features by "
+                "forward_intermediates or timm's features_only, and graphs by torch.export."
+            )

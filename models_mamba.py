@@ -1,5 +1,4 @@
-"""Vision Mamba (Vim) models for timm's registry: one layer class, one model class, and the names that spell its
-variants.
+"""Vision Mamba (Vim) models for timm's registry: one layer class, one model class, and its variants' names.
 
 Zhu et al. 2024, "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model"
 (arXiv:2401.09417). The efficiency methods (fusion/) act between and inside the sites of the one model; see
@@ -23,10 +22,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from embeddings import ChannelPatchEmbed, PatchEmbed, RotaryEmbedding2d, resize_pos_embed
-from fusion import Methods, build_site_methods, method_keywords
+from fusion import Methods, build_site_methods, handed_by, method_keywords
 from fusion.dynamic_pruning import PruningOutput, pruning_output
 from fusion.token_state import ClassIndex, TokenState, join_cls, mean_over_kept, patch_policy, reorder, split_cls
-from models_layers import Block, Unscripted, add_norm, checkpoint_filter_fn, init_linears, made_at, refuse_symbolic
+from models_layers import Block, Untraced, add_norm, checkpoint_filter_fn, init_linears, made_at, run_layers
 from models_registry import (
     ALIASES,
     FASTVIM,
@@ -41,7 +40,7 @@ from models_registry import (
 __all__ = ["PUBLISHED_SPELLINGS", "Block", "VimSettings", "VisionMamba", "registry_keywords", "registry_name"]
 
 
-class VisionMamba(Unscripted):
+class VisionMamba(Untraced):
     """Vision Mamba: patch embedding, class tokens or registers, `depth` Mamba layers, norm, linear head.
 
     Keywords are the fields of `VimSettings`, and those of the methods (`fusion.method_keywords`). `methods` holds every
@@ -286,7 +285,7 @@ class VisionMamba(Unscripted):
         `keep` (B, V), long, rising in every row: the raster indices of the patch tokens that are left, as masked
         autoencoding needs; positions are those of the full grid, and class tokens stand among the V by their rule.
         """
-        refuse_symbolic(x)
+        self.refuse_symbolic(x)
         if channels is not None and not self.knows_channels:
             raise ValueError("This model takes its channels together: wanted one with channel_tokens for `channels`.")
         patches, grid = self.patch_embed(x, channels) if self.knows_channels else self.patch_embed(x)
@@ -394,13 +393,20 @@ class VisionMamba(Unscripted):
     ) -> TokenState:
         """The first `num_sites` sites (all by default), methods included; `visit(index, state)` sees the sequence after
         each."""
-        for index in range(self.num_sites if num_sites is None else num_sites):
-            if self.grad_checkpointing and self.training:
+        checkpointed = self.grad_checkpointing and self.training
+        alone = checkpointed or visit is not None or self.rope is not None or self.if_bidirectional
+        index, end = 0, self.num_sites if num_sites is None else num_sites
+        while index < end:
+            handed = [] if alone else handed_by(self.site_methods, range(index, end), state)
+            if handed:
+                state = run_layers([*self.layers][index : index + len(handed)], state, handed)
+            elif checkpointed:
                 state = checkpoint(self._with_methods, index, state, use_reentrant=False)
             else:
                 state = self._with_methods(index, state)
+            index += len(handed) or 1
             if visit is not None:
-                visit(index, state)
+                visit(index - 1, state)
         return state
 
     def finish(self, state: TokenState) -> Tensor:

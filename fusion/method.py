@@ -153,6 +153,11 @@ class SiteMethod:
     def __init__(self, settings: Any) -> None:
         self.settings = settings
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "__call__" in cls.__dict__ and "handed" not in cls.__dict__:
+            cls.handed = lambda self, index, state: None  # what it does is not known, so that it is called
+
     # --- class side: flags and keywords ---
 
     @classmethod
@@ -218,6 +223,11 @@ class SiteMethod:
     def __call__(self, index: int, state: TokenState, run: Callable[..., TokenState]) -> TokenState:
         """Wrap site `index`: `run(state, **mixer_args)` runs it, handing `mixer_args` to its mixers."""
         return run(state)
+
+    def handed(self, index: int, state: TokenState) -> Mapping[str, Any] | None:
+        """The `mixer_args` of site `index`, if to hand these to its mixers is all that this does there with a sequence
+        like `state`: then sites may be run together, and this is not called. None if it does more."""
+        return {}
 
     def finish(self, state: TokenState) -> None:
         """See the sequence behind the last site; active meters do."""
@@ -305,3 +315,15 @@ def varies(model: nn.Module, training: bool) -> str:
     module may have one too); "" if nothing does."""
     parts = [*methods_of(model), *(module for module in model.modules() if hasattr(module, "varies"))]
     return next((reason for part in parts if (reason := part.varies(training))), "")
+
+
+def handed_by(methods: Sequence[SiteMethod], sites: Iterable[int], state: TokenState) -> list[Mapping[str, Any]]:
+    """What `methods` hand to the mixers of `sites` with a sequence like `state`, up to the first at which one does more
+    than that. Nothing while a graph is made, which has what is called."""
+    found: list[Mapping[str, Any]] = []
+    for index in sites if not torch.compiler.is_compiling() else ():
+        parts = [method.handed(index, state) for method in methods]
+        if None in parts:
+            break
+        found.append({name: value for part in parts for name, value in part.items()})
+    return found

@@ -302,6 +302,11 @@ class SpatialPooling(SiteMethod):
             state = state.with_entry(self.name, walks)
         return run(state, pooling=walks[across])
 
+    def handed(self, index: int, state: TokenState) -> Mapping[str, Any] | None:
+        if state.grid is None or state.positions is not None:
+            return None
+        return {"pooling": self.grid_pooling(index, state.grid)}
+
     def _is_across(self, index: int) -> bool:
         """Whether site `index` exchanges rows and columns."""
         settings = self.settings

@@ -501,6 +501,9 @@ class TokenMerging(SiteMethod):
             return state
         return merge_tokens(state, settings.token, settings.order, self._sources(index, state), settings.weighted)
 
+    def handed(self, index: int, state: TokenState) -> Mapping[str, Any] | None:
+        return None if index == 0 or index in self.sites else {}
+
     def _sources(self, index: int, state: TokenState) -> Tensor | None:
         """Which patch tokens are fused after site `index`; None for the most similar. What is drawn is drawn for each
         image in training, and in evaluation for all images and every time alike."""

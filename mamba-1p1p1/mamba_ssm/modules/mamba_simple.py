@@ -21,8 +21,9 @@ from mamba_ssm.modules.block import FirstBlock as Block  # noqa: F401  (publishe
 from mamba_ssm.modules.linear import Linear
 from mamba_ssm.modules.parts import is_plain
 from mamba_ssm.ops.linear import linear
-from mamba_ssm.ops.mixer import ScanObserver, TokenPooling, mix, mix_pooled
+from mamba_ssm.ops.mixer import ScanObserver, TokenPooling, mix, mix_pooled, whole_mixer
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+from mamba_ssm.ops.whole import WholeMixer, WholePooledMixer
 from torch import Tensor, nn
 
 DirectionGate = Callable[[Tensor], Tensor | tuple[bool, ...]]
@@ -398,6 +399,13 @@ class Mamba(nn.Module):
         ssm_state.copy_(kept.detach())
         y = torch.einsum("bdn,bn->bd", kept, _wide(C)) + branch.D * x
         return self._scaled(self.out_proj(y.to(x.dtype) * F.silu(z))).unsqueeze(1), conv_state, ssm_state
+
+    def whole(self, x: Tensor, pooling: TokenPooling | None = None) -> WholeMixer | WholePooledMixer | None:
+        """The one operator that does all of `forward(x, pooling=pooling)`; None where there is none that does."""
+        if self.init_layer_scale is not None:
+            return None
+        options = {"shared": self.bimamba_type == "v1", "norm": self.layernorm, "pooling": pooling}
+        return whole_mixer(x, self.directions, self._outside, self._share, **options)
 
     @property
     def _share(self) -> float:

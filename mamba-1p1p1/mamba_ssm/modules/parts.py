@@ -10,6 +10,14 @@ from torch import nn
 _KINDS = (Linear, RMSNorm, nn.Linear, nn.Conv1d, nn.LayerNorm)
 
 
+def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` runs the `forward` of `kind` and nothing else: no other one, and no hooks."""
+    if type(module).forward is not kind.forward or "forward" in module.__dict__:
+        return False
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks
+
+
 def is_plain(*modules: nn.Module | None) -> bool:
     """Whether calling each of these does what its class says and nothing else.
 

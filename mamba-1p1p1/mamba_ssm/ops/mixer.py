@@ -20,7 +20,7 @@ from mamba_ssm.ops.directions import directions_fn, has_masked
 from mamba_ssm.ops.pooled import has_scan_gradients, pooled_conv_fn, pooled_gate_fn, pooled_scan_fn
 from mamba_ssm.ops.scan import selective_scan_fn
 from mamba_ssm.ops.visible import visible_conv_fn, visible_gate_fn
-from mamba_ssm.ops.whole import alike, has_whole, mixer_fn, pooled_mixer_fn
+from mamba_ssm.ops.whole import WholeMixer, WholePooledMixer, alike, has_whole
 from torch import Tensor, nn
 
 # called with (delta (B, L, d_inner) after softplus, B (B, L, d_state))
@@ -96,6 +96,35 @@ class TokenPooling(Protocol):
         """(B, L, C) ordered tokens, each plus its group's value out of (B, G, C)."""
 
 
+def whole_mixer(
+    x: Tensor,
+    branches: Sequence[Branch],
+    outside: Outside,
+    share: float = 1.0,
+    *,
+    shared: bool = False,
+    norm: nn.LayerNorm | None = None,
+    pooling: TokenPooling | None = None,
+) -> WholeMixer | WholePooledMixer | None:
+    """The one operator that does what `mix`, or with `pooling` `mix_pooled`, does for x (B, L, d_model); None where it
+    takes several, as where a module has to be called."""
+    if shared or not outside.plain or not all(branch.plain for branch in branches):
+        return None
+    if pooling is None:
+        if norm is not None or not has_whole(x, "mixer"):
+            return None
+        directions = [branch.direction() for branch in branches]
+        return WholeMixer(outside.ends(), directions, share) if alike(directions) else None
+    # while a graph is exported there are no kernels, and its sizes are not to be looked at
+    if len(branches) != 2 or not has_whole(x, "pooled_mixer") or not isinstance(pooling.lines, Lines):
+        return None
+    taps, projections = ([getattr(branch, name)() for branch in branches] for name in ("taps", "projections"))
+    if not alike(taps) or not alike(projections):
+        return None
+    given = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    return WholePooledMixer(outside.ends(), taps, projections, given, pooling.lines, share)
+
+
 def mix(
     hidden_states: Tensor,
     branches: Sequence[Branch],
@@ -124,12 +153,12 @@ def mix(
     Returns:
         (B, L, d_model).
     """
-    whole = norm is None and not shared and observe is None and all(branch.plain for branch in branches)
     bare = token_mask is None and gates is None
-    if whole and bare and has_whole(hidden_states, "mixer") and outside.plain:
-        directions = [branch.direction() for branch in branches]
-        if alike(directions):
-            return mixer_fn(hidden_states, outside.ends(), directions, share)
+    if bare and observe is None:
+        found = whole_mixer(hidden_states, branches, outside, share, shared=shared, norm=norm)
+        if found is not None:
+            return found(hidden_states)
+    whole = norm is None and not shared and observe is None and all(branch.plain for branch in branches)
     xz = outside.in_proj(hidden_states)
     if whole and (_has_between(xz) if bare else backends.has(xz, "can_mask")):
         directions = [branch.direction() for branch in branches]
@@ -188,18 +217,19 @@ def mix_pooled(
     D * u needs no scan, so it stays with the tokens; the scans meet it once, as the sum of both over the groups. `norm`
     stands before the gate silu(z). Tokens are put in order where they are narrow, outside the projections.
     """
+    if token_mask is None:
+        found = whole_mixer(hidden_states, branches, outside, share, shared=shared, norm=norm, pooling=pooling)
+        if found is not None:
+            return found(hidden_states)
     pair = len(branches) == 2 and not shared and all(branch.plain for branch in branches)
     # while a graph is exported there are no kernels, and its sizes are not to be looked at
     may_have = pair and token_mask is None and backends.has(hidden_states, Lines.kernel)
     lines = pooling.lines if may_have else None
     if lines is not None and backends.has(hidden_states, lines.kernel):
-        is_full = isinstance(lines, Lines)
         given = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-        if is_full and has_whole(hidden_states, "pooled_mixer") and outside.plain:
-            taps, projections = ([getattr(branch, name)() for branch in branches] for name in ("taps", "projections"))
-            if alike(taps) and alike(projections):
-                return pooled_mixer_fn(hidden_states, outside.ends(), taps, projections, given, lines, share)
-        conv_fn, gate_fn = (pooled_conv_fn, pooled_gate_fn) if is_full else (visible_conv_fn, visible_gate_fn)
+        conv_fn, gate_fn = (
+            (pooled_conv_fn, pooled_gate_fn) if isinstance(lines, Lines) else (visible_conv_fn, visible_gate_fn)
+        )
         x, z = outside.in_proj(hidden_states).chunk(2, dim=-1)
         norm_dtype = None if norm is None else norm.weight.dtype
         backends.foretell(x, "foretell_pooled", lambda: (_sizes(x, branches, lines.count, with_D=False), norm_dtype))

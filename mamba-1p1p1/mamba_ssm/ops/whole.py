@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,17 @@ from mamba_ssm.ops.pooled import (
 )
 from torch import Tensor
 
-__all__ = ["Ends", "alike", "has_whole", "mixer_fn", "mixer_ref", "pooled_mixer_fn", "pooled_mixer_ref"]
+__all__ = [
+    "Ends",
+    "WholeMixer",
+    "WholePooledMixer",
+    "alike",
+    "has_whole",
+    "mixer_fn",
+    "mixer_ref",
+    "pooled_mixer_fn",
+    "pooled_mixer_ref",
+]
 
 _DTYPES = (torch.float32,)
 _SCAN_LAYOUTS = ("(dt_rank + 2*dstate, dim)", "(dim, dt_rank)", "(dim,)", "(dim, dstate)")
@@ -65,6 +75,85 @@ def alike(given: Sequence[Direction | Taps | Projections]) -> bool:
     return all(one == shapes[0] for one in shapes)
 
 
+class WholeMixer(NamedTuple):
+    """What `mixer_fn` is given beside x, which this is called with."""
+
+    ends: Ends
+    directions: Sequence[Direction]
+    share: float = 1.0
+
+    kernel = "mixer"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return mixer_fn(x, *self)
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """In the order in which kernels give their gradients, behind that of x."""
+        return [*self.ends, *(tensor for each in self.directions for tensor in each[:DIRECTION_TENSORS])]
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> WholeMixer:
+        """The same with other `tensors`."""
+        ways = [each.reverse for each in self.directions]
+        return self._replace(ends=Ends(*tensors[:4]), directions=split_directions(tensors[4:], ways))
+
+    def check(self, x: Tensor) -> None:
+        """Raise what `mixer_fn` does unless all of this fits x and itself."""
+        dim = _check_ends(x, self.ends)
+        if len(self.directions) not in (1, 2):
+            raise ValueError(f"directions has {len(self.directions)} entries, wanted one or two")
+        width, rank, dstate = _columns(self.directions[0], "conv_weight", "dt_proj_weight", "A")
+        if width not in WIDTHS:
+            raise ValueError(f"conv_weight has {width} columns, wanted 2, 3 or 4")
+        shapes = (dim, width), (dim,), (rank + 2 * dstate, dim), (dim, rank), (dim,), (dim, dstate), (dim,)
+        for each in self.directions:
+            given = zip(Direction._fields, each, shapes, _DIRECTION_LAYOUTS)
+            check_all(x, "x", given, _DTYPES, OPTIONAL_OF_DIRECTION)
+
+
+class WholePooledMixer(NamedTuple):
+    """What `pooled_mixer_fn` is given beside x, as `WholeMixer` is for `mixer_fn`."""
+
+    ends: Ends
+    taps: Sequence[Taps]
+    projections: Sequence[Projections]
+    norm: tuple[Tensor | None, Tensor | None, float]
+    lines: Lines
+    share: float = 1.0
+
+    kernel = "pooled_mixer"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return pooled_mixer_fn(x, *self)
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """In the order in which kernels give their gradients, behind that of x."""
+        return [*self.ends, *(tensor for each in (*self.taps, *self.projections) for tensor in each), *self.norm[:2]]
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> WholePooledMixer:
+        """The same with other `tensors`."""
+        taps, projections, norm, lines = _pooled_parts(tensors[4:], self.norm[2], *self.lines)
+        return WholePooledMixer(Ends(*tensors[:4]), taps, projections, norm, lines, self.share)
+
+    def check(self, x: Tensor) -> None:
+        """Raise what `pooled_mixer_fn` does unless all of this fits x and itself."""
+        dim = _check_ends(x, self.ends)
+        check_lines("x", x, self.lines)
+        (width,), (rank, dstate) = _columns(self.taps[0], "weight"), _columns(self.projections[0], "dt_proj", "A_log")
+        if width not in WIDTHS:
+            raise ValueError(f"weight has {width} columns, wanted 2, 3 or 4")
+        shapes = (dim, width), (dim,), (dim,), (rank + 2 * dstate, dim), (dim, rank), (dim,), (dim, dstate)
+        names = Taps._fields + Projections._fields
+        for own, scanned in zip(self.taps, self.projections, strict=True):
+            check_all(x, "x", zip(names, own + scanned, shapes, _BRANCH_LAYOUTS), _DTYPES, ("bias",))
+        weight, bias, _ = self.norm
+        if weight is None and bias is not None:
+            raise ValueError("the norm has a bias without weight, wanted both or no bias")
+        given = ("weight", weight, (dim,), "(dim,)"), ("bias", bias, (dim,), "(dim,)")
+        check_all(x, "x", given, _DTYPES, ("weight", "bias"))
+
+
 def mixer_fn(x: Tensor, ends: Ends, directions: Sequence[Direction], share: float = 1.0) -> Tensor:
     """`out_proj(directions_fn(in_proj(x), directions, share, log_decay=True))`, differentiable in every tensor.
 
@@ -80,23 +169,13 @@ def mixer_fn(x: Tensor, ends: Ends, directions: Sequence[Direction], share: floa
     Raises:
         ValueError: a shape or device that does not fit. TypeError: not a tensor, or another dtype.
     """
-    dim = _check_ends(x, ends)
-    if len(directions) not in (1, 2):
-        raise ValueError(f"directions has {len(directions)} entries, wanted one or two")
-    first = directions[0]
-    width, rank, dstate = _columns(first, "conv_weight", "dt_proj_weight", "A")
-    if width not in WIDTHS:
-        raise ValueError(f"conv_weight has {width} columns, wanted 2, 3 or 4")
-    shapes = (dim, width), (dim,), (rank + 2 * dstate, dim), (dim, rank), (dim,), (dim, dstate), (dim,)
-    for each in directions:
-        given = zip(Direction._fields, each, shapes, _DIRECTION_LAYOUTS)
-        check_all(x, "x", given, _DTYPES, OPTIONAL_OF_DIRECTION)
-    parameters = [tensor for each in directions for tensor in tuple(each)[:DIRECTION_TENSORS]]
-    if wants_reference(x, *ends, *parameters):
+    whole = WholeMixer(ends, directions, share)
+    whole.check(x)
+    if wants_reference(x, *whole.tensors):
         return mixer_ref(x, ends, directions, share)
-    save = _wants_gradients(x, *ends, *parameters)
-    parameters += [None] * (2 * DIRECTION_TENSORS - len(parameters))
-    return torch.ops.mamba_ssm.mixer(x, *ends, *parameters, [each.reverse for each in directions], share, save)[0]
+    save, tensors = _wants_gradients(x, *whole.tensors), whole.tensors
+    tensors += [None] * (4 + 2 * DIRECTION_TENSORS - len(tensors))
+    return torch.ops.mamba_ssm.mixer(x, *tensors, [each.reverse for each in directions], share, save)[0]
 
 
 def mixer_ref(x: Tensor, ends: Ends, directions: Sequence[Direction], share: float = 1.0) -> Tensor:
@@ -131,25 +210,13 @@ def pooled_mixer_fn(
     Raises:
         ValueError: a shape or device that does not fit. TypeError: not a tensor, or another dtype.
     """
-    dim, lines = _check_ends(x, ends), Lines(*lines)
-    check_lines("x", x, lines)
-    (width,), (rank, dstate) = _columns(taps[0], "weight"), _columns(projections[0], "dt_proj", "A_log")
-    if width not in WIDTHS:
-        raise ValueError(f"weight has {width} columns, wanted 2, 3 or 4")
-    shapes = (dim, width), (dim,), (dim,), (rank + 2 * dstate, dim), (dim, rank), (dim,), (dim, dstate)
-    names = Taps._fields + Projections._fields
-    for own, scanned in zip(taps, projections, strict=True):
-        check_all(x, "x", zip(names, own + scanned, shapes, _BRANCH_LAYOUTS), _DTYPES, ("bias",))
-    weight, bias, eps = norm
-    if weight is None and bias is not None:
-        raise ValueError("the norm has a bias without weight, wanted both or no bias")
-    given = ("weight", weight, (dim,), "(dim,)"), ("bias", bias, (dim,), "(dim,)")
-    check_all(x, "x", given, _DTYPES, ("weight", "bias"))
-    tensors = *taps[0], *taps[1], *projections[0], *projections[1], weight, bias
-    if wants_reference(x, *ends, *tensors):
-        return pooled_mixer_ref(x, ends, taps, projections, norm, lines, share)
-    save = _wants_gradients(x, *ends, *tensors)
-    return torch.ops.mamba_ssm.pooled_mixer(x, *ends, *tensors, eps, *lines, share, save)[0]
+    whole = WholePooledMixer(ends, taps, projections, norm, Lines(*lines), share)
+    whole.check(x)
+    tensors = whole.tensors
+    if wants_reference(x, *tensors):
+        return pooled_mixer_ref(x, *whole)
+    save = _wants_gradients(x, *tensors)
+    return torch.ops.mamba_ssm.pooled_mixer(x, *tensors, norm[2], *whole.lines, share, save)[0]
 
 
 def pooled_mixer_ref(
