@@ -11,6 +11,8 @@ from causal_conv1d import backend, native
 from causal_conv1d.kernels.registry import backends as conv_backends
 from mamba_ssm.kernels.registry import backends
 
+sys.path.insert(0, str(Path(__file__).parent))  # where what tests share is, beside fixtures
+
 
 @pytest.fixture(params=["torch", "plain", "avx2", "avx512"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:

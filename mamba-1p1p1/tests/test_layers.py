@@ -1,0 +1,215 @@
+"""Layers in one step of the graph: every instruction set against the formulas in float64, and what may be frozen, left
+out or asked for."""
+
+import pytest
+import torch
+from causal_conv1d import backend
+from mamba_ssm.kernels import products
+from mamba_ssm.kernels.arguments import Lines
+from mamba_ssm.kernels.registry import backends
+from mamba_ssm.ops.layers import Layer, has_layers, layers_fn, layers_ref
+from mamba_ssm.ops.norm import layer_norm_ref
+from mamba_ssm.ops.whole import WholeMixer, WholePooledMixer, mixer_ref, pooled_mixer_ref
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+from whole_parts import Parts, assert_same, double
+
+pytestmark = pytest.mark.skipif(backends.available("cpu") != "cpp", reason="the C++ kernels are not built")
+
+BATCH, TOKENS = 3, 30
+RMS, PLAIN, FACTOR = "rms", "without biases", "with factors"
+
+
+@pytest.fixture(autouse=True)
+def preferred(monkeypatch):
+    """The own products, on any processor."""
+    monkeypatch.setattr(products, "PREFER_OWN_NARROW", True)
+
+
+def layers_of(count=3, rms=False, optional=True, factors=False):
+    """Layers of all kinds, in turns: both directions, one, pooled lines."""
+    generator, found = torch.Generator().manual_seed(count), []
+    for number in range(count):
+        # other sizes of what a layer has for itself
+        parts = Parts(taps=2 + number % 3, dstate=5 + number, optional=optional)
+        kinds = (
+            WholeMixer(parts.ends, parts.directions, 0.5),
+            WholeMixer(parts.ends, parts.directions[:1]),
+            WholePooledMixer(
+                parts.ends,
+                parts.taps,
+                parts.projections,
+                parts.norm,
+                Lines.of_grid((5, 6), (number % 2, 1 - number % 2)),
+            ),
+        )
+        weight, bias = (torch.randn(parts.width, generator=generator) for _ in range(2))
+        factor = torch.tensor([0.0, 2.0, 1.5]).view(BATCH, 1, 1) if factors and number else None
+        found.append(Layer(weight, None if rms or not optional else bias, 1e-5, rms, kinds[number % 3], factor))
+    return found
+
+
+def tokens(seed, width=20):
+    return torch.randn(BATCH, TOKENS, width, generator=torch.Generator().manual_seed(seed))
+
+
+def formulas(x, residual, layers):
+    """`layers_fn` in any dtype."""
+    for layer in layers:
+        x = x if layer.factor is None else x * layer.factor
+        normed, residual = layer_norm_ref(
+            x, layer.weight, layer.bias, residual, layer.eps, True, False, layer.is_rms_norm
+        )
+        reference = mixer_ref if isinstance(layer.mixer, WholeMixer) else pooled_mixer_ref
+        x = reference(normed, *layer.mixer)
+    return x, residual
+
+
+def leaves_of(x, residual, layers, dtype=torch.float32, frozen=()):
+    """The same as leaves that learn, but for what is frozen (by number, x and the residual first); and these."""
+    tensors = [x, residual, *(each for layer in layers for each in layer.tensors)]
+    tensors = [None if each is None else each.detach().to(dtype, copy=True) for each in tensors]
+    for number, each in enumerate(tensors):
+        if each is not None and number not in frozen:
+            each.requires_grad_()
+    given, again = iter(tensors[2:]), []
+    for layer in layers:
+        layer = layer.with_tensors([next(given) for _ in layer.tensors])
+        again.append(layer._replace(factor=double(layer.factor) if dtype == torch.float64 else layer.factor))
+    return tensors, again
+
+
+def gradients_of(call, x, residual, layers, douts, dtype=torch.float32, frozen=()):
+    """Of x, the residual and all tensors; None where there is none."""
+    tensors, layers = leaves_of(x, residual, layers, dtype, frozen)
+    outs = call(*tensors[:2], layers)
+    loss = sum((out * dout.to(dtype)).sum() for out, dout in zip(outs, douts) if dout is not None)
+    loss.backward()
+    return [None if each is None else each.grad for each in tensors]
+
+
+def assert_all_same(found, wanted, within=4e-5):
+    for one, other in zip(found, wanted, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert_same(one, other.double(), within)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("options", [{}, {"rms": True}, {"optional": False}, {"factors": True}], ids=str)
+def test_values_and_gradients(options, with_residual, isa):
+    layers, x, residual = layers_of(**options), tokens(1), tokens(2) if with_residual else None
+    wide = [each._replace(factor=double(each.factor), mixer=double(each.mixer)) for each in layers]
+    wide = [each._replace(weight=double(each.weight), bias=double(each.bias)) for each in wide]
+    for found, wanted in zip(layers_fn(x, residual, layers), formulas(double(x), double(residual), wide)):
+        assert_same(found, wanted, 4e-5)
+    for douts in ((tokens(3), tokens(4)), (tokens(3), None), (None, tokens(4))):
+        found = gradients_of(layers_fn, x, residual, layers, douts)
+        wanted = gradients_of(formulas, x, residual, layers, douts, torch.float64)
+        # the reference knows what no loss depends on
+        found = [torch.zeros_like(w) if f is None and w is not None else f for f, w in zip(found, wanted)]
+        wanted = [torch.zeros_like(f) if w is None and f is not None else w for f, w in zip(found, wanted)]
+        assert_all_same(found, wanted)
+
+
+def test_bit_by_bit_the_operators_one_by_one():
+    layers, x, residual, douts = layers_of(5, factors=True), tokens(1), tokens(2), (tokens(3), tokens(4))
+    assert all(map(torch.equal, layers_fn(x, residual, layers), layers_ref(x, residual, layers)))
+    found, wanted = (gradients_of(call, x, residual, layers, douts) for call in (layers_fn, layers_ref))
+    assert all(one is other is None or torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_what_is_frozen_has_no_gradient_and_keeps_nothing():
+    layers, x, residual, douts = layers_of(4), tokens(1), tokens(2), (tokens(3), tokens(4))
+    every = gradients_of(layers_ref, x, residual, layers, douts)
+    # all of the first two layers; then in_proj and a bias of the third
+    count = 2 + sum(len(layer.tensors) for layer in layers[:2])
+    frozen = {*range(count), count + 2, count + 3}
+    found = gradients_of(layers_fn, x, residual, layers, douts, frozen=frozen)
+    assert {number for number, each in enumerate(found) if each is None} == frozen
+    assert_all_same(
+        [each for each in found if each is not None], [every[n] for n in range(len(every)) if n not in frozen]
+    )
+    tensors, learned = leaves_of(x, residual, layers, frozen=frozen)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
+        layers_fn(*tensors[:2], learned)
+    assert not any(each is tensors[0] for each in kept), "a layer that learns nothing kept its input"
+    tensors, learned = leaves_of(x, residual, layers, frozen=range(1000))
+    assert not layers_fn(*tensors[:2], learned)[0].requires_grad
+
+
+def test_second_gradients():
+    layers, x = layers_of(), tokens(1)
+
+    def second(call, x, layers):
+        x = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(call(x, None, layers)[0].square().sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), x)[0]
+
+    _, wide = leaves_of(x, None, layers, torch.float64)
+    assert_same(second(layers_fn, x, layers), second(formulas, double(x), wide), 1e-4)
+
+
+def test_kernels_that_change_before_the_gradient():
+    layers, x = layers_of(), tokens(1)
+    (wanted, *_) = gradients_of(layers_fn, x, None, layers, (x, None))
+    leaf = x.detach().requires_grad_()
+    out, _ = layers_fn(leaf, None, layers)
+    with backend.use("torch"):
+        out.backward(x)
+    assert_same(leaf.grad, wanted.double())
+
+
+def test_a_weight_that_changes_before_the_gradient_is_said():
+    tensors, layers = leaves_of(tokens(1), None, layers_of())
+    out, _ = layers_fn(tensors[0], None, layers)
+    with torch.no_grad():
+        layers[1].mixer.ends.in_proj.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_checkpointed():
+    layers, x, douts = layers_of(), tokens(1), (tokens(3), tokens(4))
+
+    def again(x, residual, layers):
+        return checkpoint(layers_fn, x, residual, layers, use_reentrant=False)
+
+    found, wanted = (gradients_of(call, x, None, layers, douts) for call in (again, layers_fn))
+    assert all(one is other is None or torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_where_it_is_there():
+    x = tokens(1)
+    assert has_layers(x, None)
+    assert has_layers(torch.nn.Parameter(x), x)
+    assert not has_layers(x.double(), None)
+    assert not has_layers(x, x.double())
+    assert not has_layers(x.as_subclass(type("Marked", (torch.Tensor,), {})), None)
+    with backend.use("torch"):
+        assert not has_layers(x, None)
+    with FlopCounterMode(display=False):
+        assert not has_layers(x, None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not has_layers(x, None)
+    with torch.autograd.forward_ad.dual_level():
+        assert not has_layers(x, None)
+    assert not torch.func.vmap(lambda one: one * has_layers(one.unsqueeze(0), None))(x).any()
+
+
+def test_wrong_arguments_are_said():
+    layers, x = layers_of(), tokens(1)
+    first = layers[0]
+    wrong = [
+        (lambda: layers_fn(x, x[:1], layers), "residual has shape"),
+        (lambda: layers_fn(x, x.double(), layers), "residual has dtype"),
+        (lambda: layers_fn(x[..., 1:], None, layers), "in_proj has shape"),
+        (lambda: layers_fn(x, None, [first._replace(weight=first.weight[1:])]), "weight has shape"),
+        (lambda: layers_fn(x, None, [first._replace(bias=first.bias.double())]), "bias has dtype"),
+        (lambda: layers_fn(x, None, [first._replace(factor=torch.ones(BATCH))]), "factor has shape"),
+        (lambda: layers_fn(x, None, [first._replace(mixer=first.mixer._replace(directions=[]))]), "0 entries"),
+    ]
+    for call, said in wrong:
+        with pytest.raises((ValueError, TypeError), match=said):
+            call()
