@@ -37,7 +37,7 @@ from tasks import TASKS, backbone, implied_task
 from tasks.task import Data, Task
 from utils import PeerError, RunError, UsageError, nearest, processes
 from utils.flags import Parser
-from utils.memory import peak_memory_mib
+from utils.memory import keep_freed_memory, peak_memory_mib
 from utils.processes import init_processes, is_main_process, rank, world_size
 from utils.randomness import seed_everything, use_deterministic_algorithms
 from utils.signals import StopRequest
@@ -313,6 +313,7 @@ def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> int:
     After a run that a signal ended early, which is no failure, `stop` is true.
     """
     setup_logging()
+    keep_freed_memory()
     try:
         with stop if stop is not None else StopRequest() as stop:
             work(parse(argv), stop)

@@ -14,17 +14,20 @@ import torch
 
 from utils import RunError, UsageError
 from utils.flags import Parser, number
+from utils.memory import keep_freed_memory
 
 Main = Callable[[Sequence[str] | None], int | None]
 
 
 def command(name: str) -> Callable[[Main], Callable[..., int]]:
     """Have `main(argv)` of the command `name` return its exit code: 0 (or what it returns), 2 for a mistake of the
-    user's and 1 for what could not go on, each told in one sentence, 130 when interrupted."""
+    user's and 1 for what could not go on, each told in one sentence, 130 when interrupted. As in the program, what is
+    freed is kept."""
 
     def decorate(main: Main) -> Callable[..., int]:
         @functools.wraps(main)
         def run(argv: Sequence[str] | None = None, **options: Any) -> int:
+            keep_freed_memory()
             try:
                 return main(argv, **options) or 0
             except UsageError as error:

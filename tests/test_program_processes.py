@@ -17,6 +17,7 @@ import torch
 from tests.conftest import MICRO, QUICK, ROOT, Result, finish, lines, ranks_of, start
 from tests.program_data import write_cifar100
 from utils import threads
+from utils.memory import keep_freed_memory
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
 
@@ -145,6 +146,45 @@ def test_threads_that_wait_sleep_before_another_process_needs_the_core():
     if "GOMP_SPINCOUNT" not in told:
         pytest.skip("torch has another OpenMP runtime here")
     assert f"GOMP_SPINCOUNT = '{threads.SPINS}'" in told
+
+
+FAULTS = """
+import resource, torch
+from utils.memory import keep_freed_memory
+keeps = keep_freed_memory()
+torch.set_num_threads(1)
+
+def step():
+    return [torch.ones(2**20) for _ in range(20)]
+
+for _ in range(4):  # until the heap has found its size
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(int(keeps), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_what_is_freed_is_not_asked_of_the_system_again():
+    bare = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC", "GLIBC"))}
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    found = []
+    for environment in (bare, bare | at_once):
+        how = dict(cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        found.append(tuple(map(int, subprocess.run([sys.executable, "-c", FAULTS], **how).stdout.split())))
+    (keeps, faults), (is_said, others) = found
+    if not keeps:
+        pytest.skip("C's allocator is not glibc's")
+    assert not is_said, "the environment has the last word"
+    # a step has 80 MiB, 20,000 pages
+    assert faults < 20000 < 100000 <= others
+
+
+@pytest.mark.parametrize("variable", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_what_is_kept_is_the_users_to_say(monkeypatch, variable):
+    monkeypatch.setenv(variable, "65536")
+    assert not keep_freed_memory()
 
 
 @pytest.mark.parametrize(("variable", "value"), [("GOMP_SPINCOUNT", "77"), ("OMP_WAIT_POLICY", "active")])
