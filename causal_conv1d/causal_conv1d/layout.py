@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,16 @@ def float32(x: Tensor | None) -> Tensor | None:
     if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
         return x
     return x.to(torch.float32).contiguous()
+
+
+def addresses(tensors: Iterable[Tensor | None]) -> list[int]:
+    """`address` of each."""
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def all_float32(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """`float32` of each."""
+    return [x if x is None or (x.dtype == torch.float32 and x.is_contiguous()) else float32(x) for x in tensors]
 
 
 def channel_last(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,6 +132,7 @@ def isa(name: str) -> Iterator[str]:
 # --- what structs hold -----------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=256)
 def bits(value: float) -> int:
     """The bits of a double as an integer."""
     return struct.unpack("q", struct.pack("d", value))[0]

@@ -42,7 +42,7 @@ struct MixerArgs {
     int64_t xz, y;
 };
 
-// Gradients of one direction's weights, contiguous float32, 0 where the weight is: like them, but dt_proj's is (rank, dim).
+// Gradients of one direction's weights, contiguous float32, like them; 0 where the weight is.
 struct DirectionGradients {
     Tokens x;  // where both directions have one convolution's x, the second adds to it
     int64_t conv, conv_bias, x_proj, dt_proj, dt_bias, A, D;

@@ -283,7 +283,8 @@ inline void write_gradients(const DirectionsArgs &s, const DirectionGradients &t
         if (where) std::memcpy(floats(where), from, size_t(bytes(count)));
     };
     write(to.conv, sums.conv, s.dim * s.width), write(to.conv_bias, sums.conv_bias, s.dim);
-    write(to.x_proj, sums.x_proj, (s.rank + 2 * s.dstate) * s.dim), write(to.dt_proj, sums.dt_proj, s.rank * s.dim);
+    write(to.x_proj, sums.x_proj, (s.rank + 2 * s.dstate) * s.dim);
+    for (int64_t i = 0; i < s.dim * s.rank; ++i) floats(to.dt_proj)[i] = sums.dt_proj[i % s.rank * s.dim + i / s.rank];
     write(to.dt_bias, sums.dt_bias, s.dim), write(to.D, sums.D, s.dim);
     for (int64_t i = 0; i < s.dim * s.dstate; ++i) floats(to.A)[i] = s.log_decay ? sums.A[i] * A[i] : sums.A[i];
 }

@@ -66,7 +66,8 @@ def has_whole(x: Tensor, name: str) -> bool:
     if torch.is_grad_enabled() and not backends.has(x, f"{name}_backward"):
         return False
     own = products.PREFER_OWN or products.PREFER_OWN_NARROW
-    return own and not torch.is_autocast_enabled(x.device.type) and backends.has(x, name)
+    # not every device that tensors can be on has autocast
+    return own and backends.has(x, name) and not torch.is_autocast_enabled(x.device.type)
 
 
 def alike(given: Sequence[Direction | Taps | Projections]) -> bool:

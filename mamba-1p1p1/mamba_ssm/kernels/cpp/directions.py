@@ -8,7 +8,7 @@ from ctypes import Structure
 
 import torch
 from causal_conv1d.kernels import cpp as conv
-from causal_conv1d.layout import address, channel_last, float32
+from causal_conv1d.layout import address, addresses, all_float32, channel_last, float32
 from causal_conv1d.native import bits, tokens_of
 from mamba_ssm.kernels import products
 from mamba_ssm.kernels.arguments import DIRECTION_TENSORS, Direction, Scan, ScanGradients, split_matrices, with_rates
@@ -100,9 +100,8 @@ def told_of_directions(
     to live as long as it works with them."""
     alive, weights, tokens = [], [], [NO_TOKENS] * len(directions) if xs is None else map(tokens_of, xs)
     for x, x_dbl, kept, (*tensors, reverse) in zip(tokens, x_dbls, states, directions):
-        conv, conv_bias, x_proj, dt_proj, dt_bias, A, D = (float32(tensor) for tensor in tensors)
-        given = conv, conv_bias, x_proj, dt_proj, dt_bias, A, D, x_dbl, kept
-        weights.append(LIBRARY.structs.DirectionWeights(x, reverse, *map(address, given)))
+        given = conv, _, _, dt_proj, _, A, _, _, _ = *all_float32(tensors), x_dbl, kept
+        weights.append(LIBRARY.structs.DirectionWeights(x, reverse, *addresses(given)))
         alive.append(given)
     mask = float32(mask)
     alive.append((mask,))
@@ -199,10 +198,7 @@ def gradients_of_directions(
     grads, written = [], []
     for dx, each in zip(tokens, directions):
         own = [None if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in each[:DIRECTION_TENSORS]]
-        place = each._fields.index("dt_proj_weight")
-        own[place] = own[place].view(own[place].shape[::-1])
-        written.append(LIBRARY.structs.DirectionGradients(dx, *map(address, own)))
-        own[place] = own[place].t()
+        written.append(LIBRARY.structs.DirectionGradients(dx, *addresses(own)))
         grads += own
     return grads, written
 

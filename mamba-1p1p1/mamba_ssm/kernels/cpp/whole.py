@@ -8,7 +8,7 @@ from ctypes import Structure
 from functools import lru_cache
 
 import torch
-from causal_conv1d.layout import address, channel_last, float32
+from causal_conv1d.layout import address, addresses, all_float32, channel_last
 from causal_conv1d.native import bits, tokens_of
 from mamba_ssm.kernels.arguments import Direction, Ends, Lines, Projections, Taps, VisibleLines
 from mamba_ssm.kernels.cpp.directions import NO_TOKENS, gradients_of_directions, kept_of_directions, told_of_directions
@@ -20,7 +20,7 @@ from torch import Tensor
 
 def _ends_fields(x: Tensor, ends: Ends, out: Tensor) -> dict:
     """What every whole mixer is told of its outside; `ends` are float32 and contiguous, as `out`."""
-    in_proj, in_bias, out_proj, out_bias = map(address, ends)
+    in_proj, in_bias, out_proj, out_bias = addresses(ends)
     return {
         "width": x.shape[2],
         "x": tokens_of(x),
@@ -35,9 +35,9 @@ def _told_of_ends_backward(
 ) -> tuple[list[Tensor | None], Structure, tuple]:
     """New gradients of x and of the ends, None where they are not `wanted`; the library's arguments for them; and what
     has to live as long as it works with these."""
-    x, dout, ends = channel_last(x), channel_last(dout), Ends(*map(float32, ends))
+    x, dout, ends = channel_last(x), channel_last(dout), Ends(*all_float32(ends))
     outer = [like.new_empty(like.shape) if want else None for like, want in zip((x, *ends), wanted)]
-    dx, *dends = map(address, outer)
+    dx, *dends = addresses(outer)
     told = LIBRARY.structs.EndsBackward(
         width=x.shape[2],
         x=tokens_of(x),
@@ -57,7 +57,7 @@ def mixer(
     """x (batch, seqlen, width) -> the same, and what its gradient is computed from if that is to be saved: xz (batch,
     seqlen, 2*dim), y (batch, seqlen, dim) before its gate, x_dbl of each direction, saved states of each direction.
     `A` of the directions, which are of equal sizes, is log(-A)."""
-    x, out, ends = channel_last(x), x.new_empty(x.shape), Ends(*map(float32, ends))
+    x, out, ends = channel_last(x), x.new_empty(x.shape), Ends(*all_float32(ends))
     batch, seqlen, _ = x.shape
     sizes, nothing = (batch, seqlen, ends.out_proj.shape[1]), [None] * len(directions)
     if save:
@@ -115,7 +115,7 @@ def pooled_mixer(
     """x (batch, tokens, width) -> the same, and what its gradient is computed from if that is to be saved: xz (batch,
     tokens, 2*dim), both convolutions' sum (batch, tokens, dim), both directions' means and the sum of their scans
     (batch, groups, dim), x_dbl of each direction, saved states of each direction."""
-    x, out, ends, directions = channel_last(x), x.new_empty(x.shape), Ends(*map(float32, ends)), scans_of(projections)
+    x, out, ends, directions = channel_last(x), x.new_empty(x.shape), Ends(*all_float32(ends)), scans_of(projections)
     batch, tokens, _ = x.shape
     dim = ends.out_proj.shape[1]
     sizes, nothing = (batch, lines.count, dim), (None, None)
@@ -163,7 +163,7 @@ def pooled_mixer_backward(
     outer, told_of_ends, outer_alive = _told_of_ends_backward(dout, x, ends, wanted)
     told, also_alive = _told_of_pooled(taps, norm, lines, share)
     inner = [None if like is None else like.new_empty(like.shape) for like in (*taps[0], *taps[1], *norm[:2])]
-    *of_taps, dweight, dbias = map(address, inner)
+    *of_taps, dweight, dbias = addresses(inner)
     walked = _visible(lines, False), _visible(lines, not lines.runs)
     arguments = structs.PooledMixerBackwardArgs(
         between=structs.DirectionsBackwardArgs(
@@ -192,8 +192,8 @@ def _told_of_pooled(
 ) -> tuple[dict, list[Sequence[Tensor | None]]]:
     """What is around the scans, and what has to live as long as the library works with it."""
     weight, bias, eps = norm
-    alive = [[float32(tensor) for tensor in each] for each in (*taps, (weight, bias))]
-    forward, backward, (norm_weight, norm_bias) = (tuple(map(address, each)) for each in alive)
+    alive = [all_float32(each) for each in (*taps, (weight, bias))]
+    forward, backward, (norm_weight, norm_bias) = (tuple(addresses(each)) for each in alive)
     told = dict(
         taps=taps[0].weight.shape[1],
         share=bits(share),
