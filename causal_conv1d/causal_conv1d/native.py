@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,6 +115,18 @@ class Library:
         if code == 1:
             raise MemoryError("no memory for a kernel's working buffers")
         return code
+
+
+class Call(NamedTuple):
+    """A call of a library's function that is to be made, with what has to live until then."""
+
+    library: Library
+    function: str
+    arguments: ctypes.Structure
+    alive: Any
+
+    def __call__(self) -> int:
+        return self.library.call(self.function, self.arguments)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ itself just used for something else. Kernels and numbers are those of the operat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ class Layer(NamedTuple):
 def has_layers(x: Tensor, residual: Tensor | None) -> bool:
     """Whether `layers_fn` is there for x and a residual, and nothing looks on that would miss operators: no subclass of
     tensors, no mode of dispatch, no tangents."""
-    if not has_whole(x, "mixer"):
+    if x.numel() == 0 or not has_whole(x, "layers"):
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or forward_ad._current_level >= 0:
         return False
@@ -73,7 +74,7 @@ def layers_fn(x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> tu
     """
     _check(x, residual, layers)
     if not torch.is_grad_enabled():
-        return _run(x, residual, layers, False)[:2]
+        return backends.pick(x).layers(x, residual, layers, False)[:2]
     # what comes before the first layer that learns keeps nothing
     learn = [any(each is not None and each.requires_grad for each in (x, residual))]
     learn += [any(each is not None and each.requires_grad for each in layer.tensors) for layer in layers]
@@ -81,7 +82,7 @@ def layers_fn(x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> tu
     before = max(first - 1, 0)
     if before:
         with torch.no_grad():
-            x, residual, _ = _run(x, residual, layers[:before], False)
+            x, residual, _ = backends.pick(x).layers(x, residual, layers[:before], False)
     if before == len(layers):
         return x, residual
     layers = layers[before:]
@@ -110,27 +111,12 @@ def _check(x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> None:
         check_all(x, "x", (factor,), (torch.float32,), ("factor",))
 
 
-def _run(
-    x: Tensor, residual: Tensor | None, layers: Sequence[Layer], save: bool
-) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
-    """x and the residual behind the last layer, and if `save`, of each layer what its gradients start from: the
-    mixer's input, the sum, the norm's mean and scale, and what the mixer keeps."""
-    kernels, kept = backends.pick(x), []
-    for weight, bias, eps, is_rms_norm, mixer, factor in layers:
-        x = x if factor is None else x * factor
-        normed, residual, mean, scale = kernels.norm_forward(x, residual, weight, bias, eps, is_rms_norm, torch.float32)
-        x, of_mixer = getattr(kernels, mixer.kernel)(normed, *mixer, save)
-        if save:
-            kept.append((normed, residual, mean, scale, *of_mixer))
-    return x, residual, kept
-
-
 class _Layers(torch.autograd.Function):
     """Layers, x, the residual, and the tensors of all layers, in their order, which are given for their gradients."""
 
     @staticmethod
     def forward(ctx, layers: Sequence[Layer], x: Tensor, residual: Tensor | None, *tensors: Tensor | None):
-        out, total, kept = _run(x, residual, layers, True)
+        out, total, kept = backends.pick(x).layers(x, residual, layers, True)
         ctx.set_materialize_grads(False)
         ctx.layers, ctx.sizes = layers, [len(each) for each in kept]
         # the tensors of the layers, too, which are compared with what they were
@@ -143,26 +129,14 @@ class _Layers(torch.autograd.Function):
         kept, (x, residual, *tensors) = saved[: sum(ctx.sizes)], saved[sum(ctx.sizes) :]
         if dx is None and dresidual is None:
             return (None,) * (3 + len(tensors))
-        names = {f"{layer.mixer.kernel}_backward" for layer in ctx.layers}
-        if torch.is_grad_enabled() or not all(backends.has(x, name) for name in names):
+        if torch.is_grad_enabled() or not backends.has(x, "layers_backward"):
             reference = _reference(ctx.layers)
             return None, *gradients_by_reference(reference, (x, residual, *tensors), (dx, dresidual))
-        kernels, grads = backends.pick(x), []
         dx = torch.zeros_like(dresidual) if dx is None else dx
-        end, end_of_tensors = len(kept), len(tensors)
-        for layer, size in zip(reversed(ctx.layers), reversed(ctx.sizes)):
-            normed, total, mean, scale, *of_mixer = kept[end - size : end]
-            count = len(layer.tensors)
-            own = wanted[end_of_tensors - count : end_of_tensors]
-            call = getattr(kernels, f"{layer.mixer.kernel}_backward")
-            dnormed, *of_parameters = call(dx, normed, *layer.mixer, of_mixer, [True, *own[2:6]])
-            given = layer.weight, layer.bias, layer.is_rms_norm, None
-            dx, _, dweight, dbias = kernels.norm_backward(dnormed, dresidual, total, mean, scale, *given)
-            dresidual = dx  # what goes into the sum has the same gradient
-            dx = dx if layer.factor is None else dx * layer.factor
-            of_layer = dweight, dbias, *of_parameters
-            grads[:0] = [grad if wants else None for grad, wants in zip(of_layer, own, strict=True)]
-            end, end_of_tensors = end - size, end_of_tensors - count
+        kept, of_layers = _parts(kept, ctx.sizes), _parts(wanted, [len(layer.tensors) for layer in ctx.layers])
+        dx, dresidual, found = backends.pick(x).layers_backward(dx, dresidual, ctx.layers, kept, of_layers)
+        grads = [each for of_layer in found for each in of_layer]
+        grads = [grad if wants else None for grad, wants in zip(grads, wanted, strict=True)]
         return None, dx, None if residual is None else dresidual, *grads
 
 
@@ -174,3 +148,8 @@ def _reference(layers: Sequence[Layer]) -> Any:
         return layers_ref(x, residual, [layer.with_tensors([next(given) for _ in layer.tensors]) for layer in layers])
 
     return reference
+
+
+def _parts(every: Sequence[Any], sizes: Sequence[int]) -> list[Sequence[Any]]:
+    """`every` in parts of these sizes."""
+    return [every[end - size : end] for end, size in zip(accumulate(sizes), sizes)]

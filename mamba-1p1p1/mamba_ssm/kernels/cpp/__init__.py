@@ -1,6 +1,7 @@
 """The C++ kernel set for CPUs. Importing it loads its library and that of the convolution: ImportError without them."""
 
 from mamba_ssm.kernels.cpp.directions import can_mask, directions_backward, directions_forward
+from mamba_ssm.kernels.cpp.layers import layers, layers_backward
 from mamba_ssm.kernels.cpp.linear import gemm, linear, linear_backward
 from mamba_ssm.kernels.cpp.merging import match_tokens, merge_tokens
 from mamba_ssm.kernels.cpp.norm import norm_backward, norm_forward
@@ -19,6 +20,8 @@ __all__ = [
     "directions_backward",
     "directions_forward",
     "gemm",
+    "layers",
+    "layers_backward",
     "linear",
     "linear_backward",
     "match_tokens",

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 from causal_conv1d.layout import address, addresses, all_float32, channel_last
-from causal_conv1d.native import bits, tokens_of
+from causal_conv1d.native import Call, bits, tokens_of
 from mamba_ssm.kernels.arguments import Direction, Ends, Lines, Projections, Taps, VisibleLines
 from mamba_ssm.kernels.cpp.directions import NO_TOKENS, gradients_of_directions, kept_of_directions, told_of_directions
 from mamba_ssm.kernels.cpp.library import LIBRARY
@@ -31,33 +31,41 @@ def _ends_fields(x: Tensor, ends: Ends, out: Tensor) -> dict:
 
 
 def _told_of_ends_backward(
-    dout: Tensor, x: Tensor, ends: Ends, wanted: Sequence[bool]
+    dout: Tensor, x: Tensor, ends: Ends, wanted: Sequence[bool], dx: Tensor | None
 ) -> tuple[list[Tensor | None], Structure, tuple]:
-    """New gradients of x and of the ends, None where they are not `wanted`; the library's arguments for them; and what
-    has to live as long as it works with these."""
+    """New gradients of x, unless it is `dx`, and of the ends, None where they are not `wanted`; the library's arguments
+    for them; and what has to live as long as it works with these."""
     x, dout, ends = channel_last(x), channel_last(dout), Ends(*all_float32(ends))
-    outer = [like.new_empty(like.shape) if want else None for like, want in zip((x, *ends), wanted)]
-    dx, *dends = addresses(outer)
+    outer = [like.new_empty(like.shape) if want else None for like, want in zip(ends, wanted[1:])]
+    outer.insert(0, x.new_empty(x.shape) if wanted[0] and dx is None else dx)
+    of_x, *dends = addresses(outer)
     told = LIBRARY.structs.EndsBackward(
         width=x.shape[2],
         x=tokens_of(x),
         dout=tokens_of(dout),
         in_proj=address(ends.in_proj),
         out_proj=address(ends.out_proj),
-        dx=dx,
+        dx=of_x,
         din_proj=tuple(dends[:2]),
         dout_proj=tuple(dends[2:]),
     )
-    return outer, told, (x, dout, ends)
+    return outer, told, (x, dout, ends, outer)
 
 
-def mixer(
-    x: Tensor, ends: Ends, directions: Sequence[Direction], share: float, save: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """x (batch, seqlen, width) -> the same, and what its gradient is computed from if that is to be saved: xz (batch,
-    seqlen, 2*dim), y (batch, seqlen, dim) before its gate, x_dbl of each direction, saved states of each direction.
-    `A` of the directions, which are of equal sizes, is log(-A)."""
-    x, out, ends = channel_last(x), x.new_empty(x.shape), Ends(*all_float32(ends))
+def mixer_call(
+    x: Tensor,
+    ends: Ends,
+    directions: Sequence[Direction],
+    share: float,
+    save: bool,
+    out: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], Call]:
+    """x (batch, seqlen, width) -> the same, in new memory or in that of `out`, and what its gradient is computed from
+    if that is to be saved: xz (batch, seqlen, 2*dim), y (batch, seqlen, dim) before its gate, x_dbl of each
+    direction, saved states of each direction; and the call that fills these. `A` of the directions, which are
+    of equal sizes, is log(-A)."""
+    out = x.new_empty(x.shape) if out is None else out
+    x, ends = channel_last(x), Ends(*all_float32(ends))
     batch, seqlen, _ = x.shape
     sizes, nothing = (batch, seqlen, ends.out_proj.shape[1]), [None] * len(directions)
     if save:
@@ -69,12 +77,18 @@ def mixer(
     arguments = LIBRARY.structs.MixerArgs(
         between=LIBRARY.structs.DirectionsArgs(**between), **_ends_fields(x, ends, out), xz=address(xz), y=address(y)
     )
-    LIBRARY.call("mamba_mixer", arguments)
-    del alive
-    return out, [xz, y, *x_dbls, *states] if save else []
+    kept = [xz, y, *x_dbls, *states] if save else []
+    return out, kept, Call(LIBRARY, "mamba_mixer", arguments, (x, ends, alive, out, kept))
 
 
-def mixer_backward(
+def mixer(*given) -> tuple[Tensor, list[Tensor]]:
+    """The first two of what `mixer_call` returns, filled."""
+    out, kept, call = mixer_call(*given)
+    call()
+    return out, kept
+
+
+def mixer_backward_call(
     dout: Tensor,
     x: Tensor,
     ends: Ends,
@@ -82,13 +96,15 @@ def mixer_backward(
     share: float,
     saved: Sequence[Tensor],
     wanted: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of x, of the ends and of each direction's tensors; of the former five, None where `wanted` is not."""
+    dx: Tensor | None = None,
+) -> tuple[list[Tensor | None], Call]:
+    """Gradients of x, in new memory or in that of `dx`, of the ends and of each direction's tensors; of the former
+    five, None where `wanted` is not; and the call that fills these."""
     (xz, y, *of_directions), structs = saved, LIBRARY.structs
     x_dbls, states = of_directions[: len(directions)], of_directions[len(directions) :]
     told, alive = told_of_directions(y.shape, directions, x_dbls, states, share, True)
     grads, written = gradients_of_directions(directions, [NO_TOKENS] * len(directions))
-    outer, told_of_ends, outer_alive = _told_of_ends_backward(dout, x, ends, wanted)
+    outer, told_of_ends, outer_alive = _told_of_ends_backward(dout, x, ends, wanted, dx)
     arguments = structs.MixerBackwardArgs(
         between=structs.DirectionsBackwardArgs(
             forward=structs.DirectionsArgs(**told), first=written[0], second=written[-1]
@@ -97,12 +113,17 @@ def mixer_backward(
         xz=address(xz),
         y=address(y),
     )
-    LIBRARY.call("mamba_mixer_backward", arguments)
-    del alive, outer_alive
-    return [*outer, *grads]
+    return [*outer, *grads], Call(LIBRARY, "mamba_mixer_backward", arguments, (alive, outer_alive, saved, grads))
 
 
-def pooled_mixer(
+def mixer_backward(*given) -> list[Tensor | None]:
+    """The former of what `mixer_backward_call` returns, filled."""
+    grads, call = mixer_backward_call(*given)
+    call()
+    return grads
+
+
+def pooled_mixer_call(
     x: Tensor,
     ends: Ends,
     taps: Sequence[Taps],
@@ -111,11 +132,14 @@ def pooled_mixer(
     lines: Lines,
     share: float,
     save: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """x (batch, tokens, width) -> the same, and what its gradient is computed from if that is to be saved: xz (batch,
-    tokens, 2*dim), both convolutions' sum (batch, tokens, dim), both directions' means and the sum of their scans
-    (batch, groups, dim), x_dbl of each direction, saved states of each direction."""
-    x, out, ends, directions = channel_last(x), x.new_empty(x.shape), Ends(*all_float32(ends)), scans_of(projections)
+    out: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], Call]:
+    """x (batch, tokens, width) -> the same, in new memory or in that of `out`, and what its gradient is computed from
+    if that is to be saved: xz (batch, tokens, 2*dim), both convolutions' sum (batch, tokens, dim), both
+    directions' means and the sum of their scans (batch, groups, dim), x_dbl of each direction, saved states of
+    each direction; and the call that fills these."""
+    out = x.new_empty(x.shape) if out is None else out
+    x, ends, directions = channel_last(x), Ends(*all_float32(ends)), scans_of(projections)
     batch, tokens, _ = x.shape
     dim = ends.out_proj.shape[1]
     sizes, nothing = (batch, lines.count, dim), (None, None)
@@ -136,12 +160,18 @@ def pooled_mixer(
         **told,
         **_ends_fields(x, ends, out),
     )
-    LIBRARY.call("mamba_pooled_mixer", arguments)
-    del alive, also_alive
-    return out, [xz, skip, *groups, scanned, *x_dbls, *states] if save else []
+    kept = [xz, skip, *groups, scanned, *x_dbls, *states] if save else []
+    return out, kept, Call(LIBRARY, "mamba_pooled_mixer", arguments, (x, ends, alive, also_alive, out, kept))
 
 
-def pooled_mixer_backward(
+def pooled_mixer(*given) -> tuple[Tensor, list[Tensor]]:
+    """The first two of what `pooled_mixer_call` returns, filled."""
+    out, kept, call = pooled_mixer_call(*given)
+    call()
+    return out, kept
+
+
+def pooled_mixer_backward_call(
     dout: Tensor,
     x: Tensor,
     ends: Ends,
@@ -152,15 +182,16 @@ def pooled_mixer_backward(
     share: float,
     saved: Sequence[Tensor],
     wanted: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of x, of the ends, of both directions' taps and projections, and of the norm; of the former five, None
-    where `wanted` is not."""
+    dx: Tensor | None = None,
+) -> tuple[list[Tensor | None], Call]:
+    """Gradients of x, in new memory or in that of `dx`, of the ends, of both directions' taps and projections, and of
+    the norm; of the former five, None where `wanted` is not; and the call that fills these."""
     (xz, skip, *groups, scanned, x_dbl, x_dbl_b, states, states_b), structs = saved, LIBRARY.structs
     directions = scans_of(projections)
     x_dbls, states = (x_dbl, x_dbl_b), (states, states_b)
     between, alive = told_of_directions(scanned.shape, directions, x_dbls, states, 1.0, True, groups)
     grads, written = gradients_of_directions(directions, [NO_TOKENS] * 2)
-    outer, told_of_ends, outer_alive = _told_of_ends_backward(dout, x, ends, wanted)
+    outer, told_of_ends, outer_alive = _told_of_ends_backward(dout, x, ends, wanted, dx)
     told, also_alive = _told_of_pooled(taps, norm, lines, share)
     inner = [None if like is None else like.new_empty(like.shape) for like in (*taps[0], *taps[1], *norm[:2])]
     *of_taps, dweight, dbias = addresses(inner)
@@ -182,9 +213,16 @@ def pooled_mixer_backward(
         dnorm_bias=dbias,
         **told,
     )
-    LIBRARY.call("mamba_pooled_mixer_backward", arguments)
-    del alive, outer_alive, also_alive
-    return [*outer, *inner[:6], *(grad for grad in grads if grad is not None), *inner[6:]]
+    grads = [*outer, *inner[:6], *(grad for grad in grads if grad is not None), *inner[6:]]
+    alive = alive, outer_alive, also_alive, saved, grads
+    return grads, Call(LIBRARY, "mamba_pooled_mixer_backward", arguments, alive)
+
+
+def pooled_mixer_backward(*given) -> list[Tensor | None]:
+    """The former of what `pooled_mixer_backward_call` returns, filled."""
+    grads, call = pooled_mixer_backward_call(*given)
+    call()
+    return grads
 
 
 def _told_of_pooled(
