@@ -64,8 +64,10 @@ def _as_operator(
         return None
     found = []
     for layer, mixer_args in zip(layers, handed, strict=True):
+        if not is_bare(layer, Block) or not layer.fused_add_norm:
+            return None
         norm, mixer, drop_path = layer.norm, layer.mixer, layer.drop_path
-        if not (is_bare(layer, Block) and is_bare(mixer, Mamba) and is_plain(norm) and layer.fused_add_norm):
+        if not is_bare(mixer, Mamba) or not is_plain(norm):
             return None
         if not isinstance(drop_path, nn.Identity) and not is_bare(drop_path, DropPath):
             return None

@@ -243,9 +243,7 @@ void check_directions() {
         const double step = 1e-5;
         double found = 0, sizes = 0, wanted = 0;
         for (size_t i = 0; i < way.size(); ++i) {
-            size_t place = i;
-            if (part >= FIRST && (part - FIRST) % WEIGHTS == DT_PROJ) place = i % RANK * DIM + i / RANK;  // (rank, dim)
-            const double product = double(way[i]) * grads[part][place];
+            const double product = double(way[i]) * grads[part][i];
             found += product, sizes += std::fabs(product);
         }
         for (double side : {1., -1.}) {

@@ -161,6 +161,18 @@ def test_gates_are_set_to_their_share() -> None:
     assert row["flops_full"] < model_flops(model, 32, 1.0).full
 
 
+def test_models_are_trained_alike() -> None:
+    # its registry has layers dropped in training, which timm's DeiT has not
+    model = cases.without_drop_path(cases.build("vim_micro_patch8_32:drop_path_rate=0.5", None)).train()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(images), model(images))
+    step = cases.Case(model, images, train=True)
+    assert step.optimizer.param_groups[0]["fused"], "as the program's on a CPU"
+    before = [parameter.clone() for parameter in model.parameters()]
+    step()
+    assert all(map(torch.equal, before, model.parameters())), "a step that is measured changes nothing"
+
+
 # --- plots ---
 
 

@@ -11,8 +11,9 @@ _KINDS = (Linear, RMSNorm, nn.Linear, nn.Conv1d, nn.LayerNorm)
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling `module` runs the `forward` of `kind` and nothing else: no other one, and no hooks."""
-    if type(module).forward is not kind.forward or "forward" in module.__dict__:
+    """Whether calling `module` runs the `forward` of `kind` and nothing else: no other one, not compiled, no hooks but
+    those of all modules, of which `is_plain` knows."""
+    if type(module).forward is not kind.forward or "forward" in module.__dict__ or module._compiled_call_impl:
         return False
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not hooks
