@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from embeddings import resize_pos_embed
 from fusion.token_state import TokenState
 
+AT_ONCE = 6  # layers in one step of the graph of gradients
+
 
 class Block(nn.Module):
     """One encoder layer: add the last output to the residual, normalise, mix."""
@@ -49,7 +51,10 @@ def run_layers(layers: Sequence[Block], state: TokenState, handed: Sequence[Mapp
     hidden, residual = state.hidden, state.residual
     found = _as_operator(layers, hidden, residual, handed)
     if found is not None:
-        hidden, residual = layers_fn(hidden, residual, found)
+        # gradients of weights add up while what they are computed from is kept, so that a step has some layers
+        size = AT_ONCE if torch.is_grad_enabled() else len(found)
+        for start in range(0, len(found), size):
+            hidden, residual = layers_fn(hidden, residual, found[start : start + size])
     else:
         for layer, mixer_args in zip(layers, handed, strict=True):
             hidden, residual = layer(hidden, residual, **mixer_args)
@@ -60,7 +65,7 @@ def _as_operator(
     layers: Sequence[Block], hidden: Tensor, residual: Tensor | None, handed: Sequence[Mapping[str, Any]]
 ) -> list[Layer] | None:
     """What `layers_fn` is to be given; None where a layer has to be called."""
-    if len(layers) < 2 or not has_layers(hidden, residual):
+    if torch.compiler.is_compiling() or not has_layers(hidden, residual):
         return None
     found = []
     for layer, mixer_args in zip(layers, handed, strict=True):

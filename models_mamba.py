@@ -367,8 +367,7 @@ class VisionMamba(Untraced):
             if self.if_rope_residual and residual is not None:
                 residual = self.rope(residual, state)
         if not self.if_bidirectional:
-            hidden, residual = self.layers[index](hidden, residual, **mixer_args)
-            return state.replace(hidden=hidden, residual=residual)
+            return run_layers([self.layers[index]], state.replace(hidden=hidden, residual=residual), [mixer_args])
         hidden_f, residual_f = self.layers[2 * index](hidden, residual, **mixer_args)
         flipped = None if residual is None else residual.flip(1)
         if "token_mask" in mixer_args:

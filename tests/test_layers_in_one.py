@@ -63,27 +63,30 @@ def assert_equal(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "keywords", "taken"),
+    ("name", "keywords", "taken", "whole"),
     [
-        (VIM, {}, [8]),
-        (VIM, {"drop_path_rate": 0.5}, [8]),
-        (VIM, {"rms_norm": False, "if_divide_out": True, "depth": 3}, [3]),
-        (FASTVIM, {"drop_path_rate": 0.5}, [8]),
-        (FASTVIM, {"use_norm_after_ssm": False, "rotate_every_block": False}, [8]),
+        (VIM, {}, [6, 2], [8]),
+        (VIM, {"drop_path_rate": 0.5}, [6, 2], [8]),
+        (VIM, {"rms_norm": False, "if_divide_out": True, "depth": 3}, [3], [3]),
+        (FASTVIM, {"drop_path_rate": 0.5}, [6, 2], [8]),
+        (FASTVIM, {"use_norm_after_ssm": False, "rotate_every_block": False}, [6, 2], [8]),
         # merging is told of what comes at the first site, and merges behind the last three
-        (VIM, {"fusion_strategy": "upper", "fusion_layer": 4, "fusion_token": 4}, [4]),
+        (VIM, {"fusion_strategy": "upper", "fusion_layer": 4, "fusion_token": 4}, [1, 4, 1, 1, 1], [1, 4, 1, 1, 1]),
         # none of these is what the operator does
-        (VIM, {"fused_add_norm": False}, []),
-        (VIM, {"init_layer_scale": 0.1}, []),
-        (VIM, {"if_bimamba": True, "bimamba_type": "none"}, []),
-        (FASTVIM, {"collapse_method": "max"}, []),
+        (VIM, {"fused_add_norm": False}, [], []),
+        (VIM, {"init_layer_scale": 0.1}, [], []),
+        (VIM, {"if_bimamba": True, "bimamba_type": "none"}, [], []),
+        (FASTVIM, {"collapse_method": "max"}, [], []),
     ],
     ids=str,
 )
-def test_the_same_numbers(name: str, keywords: dict[str, Any], taken: list[int], runs: list[int]) -> None:
+def test_the_same_numbers(
+    name: str, keywords: dict[str, Any], taken: list[int], whole: list[int], runs: list[int]
+) -> None:
+    """In training, some layers at a time; in evaluation all."""
     model = build(name, **keywords)
     found = logits_and_gradients(model)
-    assert runs == taken * 2
+    assert runs == [*taken, *whole]
     assert_equal(found, one_by_one(model))
 
 
@@ -97,7 +100,7 @@ def test_hooks_are_called(part: str, register: str, runs: list[int]) -> None:
     model = build(VIM)
     for one, other in zip(logits_and_gradients(model), found, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * one.abs().max().item())
-    assert runs == [8, 8]
+    assert runs == [6, 2, 8]
 
 
 def test_a_layer_of_another_class_is_called(runs: list[int]) -> None:
@@ -114,16 +117,17 @@ def test_a_layer_of_another_class_is_called(runs: list[int]) -> None:
     before = model.eval()(images())
     model.layers[3] = Halved(model.layers[3])
     assert not torch.equal(model(images()), before)
-    assert runs == [8]
+    assert runs == [6, 2]
 
 
 def test_intermediates_are_seen_one_by_one(runs: list[int]) -> None:
     model = build(FASTVIM).eval()
-    last, maps = model.forward_intermediates(images())
-    assert not runs
-    assert len(maps) == 8
-    assert torch.equal(model.forward_features(images()), last)
-    assert runs == [8]
+    with torch.no_grad():
+        last, maps = model.forward_intermediates(images())
+        assert runs == [1] * 8
+        assert len(maps) == 8
+        assert torch.equal(model.forward_features(images()), last)
+    assert runs == [1] * 8 + [8]
 
 
 def test_checkpointed_layers_are_recomputed_one_by_one(runs: list[int]) -> None:
@@ -132,7 +136,7 @@ def test_checkpointed_layers_are_recomputed_one_by_one(runs: list[int]) -> None:
     model.set_grad_checkpointing()
     runs.clear()
     assert_equal(logits_and_gradients(model), wanted)
-    assert runs == [8], "only evaluation has nothing to recompute"
+    assert runs == [1] * 16 + [8], "forwards, and again for the gradients; evaluation has nothing to recompute"
 
 
 def test_what_does_not_learn_costs_no_gradient(runs: list[int]) -> None:
@@ -140,7 +144,6 @@ def test_what_does_not_learn_costs_no_gradient(runs: list[int]) -> None:
     model.head.requires_grad_(True)
     model.layers[6:].requires_grad_(True)
     F.cross_entropy(model(images()), torch.tensor([1, 2, 3])).backward()
-    assert runs == [8]
     learned = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert learned == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 

@@ -92,3 +92,4 @@ int match_tokens(const MatchArgs &s) {
 
 EXPORT int mamba_match_tokens(const MatchArgs *args) { return match_tokens(*args); }
 EXPORT int mamba_merge_tokens(const MergeArgs *args) { return ISA_CALL(merge_tokens, *args); }
+EXPORT int mamba_merge_tokens_backward(const MergeBackwardArgs *args) { return ISA_CALL(merge_tokens_backward, *args); }

@@ -35,3 +35,10 @@ struct MergeArgs {
     Tokens x;
     int64_t slot, count, out;  // contiguous: int64 (batch, tokens), int64 (batch, left), x's dtype (batch, left, channels)
 };
+
+// The gradient of x: what its group's mean has, `dout` (batch, left, channels), over the size of the group.
+struct MergeBackwardArgs {
+    int64_t batch, tokens, left, channels, dtype, threads;
+    Tokens dout;
+    int64_t slot, count, dx;  // contiguous, as in MergeArgs; dout's dtype (batch, tokens, channels)
+};

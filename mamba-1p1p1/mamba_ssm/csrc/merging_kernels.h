@@ -109,13 +109,19 @@ template <class T> void mean_chunk(const MergeArgs &s, int64_t image, int64_t fi
     }
 }
 
-// 1 where there was no memory, 2 where a slot is none or a group has no size.
-inline int merge_tokens(const MergeArgs &s) {
+// Whether every slot is a group's, and every group has a size.
+template <class Args> bool are_groups(const Args &s) {
     const int64_t *slot = reinterpret_cast<const int64_t *>(s.slot), *count = reinterpret_cast<const int64_t *>(s.count);
     for (int64_t i = 0; i < s.batch * s.tokens; ++i)
-        if (slot[i] < 0 || slot[i] >= s.left) return 2;
+        if (slot[i] < 0 || slot[i] >= s.left) return false;
     for (int64_t i = 0; i < s.batch * s.left; ++i)
-        if (count[i] < 1) return 2;
+        if (count[i] < 1) return false;
+    return true;
+}
+
+// 1 where there was no memory, 2 where a slot is none or a group has no size.
+inline int merge_tokens(const MergeArgs &s) {
+    if (!are_groups(s)) return 2;
     const int64_t chunks = (s.channels + CHUNK - 1) / CHUNK, tasks = s.batch * chunks;
     const int shares = parallel::shares_for(s.threads, tasks, tasks * (s.tokens + s.left) * (CHUNK / LANES));
     float *const scratch = static_cast<float *>(std::malloc(shares * s.left * CHUNK * sizeof(float)));
@@ -131,5 +137,35 @@ inline int merge_tokens(const MergeArgs &s) {
         }
     });
     std::free(scratch);
+    return 0;
+}
+
+// One token of all, counted through the images.
+template <class T> void spread_token(const MergeBackwardArgs &s, int64_t token) {
+    const int64_t image = token / s.tokens, group = reinterpret_cast<const int64_t *>(s.slot)[token];
+    const int64_t count = reinterpret_cast<const int64_t *>(s.count)[image * s.left + group];
+    const T *dout = reinterpret_cast<const T *>(s.dout.data) + image * s.dout.batch_stride + group * s.dout.token_stride;
+    T *dx = reinterpret_cast<T *>(s.dx) + token * s.channels;
+    const V size = set(float(count));
+    for (int64_t c = 0; c < s.channels; c += LANES) {
+        const int some = int(s.channels - c < LANES ? s.channels - c : LANES);
+        const V grad = load_some(dout + c, some);
+        store_some(dx + c, count == 1 ? grad : grad / size, some);
+    }
+}
+
+// 2 where a slot is none or a group has no size.
+inline int merge_tokens_backward(const MergeBackwardArgs &s) {
+    if (!are_groups(s)) return 2;
+    const int64_t tasks = s.batch * s.tokens;
+    const int shares = parallel::shares_for(s.threads, tasks, tasks * s.channels / LANES);
+    parallel::run(shares, [&](int share) {
+        const parallel::Range range = parallel::share_of(tasks, shares, share);
+        for (int64_t token = range.begin; token < range.end; ++token) {
+            if (s.dtype == FLOAT32) spread_token<float>(s, token);
+            if (s.dtype == BFLOAT16) spread_token<bfloat16>(s, token);
+            if (s.dtype == FLOAT16) spread_token<float16>(s, token);
+        }
+    });
     return 0;
 }

@@ -3,7 +3,7 @@
 from mamba_ssm.kernels.cpp.directions import can_mask, directions_backward, directions_forward
 from mamba_ssm.kernels.cpp.layers import layers, layers_backward
 from mamba_ssm.kernels.cpp.linear import gemm, linear, linear_backward
-from mamba_ssm.kernels.cpp.merging import match_tokens, merge_tokens
+from mamba_ssm.kernels.cpp.merging import match_tokens, merge_tokens, merge_tokens_backward
 from mamba_ssm.kernels.cpp.norm import norm_backward, norm_forward
 from mamba_ssm.kernels.cpp.pooled import pooled_conv, pooled_gate, pooled_scan, pooled_scan_backward, pooled_scan_saving
 from mamba_ssm.kernels.cpp.scan import scan_backward, scan_forward, states_shape
@@ -26,6 +26,7 @@ __all__ = [
     "linear_backward",
     "match_tokens",
     "merge_tokens",
+    "merge_tokens_backward",
     "mixer",
     "mixer_backward",
     "norm_backward",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -61,6 +62,30 @@ def merge_tokens(x: Tensor, slot: Tensor, count: Tensor) -> Tensor:
         count=address(count),
         out=address(out),
     )
-    if LIBRARY.call("mamba_merge_tokens", arguments):
-        raise IndexError(f"slot holds no place of the merged sequence, or count no size; wanted 0 to {left - 1}")
+    _call("mamba_merge_tokens", arguments, left)
     return out
+
+
+def merge_tokens_backward(dout: Tensor, slot: Tensor, count: Tensor) -> Tensor:
+    (batch, left, channels), tokens = dout.shape, slot.shape[1]
+    dx = dout.new_empty(batch, tokens, channels)
+    dout, slot, count = channel_last(dout), slot.contiguous(), count.contiguous()
+    arguments = LIBRARY.structs.MergeBackwardArgs(
+        batch=batch,
+        tokens=tokens,
+        left=left,
+        channels=channels,
+        dtype=DTYPE_CODES[dout.dtype],
+        threads=torch.get_num_threads(),
+        dout=tokens_of(dout),
+        slot=address(slot),
+        count=address(count),
+        dx=address(dx),
+    )
+    _call("mamba_merge_tokens_backward", arguments, left)
+    return dx
+
+
+def _call(function: str, arguments: ctypes.Structure, left: int) -> None:
+    if LIBRARY.call(function, arguments):
+        raise IndexError(f"slot holds no place of the merged sequence, or count no size; wanted 0 to {left - 1}")
