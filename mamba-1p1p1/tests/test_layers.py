@@ -1,6 +1,8 @@
 """Layers in one step of the graph: every instruction set against the formulas in float64, and what may be frozen, left
 out or asked for."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from causal_conv1d import backend
@@ -139,26 +141,35 @@ def test_what_is_frozen_has_no_gradient_and_keeps_nothing():
     assert not layers_fn(*tensors[:2], learned)[0].requires_grad
 
 
-def test_second_gradients():
-    layers, x = layers_of(), tokens(1)
+@pytest.mark.parametrize("count", [1, 3])
+def test_second_gradients(count):
+    layers, x, residual = layers_of(3, factors=True)[-count:], tokens(1), tokens(2)
 
-    def second(call, x, layers):
-        x = x.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(call(x, None, layers)[0].square().sum(), x, create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), x)[0]
+    def second(call, x, residual, layers):
+        given = [each.detach().requires_grad_() for each in (x, residual)]
+        out, total = call(*given, layers)
+        weight = layers[0].weight
+        grads = torch.autograd.grad(out.square().sum() + total.sin().sum(), (*given, weight), create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), (*given, weight))
 
-    _, wide = leaves_of(x, None, layers, torch.float64)
-    assert_same(second(layers_fn, x, layers), second(formulas, double(x), wide), 1e-4)
+    _, learned = leaves_of(x, residual, layers)
+    _, wide = leaves_of(x, residual, layers, torch.float64)
+    wanted = second(formulas, double(x), double(residual), wide)
+    assert_all_same(second(layers_fn, x, residual, learned), wanted, 1e-4)
 
 
-def test_kernels_that_change_before_the_gradient():
-    layers, x = layers_of(), tokens(1)
-    (wanted, *_) = gradients_of(layers_fn, x, None, layers, (x, None))
-    leaf = x.detach().requires_grad_()
-    out, _ = layers_fn(leaf, None, layers)
-    with backend.use("torch"):
-        out.backward(x)
-    assert_same(leaf.grad, wanted.double())
+@pytest.mark.parametrize("count", [1, 3])
+def test_kernels_that_change_before_the_gradient(count):
+    layers, x, residual = layers_of(3, factors=True)[-count:], tokens(1), tokens(2)
+    wanted = gradients_of(layers_fn, x, residual, layers, (x, residual))
+
+    def changed(*given):
+        outs = layers_fn(*given)
+        stack.enter_context(backend.use("torch"))
+        return outs
+
+    with ExitStack() as stack:
+        assert_all_same(gradients_of(changed, x, residual, layers, (x, residual)), wanted)
 
 
 def test_a_weight_that_changes_before_the_gradient_is_said():

@@ -118,9 +118,11 @@ class _Layers(torch.autograd.Function):
     def forward(ctx, layers: Sequence[Layer], x: Tensor, residual: Tensor | None, *tensors: Tensor | None):
         out, total, kept = backends.pick(x).layers(x, residual, layers, True)
         ctx.set_materialize_grads(False)
-        ctx.layers, ctx.sizes = layers, [len(each) for each in kept]
+        ctx.layers, ctx.sizes, ctx.has_residual = layers, [len(each) for each in kept], residual is not None
+        # only second derivatives want what was added up, and those of one layer start from the sum, which is a result
+        added = (x, residual) if len(layers) > 1 else (None, None)
         # the tensors of the layers, too, which are compared with what they were
-        ctx.save_for_backward(*(each for of_layer in kept for each in of_layer), x, residual, *tensors)
+        ctx.save_for_backward(*(each for of_layer in kept for each in of_layer), *added, *tensors)
         return out, total
 
     @staticmethod
@@ -129,15 +131,22 @@ class _Layers(torch.autograd.Function):
         kept, (x, residual, *tensors) = saved[: sum(ctx.sizes)], saved[sum(ctx.sizes) :]
         if dx is None and dresidual is None:
             return (None,) * (3 + len(tensors))
-        if torch.is_grad_enabled() or not backends.has(x, "layers_backward"):
-            reference = _reference(ctx.layers)
-            return None, *gradients_by_reference(reference, (x, residual, *tensors), (dx, dresidual))
+        total = kept[1]
+        if torch.is_grad_enabled() or not backends.has(total, "layers_backward"):
+            if len(ctx.layers) > 1:
+                given = x, residual, *tensors
+                return None, *gradients_by_reference(_reference(ctx.layers), given, (dx, dresidual))
+            (layer,) = ctx.layers
+            reference = _reference([layer._replace(factor=None)])
+            dtotal, _, *grads = gradients_by_reference(reference, (total, None, *tensors), (dx, dresidual))
+            dx = dtotal if layer.factor is None else dtotal * layer.factor
+            return None, dx, dtotal if ctx.has_residual else None, *grads
         dx = torch.zeros_like(dresidual) if dx is None else dx
         kept, of_layers = _parts(kept, ctx.sizes), _parts(wanted, [len(layer.tensors) for layer in ctx.layers])
-        dx, dresidual, found = backends.pick(x).layers_backward(dx, dresidual, ctx.layers, kept, of_layers)
+        dx, dresidual, found = backends.pick(total).layers_backward(dx, dresidual, ctx.layers, kept, of_layers)
         grads = [each for of_layer in found for each in of_layer]
         grads = [grad if wants else None for grad, wants in zip(grads, wanted, strict=True)]
-        return None, dx, None if residual is None else dresidual, *grads
+        return None, dx, dresidual if ctx.has_residual else None, *grads
 
 
 def _reference(layers: Sequence[Layer]) -> Any:
