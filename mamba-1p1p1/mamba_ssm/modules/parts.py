@@ -15,8 +15,7 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     those of all modules, of which `is_plain` knows."""
     if type(module).forward is not kind.forward or "forward" in module.__dict__ or module._compiled_call_impl:
         return False
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooks
+    return not _has_hooks(module)
 
 
 def is_plain(*modules: nn.Module | None) -> bool:
@@ -34,6 +33,12 @@ def is_plain(*modules: nn.Module | None) -> bool:
             continue
         if type(module) not in _KINDS or "forward" in module.__dict__:
             return False
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        if _has_hooks(module):
             return False
     return True
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

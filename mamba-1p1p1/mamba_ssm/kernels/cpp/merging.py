@@ -47,43 +47,35 @@ def match_tokens(
 
 
 def merge_tokens(x: Tensor, slot: Tensor, count: Tensor) -> Tensor:
-    (batch, tokens, channels), left = x.shape, count.shape[1]
-    out = x.new_empty(batch, left, channels)
+    left = count.shape[1]
+    out = x.new_empty(len(x), left, x.shape[2])
     x, slot, count = channel_last(x), slot.contiguous(), count.contiguous()
-    arguments = LIBRARY.structs.MergeArgs(
-        batch=batch,
-        tokens=tokens,
-        left=left,
-        channels=channels,
-        dtype=DTYPE_CODES[x.dtype],
-        threads=torch.get_num_threads(),
-        x=tokens_of(x),
-        slot=address(slot),
-        count=address(count),
-        out=address(out),
-    )
-    _call("mamba_merge_tokens", arguments, left)
+    told = _told(x, slot, count)
+    _call("mamba_merge_tokens", LIBRARY.structs.MergeArgs(**told, x=tokens_of(x), out=address(out)), left)
     return out
 
 
 def merge_tokens_backward(dout: Tensor, slot: Tensor, count: Tensor) -> Tensor:
-    (batch, left, channels), tokens = dout.shape, slot.shape[1]
-    dx = dout.new_empty(batch, tokens, channels)
+    left = count.shape[1]
+    dx = dout.new_empty(*slot.shape, dout.shape[2])
     dout, slot, count = channel_last(dout), slot.contiguous(), count.contiguous()
-    arguments = LIBRARY.structs.MergeBackwardArgs(
-        batch=batch,
-        tokens=tokens,
-        left=left,
-        channels=channels,
-        dtype=DTYPE_CODES[dout.dtype],
-        threads=torch.get_num_threads(),
-        dout=tokens_of(dout),
-        slot=address(slot),
-        count=address(count),
-        dx=address(dx),
-    )
+    arguments = LIBRARY.structs.MergeBackwardArgs(**_told(dout, slot, count), dout=tokens_of(dout), dx=address(dx))
     _call("mamba_merge_tokens_backward", arguments, left)
     return dx
+
+
+def _told(of_tokens: Tensor, slot: Tensor, count: Tensor) -> dict[str, int]:
+    """What both ways are told of groups, slot (batch, tokens) and count (batch, left), and of what goes in."""
+    return dict(
+        batch=len(slot),
+        tokens=slot.shape[1],
+        left=count.shape[1],
+        channels=of_tokens.shape[2],
+        dtype=DTYPE_CODES[of_tokens.dtype],
+        threads=torch.get_num_threads(),
+        slot=address(slot),
+        count=address(count),
+    )
 
 
 def _call(function: str, arguments: ctypes.Structure, left: int) -> None:
