@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from embeddings import resize_pos_embed
+from fusion.method import SitePlan
 from fusion.token_state import TokenState
 
 AT_ONCE = 6  # layers in one step of the graph of gradients
@@ -45,30 +46,34 @@ class Block(nn.Module):
         return self.mixer(hidden, **mixer_args), residual
 
 
-def run_layers(layers: Sequence[Block], state: TokenState, handed: Sequence[Mapping[str, Any]]) -> TokenState:
-    """The sequence behind one layer after the other, each with what its mixer is `handed`: in one operator where that
+def run_layers(layers: Sequence[Block], state: TokenState, plans: Sequence[SitePlan]) -> TokenState:
+    """The sequence behind one layer after the other, each with what its site's plan says: in one operator where that
     does the same, as for layers that are as they were made, else by calling each."""
     hidden, residual = state.hidden, state.residual
-    found = _as_operator(layers, hidden, residual, handed)
+    found = _as_operator(layers, hidden, residual, plans)
     if found is not None:
         # gradients of weights add up while what they are computed from is kept, so that a step has some layers
         size = AT_ONCE if torch.is_grad_enabled() else len(found)
         for start in range(0, len(found), size):
             hidden, residual = layers_fn(hidden, residual, found[start : start + size])
     else:
-        for layer, mixer_args in zip(layers, handed, strict=True):
-            hidden, residual = layer(hidden, residual, **mixer_args)
+        for layer, plan in zip(layers, plans, strict=True):
+            hidden, residual = layer(hidden, residual, **plan.mixer_args)
+            if plan.merging is not None:
+                hidden, residual = plan.merging(hidden, residual)
+    for merging in (plan.merging for plan in plans if plan.merging is not None):
+        state = state.merged(hidden, residual, merging.moved)
     return state.replace(hidden=hidden, residual=residual)
 
 
 def _as_operator(
-    layers: Sequence[Block], hidden: Tensor, residual: Tensor | None, handed: Sequence[Mapping[str, Any]]
+    layers: Sequence[Block], hidden: Tensor, residual: Tensor | None, plans: Sequence[SitePlan]
 ) -> list[Layer] | None:
     """What `layers_fn` is to be given; None where a layer has to be called."""
     if torch.compiler.is_compiling() or not has_layers(hidden, residual):
         return None
     found = []
-    for layer, mixer_args in zip(layers, handed, strict=True):
+    for layer, (mixer_args, merging) in zip(layers, plans, strict=True):
         if not is_bare(layer, Block) or not layer.fused_add_norm:
             return None
         norm, mixer, drop_path = layer.norm, layer.mixer, layer.drop_path
@@ -79,7 +84,7 @@ def _as_operator(
         whole = mixer.whole(hidden, **mixer_args) if mixer_args.keys() <= {"pooling"} else None
         if whole is None or norm.weight is None:
             return None
-        found.append(Layer(norm.weight, norm.bias, norm.eps, isinstance(norm, RMSNorm), whole))
+        found.append(Layer(norm.weight, norm.bias, norm.eps, isinstance(norm, RMSNorm), whole, merging=merging))
     # once all are known to be run as one, since each that is called draws, too; the first of all never drops
     for place in range(residual is None, len(layers)):
         drop_path = layers[place].drop_path

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from embeddings import ChannelPatchEmbed, PatchEmbed, RotaryEmbedding2d, resize_pos_embed
-from fusion import Methods, build_site_methods, handed_by, method_keywords
+from fusion import Methods, SitePlan, build_site_methods, method_keywords, plans_of
 from fusion.dynamic_pruning import PruningOutput, pruning_output
 from fusion.token_state import ClassIndex, TokenState, join_cls, mean_over_kept, patch_policy, reorder, split_cls
 from models_layers import Block, Untraced, add_norm, checkpoint_filter_fn, init_linears, made_at, run_layers
@@ -367,7 +367,8 @@ class VisionMamba(Untraced):
             if self.if_rope_residual and residual is not None:
                 residual = self.rope(residual, state)
         if not self.if_bidirectional:
-            return run_layers([self.layers[index]], state.replace(hidden=hidden, residual=residual), [mixer_args])
+            state = state.replace(hidden=hidden, residual=residual)
+            return run_layers([self.layers[index]], state, [SitePlan(mixer_args)])
         hidden_f, residual_f = self.layers[2 * index](hidden, residual, **mixer_args)
         flipped = None if residual is None else residual.flip(1)
         if "token_mask" in mixer_args:
@@ -396,14 +397,14 @@ class VisionMamba(Untraced):
         alone = checkpointed or visit is not None or self.rope is not None or self.if_bidirectional
         index, end = 0, self.num_sites if num_sites is None else num_sites
         while index < end:
-            handed = [] if alone else handed_by(self.site_methods, range(index, end), state)
-            if handed:
-                state = run_layers([*self.layers][index : index + len(handed)], state, handed)
+            plans = [] if alone else plans_of(self.site_methods, range(index, end), state)
+            if plans:
+                state = run_layers([*self.layers][index : index + len(plans)], state, plans)
             elif checkpointed:
                 state = checkpoint(self._with_methods, index, state, use_reentrant=False)
             else:
                 state = self._with_methods(index, state)
-            index += len(handed) or 1
+            index += len(plans) or 1
             if visit is not None:
                 visit(index - 1, state)
         return state

@@ -5,7 +5,7 @@ Methods know no model, task or program: those ask the registry and the methods t
 
 import utils.packages  # noqa: F401 - says so where another project's kernel packages are installed
 from fusion.dynamic_pruning import DynamicPruning
-from fusion.method import Meter, Settings, SiteMethod, added_parameters, handed_by, methods_of, option, varies
+from fusion.method import Meter, Settings, SiteMethod, SitePlan, added_parameters, methods_of, option, plans_of, varies
 from fusion.registry import (
     METHODS,
     Methods,
@@ -30,6 +30,7 @@ __all__ = [
     "Methods",
     "Settings",
     "SiteMethod",
+    "SitePlan",
     "accept",
     "add_arguments",
     "added_parameters",
@@ -37,12 +38,12 @@ __all__ = [
     "check",
     "describe",
     "draw",
-    "handed_by",
     "meters_of",
     "method_keywords",
     "methods_of",
     "model_keywords",
     "option",
+    "plans_of",
     "register",
     "unregister",
     "varies",

@@ -12,9 +12,11 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from mamba_ssm.ops.merging import Merging
 from torch import Tensor, nn
 
 from fusion.token_state import TokenState
@@ -131,6 +133,14 @@ class Meter:
         raise NotImplementedError
 
 
+class SitePlan(NamedTuple):
+    """What is done at a site: `mixer_args` are handed to its mixers, and tokens become one behind it as `merging` says,
+    if it is not None."""
+
+    mixer_args: Mapping[str, Any] = MappingProxyType({})
+    merging: Merging | None = None
+
+
 class SiteMethod:
     """A method that acts at the sites of a model; the identity unless a subclass says otherwise.
 
@@ -155,8 +165,8 @@ class SiteMethod:
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        if "__call__" in cls.__dict__ and "handed" not in cls.__dict__:
-            cls.handed = lambda self, index, state: None  # what it does is not known, so that it is called
+        if "__call__" in cls.__dict__ and "plan" not in cls.__dict__:
+            cls.plan = lambda self, index, state: None  # what it does is not known, so that it is called
 
     # --- class side: flags and keywords ---
 
@@ -224,10 +234,10 @@ class SiteMethod:
         """Wrap site `index`: `run(state, **mixer_args)` runs it, handing `mixer_args` to its mixers."""
         return run(state)
 
-    def handed(self, index: int, state: TokenState) -> Mapping[str, Any] | None:
-        """The `mixer_args` of site `index`, if to hand these to its mixers is all that this does there with a sequence
-        like `state`: then sites may be run together, and this is not called. None if it does more."""
-        return {}
+    def plan(self, index: int, state: TokenState) -> SitePlan | None:
+        """All that this does at site `index` with a sequence like `state`: then sites may be run together, and this is
+        not called. None if it is more than a plan can say."""
+        return SitePlan()
 
     def finish(self, state: TokenState) -> None:
         """See the sequence behind the last site; active meters do."""
@@ -317,13 +327,19 @@ def varies(model: nn.Module, training: bool) -> str:
     return next((reason for part in parts if (reason := part.varies(training))), "")
 
 
-def handed_by(methods: Sequence[SiteMethod], sites: Iterable[int], state: TokenState) -> list[Mapping[str, Any]]:
-    """What `methods` hand to the mixers of `sites` with a sequence like `state`, up to the first at which one does more
-    than that. Nothing while a graph is made, which has what is called."""
-    found: list[Mapping[str, Any]] = []
+def plans_of(methods: Sequence[SiteMethod], sites: Iterable[int], state: TokenState) -> list[SitePlan]:
+    """All that `methods` do at each of `sites`, the first with a sequence like `state`, up to one at which a method
+    does more than it can plan. Nothing while a graph is made, which has what is called."""
+    found: list[SitePlan] = []
     for index in sites if not torch.compiler.is_compiling() else ():
-        parts = [method.handed(index, state) for method in methods]
-        if None in parts:
+        parts = [method.plan(index, state) for method in methods]
+        mergings = [part.merging for part in parts if part is not None and part.merging is not None]
+        if None in parts or len(mergings) > 1:
             break
-        found.append({name: value for part in parts for name, value in part.items()})
+        mixer_args = {name: value for part in parts for name, value in part.mixer_args.items()}
+        found.append(SitePlan(mixer_args, *mergings))
+        for merging in mergings:
+            # only their length is looked at
+            left = (None if each is None else each[:, merging.fused :] for each in (state.hidden, state.residual))
+            state = state.merged(*left, merging.moved)
     return found

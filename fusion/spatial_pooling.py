@@ -24,7 +24,7 @@ from mamba_ssm.ops.pooled import Lines
 from mamba_ssm.ops.visible import VisibleLines
 from torch import Tensor, nn
 
-from fusion.method import Settings, SiteMethod, option
+from fusion.method import Settings, SiteMethod, SitePlan, option
 from fusion.token_state import TokenState
 
 _logger = logging.getLogger(__name__)
@@ -302,10 +302,10 @@ class SpatialPooling(SiteMethod):
             state = state.with_entry(self.name, walks)
         return run(state, pooling=walks[across])
 
-    def handed(self, index: int, state: TokenState) -> Mapping[str, Any] | None:
+    def plan(self, index: int, state: TokenState) -> SitePlan | None:
         if state.grid is None or state.positions is not None:
             return None
-        return {"pooling": self.grid_pooling(index, state.grid)}
+        return SitePlan({"pooling": self.grid_pooling(index, state.grid)})
 
     def _is_across(self, index: int) -> bool:
         """Whether site `index` exchanges rows and columns."""

@@ -28,7 +28,7 @@ from mamba_ssm.ops import merging
 from mamba_ssm.ops.exporting import stable_argsort
 from torch import Tensor, nn
 
-from fusion.method import Settings, SiteMethod, option
+from fusion.method import Settings, SiteMethod, SitePlan, option
 from fusion.token_state import ClassIndex, ClassTokens, TokenState, join_cls, split_cls
 
 _logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ def _match(
     They go to `moved`, or if that is None keep their own places among the patch tokens left. Returns the matching and
     where class tokens went."""
     if r and merging.has_kernels(metric):
-        cls = index if isinstance(index, Tensor) else _as_tensor(index, metric.device)
+        cls = index if isinstance(index, Tensor) else merging.index_tensor(index, metric.device)
         slot, kept, count, places = merging.match_tokens_fn(
             metric.detach(),
             r,
@@ -204,20 +204,6 @@ def _match(
     slot, kept = _match_patches(patches, r, first, order, sort)
     places = _own_places(kept, index) if moved is None else moved
     return _with_cls(slot, kept, patches.shape[1] - r, index, places), places
-
-
-def _as_tensor(index: tuple[int, ...], device: torch.device) -> Tensor:
-    """Rising indices as a tensor (1, K), made on the device: a copy from the host would wait for all that it does."""
-    runs: list[range] = []
-    for at in index:
-        last = runs[-1] if runs else range(0)
-        step = at - last[-1] if last else 1
-        if last and (len(last) == 1 or step == last.step):
-            runs[-1] = range(last.start, at + 1, step)
-        else:
-            runs.append(range(at, at + 1))
-    parts = [torch.arange(run.start, run.stop, run.step, device=device) for run in runs]
-    return (torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=device)).unsqueeze(0)
 
 
 def _match_sources(
@@ -348,10 +334,8 @@ def merge_tokens(
         return state
     cls = state.cls
     moved = _moved_cls(cls, state.num_patches, state.num_patches - fused, order)
-    in_front = cls.place != "spread" and cls.index == tuple(range(cls.count))
     if sources is None:
-        first = cls.count % 2 if in_front else 0
-        matching, index = _match(state.hidden, fused, cls.index, moved, first, order, sort=True)
+        matching, index = _match(state.hidden, fused, cls.index, moved, _first_of_a(cls), order, sort=True)
     else:
         matching, index = _match_sources(state.hidden, sources, cls.index, moved)
     sizes = None
@@ -359,14 +343,32 @@ def merge_tokens(
         sizes = state.entry(TokenMerging.name)
         sizes = state.hidden.new_ones(state.hidden.shape[:2], dtype=torch.float32) if sizes is None else sizes
         state = state.with_entry(TokenMerging.name, merge_sizes(sizes, matching))
-    return state.replace(
-        hidden=merge(state.hidden, matching, sizes),
-        residual=None if state.residual is None else merge(state.residual, matching, sizes),
-        cls=cls.moved(index),
-        grid=None,
-        positions=None,
+    return state.merged(
+        merge(state.hidden, matching, sizes),
+        None if state.residual is None else merge(state.residual, matching, sizes),
+        index,
         groups=None if state.groups is None else _patch_slots(matching, cls.index, index).gather(1, state.groups),
     )
+
+
+def _plan_merging(state: TokenState, r: int, order: str) -> SitePlan | None:
+    """What `merge_tokens` does with a sequence like `state`, where kernels do it, the same for every image and to
+    nothing but the tokens; else None."""
+    cls, fused = state.cls, num_merged(r, state.num_patches)
+    carries = any(each is not None for each in (state.token_mask, state.groups))
+    if carries or isinstance(cls.index, Tensor) or not merging.has_kernels(state.hidden):
+        return None
+    if fused == 0:
+        return SitePlan()
+    moved = _moved_cls(cls, state.num_patches, state.num_patches - fused, order)
+    if moved is None:
+        return None
+    return SitePlan(merging=merging.Merging(fused, cls.index, moved, bool(_first_of_a(cls)), order == "raster"))
+
+
+def _first_of_a(cls: ClassTokens) -> int:
+    """The patch token at which set a begins: tokens count with class tokens where all of these are in front."""
+    return cls.count % 2 if cls.place != "spread" and cls.index == tuple(range(cls.count)) else 0
 
 
 def _moved_cls(cls: ClassTokens, num_patches: int, num_left: int, order: str) -> tuple[int, ...] | None:
@@ -494,15 +496,25 @@ class TokenMerging(SiteMethod):
 
     def __call__(self, index: int, state: TokenState, run: Callable[..., TokenState]) -> TokenState:
         settings = self.settings
-        if index == 0:
-            merging.foretell(state.hidden, settings.weighted)
+        self._foretell(index, state)
         state = run(state)
         if index not in self.sites:
             return state
         return merge_tokens(state, settings.token, settings.order, self._sources(index, state), settings.weighted)
 
-    def handed(self, index: int, state: TokenState) -> Mapping[str, Any] | None:
-        return None if index == 0 or index in self.sites else {}
+    def plan(self, index: int, state: TokenState) -> SitePlan | None:
+        settings = self.settings
+        self._foretell(index, state)
+        if index not in self.sites:
+            return SitePlan()
+        if settings.matching != "similar" or settings.weighted:
+            return None
+        return _plan_merging(state, settings.token, settings.order)
+
+    def _foretell(self, index: int, state: TokenState) -> None:
+        """Before the first site, say that tokens are going to be merged."""
+        if index == 0:
+            merging.foretell(state.hidden, self.settings.weighted)
 
     def _sources(self, index: int, state: TokenState) -> Tensor | None:
         """Which patch tokens are fused after site `index`; None for the most similar. What is drawn is drawn for each

@@ -102,6 +102,12 @@ class TokenState:
         }
         return TokenState(**{**own, **changes})
 
+    def merged(self, hidden: Tensor, residual: Tensor | None, index: ClassIndex, **changes: Any) -> TokenState:
+        """The sequence once tokens have become one and class tokens stand at `index`: with neither grid nor positions,
+        since a fused token is no one patch's."""
+        moved = dict(hidden=hidden, residual=residual, cls=self.cls.moved(index), grid=None, positions=None)
+        return self.replace(**moved, **changes)
+
     def entry(self, name: str, default: Any = None) -> Any:
         """What the method `name` keeps in this sequence."""
         return self.entries.get(name, default)

@@ -20,6 +20,7 @@ from fusion.method import SiteMethod
 pytestmark = pytest.mark.skipif(backends.available("cpu") != "cpp", reason="the C++ kernels are not built")
 
 VIM, FASTVIM = "vim_nano_patch4_32", "fastvim_nano_patch4_32"
+LAST_TWO = {"fusion_strategy": "upper", "fusion_layer": 5, "fusion_token": 4}
 
 
 @pytest.fixture
@@ -70,8 +71,14 @@ def assert_equal(found: list[Tensor], wanted: list[Tensor]) -> None:
         (VIM, {"rms_norm": False, "if_divide_out": True, "depth": 3}, [3], [3]),
         (FASTVIM, {"drop_path_rate": 0.5}, [6, 2], [8]),
         (FASTVIM, {"use_norm_after_ssm": False, "rotate_every_block": False}, [6, 2], [8]),
-        # merging is told of what comes at the first site, and merges behind the last three
-        (VIM, {"fusion_strategy": "upper", "fusion_layer": 4, "fusion_token": 4}, [1, 4, 1, 1, 1], [1, 4, 1, 1, 1]),
+        (VIM, {"fusion_strategy": "upper", "fusion_layer": 4, "fusion_token": 4}, [6, 2], [8]),
+        # behind the last site there is nothing left to merge
+        (VIM, {"fusion_strategy": "all", "fusion_token": 30, "drop_path_rate": 0.5}, [6, 2], [8]),
+        (VIM, {"fusion_strategy": "alternate", "fusion_token": 5, "num_cls_tokens": 3}, [6, 2], [8]),
+        # a class token that has a place of its own in each image, and what the host chooses, are in no plan
+        (VIM, LAST_TWO | {"fusion_order": "raster"}, [6, 1, 1], [6, 1, 1]),
+        (VIM, LAST_TWO | {"fusion_matching": "kth"}, [6, 1, 1], [6, 1, 1]),
+        (VIM, LAST_TWO | {"fusion_weighted": True}, [6, 1, 1], [6, 1, 1]),
         # none of these is what the operator does
         (VIM, {"fused_add_norm": False}, [], []),
         (VIM, {"init_layer_scale": 0.1}, [], []),

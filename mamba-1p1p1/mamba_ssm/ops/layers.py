@@ -1,4 +1,5 @@
-"""Several layers, each an add, a norm and a whole mixer, in one step of the graph of gradients.
+"""Several layers, each an add, a norm and a whole mixer, with tokens that merge behind some, in one step of the graph
+of gradients.
 
 Between the kernels of one layer and those of the next there is nothing but a loop: of a small model's time on two
 cores, a fifth is otherwise in checks, dispatch and autograd around them, each time with what a processor keeps beside
@@ -15,6 +16,7 @@ import torch
 from causal_conv1d.checks import check_all
 from causal_conv1d.derivatives import gradients_by_reference
 from mamba_ssm.kernels.registry import backends
+from mamba_ssm.ops.merging import Merging
 from mamba_ssm.ops.norm import layer_norm_fn
 from mamba_ssm.ops.whole import WholeMixer, WholePooledMixer, has_whole
 from torch import Tensor
@@ -28,7 +30,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 class Layer(NamedTuple):
     """What one layer does with the sum of its input and the residual: its norm, weight and bias (width,) or None, and
     the mixer behind it. `factor` (batch, 1, 1) is what the input is multiplied with before, as where images skip the
-    last mixer at random; it has no gradient."""
+    last mixer at random; it has no gradient. `merging` is how tokens become one behind the mixer, if any do."""
 
     weight: Tensor
     bias: Tensor | None
@@ -36,6 +38,7 @@ class Layer(NamedTuple):
     is_rms_norm: bool
     mixer: WholeMixer | WholePooledMixer
     factor: Tensor | None = None
+    merging: Merging | None = None
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -58,8 +61,8 @@ def has_layers(x: Tensor, residual: Tensor | None) -> bool:
 
 
 def layers_fn(x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> tuple[Tensor, Tensor]:
-    """One layer after the other: residual = residual + factor * x, x = mixer(norm(residual)); differentiable in every
-    other tensor.
+    """One layer after the other: residual = residual + factor * x, x = mixer(norm(residual)), and where a layer is told
+    so, tokens of both become one; differentiable in every other tensor.
 
     Args:
         x: (batch, tokens, width), float32, as all tensors.
@@ -67,7 +70,7 @@ def layers_fn(x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> tu
         layers: at least one.
 
     Returns:
-        x and the residual behind the last layer.
+        x and the residual behind the last layer, (batch, tokens left, width).
 
     Raises:
         ValueError: a shape or device that does not fit. TypeError: another dtype.
@@ -97,18 +100,23 @@ def layers_ref(x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> t
             x, layer.weight, layer.bias, residual, layer.eps, True, True, is_rms_norm=layer.is_rms_norm
         )
         x = layer.mixer(normed)
+        if layer.merging is not None:
+            x, residual = layer.merging(x, residual)
     return x, residual
 
 
 def _check(x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> None:
     check_all(x, "x", (("residual", residual, x.shape, "the shape of x"),), (torch.float32,), ("residual",))
-    size = x.shape[-1:]
+    size, x = x.shape[-1:], x.detach()
     for layer in layers:
         layer.mixer.check(x)
         given = ("weight", layer.weight, size, "(width,)"), ("bias", layer.bias, size, "(width,)")
         check_all(x, "x", given, (torch.float32,), ("bias",))
         factor = ("factor", layer.factor, (len(x), 1, 1), "(batch, 1, 1)")
         check_all(x, "x", (factor,), (torch.float32,), ("factor",))
+        if layer.merging is not None:
+            layer.merging.check(x)
+            x = x[:, layer.merging.fused :]
 
 
 class _Layers(torch.autograd.Function):
@@ -119,8 +127,9 @@ class _Layers(torch.autograd.Function):
         out, total, kept = backends.pick(x).layers(x, residual, layers, True)
         ctx.set_materialize_grads(False)
         ctx.layers, ctx.sizes, ctx.has_residual = layers, [len(each) for each in kept], residual is not None
-        # only second derivatives want what was added up, and those of one layer start from the sum, which is a result
-        added = (x, residual) if len(layers) > 1 else (None, None)
+        # only second derivatives want what was added up, and start from the sum where that is a result
+        ctx.sums_up = len(layers) == 1 and layers[0].merging is None
+        added = (None, None) if ctx.sums_up else (x, residual)
         # the tensors of the layers, too, which are compared with what they were
         ctx.save_for_backward(*(each for of_layer in kept for each in of_layer), *added, *tensors)
         return out, total
@@ -133,7 +142,7 @@ class _Layers(torch.autograd.Function):
             return (None,) * (3 + len(tensors))
         total = kept[1]
         if torch.is_grad_enabled() or not backends.has(total, "layers_backward"):
-            if len(ctx.layers) > 1:
+            if not ctx.sums_up:
                 given = x, residual, *tensors
                 return None, *gradients_by_reference(_reference(ctx.layers), given, (dx, dresidual))
             (layer,) = ctx.layers

@@ -8,6 +8,7 @@ the references run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from causal_conv1d._nvrtc import KernelError
@@ -78,20 +79,29 @@ def match_tokens_fn(
     check_ndim("cls", cls, "(batch or 1, K)")
     check_dtype("cls", cls, _INDICES)
     check_device("cls", cls, metric, "metric")
-    if not all(isinstance(number, (int, torch.SymInt)) for number in (fused, *moved)):
-        raise TypeError(f"fused is {fused!r} and moved is {list(moved)}; wanted whole numbers")
-    patches = metric.shape[1] - cls.shape[1]
-    if not 1 <= fused <= patches // 2:
-        raise ValueError(f"fused is {fused}; wanted 1 to {patches // 2}, half of the patch tokens")
     if len(moved) != cls.shape[1] or len(cls) not in (1, len(metric)):
         raise ValueError(
             f"cls is {tuple(cls.shape)} of {cls.dtype} and moved has {len(moved)} indices; wanted"
             f" ({len(metric)} or 1, K) of torch.int64 and K"
         )
-    length, stay = metric.shape[1] - fused, all(place == -1 for place in moved)
-    if not stay and (any(not 0 <= place < length for place in moved) or list(moved) != sorted({*moved})):
-        raise ValueError(f"moved is {list(moved)}; wanted rising indices from 0 to {length - 1}, or one -1 for each")
+    _check_numbers(metric, fused, moved)
     return torch.ops.mamba_ssm.match_tokens(metric.detach(), fused, cls, list(moved), odd_first, raster, sort)
+
+
+def _check_numbers(metric: Tensor, fused: int, moved: Sequence[int]) -> None:
+    if not all(isinstance(number, (int, torch.SymInt)) for number in (fused, *moved)):
+        raise TypeError(f"fused is {fused!r} and moved is {list(moved)}; wanted whole numbers")
+    patches = metric.shape[1] - len(moved)
+    if not 1 <= fused <= patches // 2:
+        raise ValueError(f"fused is {fused}; wanted 1 to {patches // 2}, half of the patch tokens")
+    length, stay = metric.shape[1] - fused, all(place == -1 for place in moved)
+    if not stay and not _rise(moved, length):
+        raise ValueError(f"moved is {list(moved)}; wanted rising indices from 0 to {length - 1}, or one -1 for each")
+
+
+def _rise(index: Sequence[int], length: int) -> bool:
+    """Whether these are rising indices of a sequence."""
+    return list(index) == sorted({*index}) and not (index and not 0 <= index[0] <= index[-1] < length)
 
 
 def merge_tokens_fn(x: Tensor, slot: Tensor, count: Tensor) -> Tensor:
@@ -122,6 +132,52 @@ def merge_tokens_fn(x: Tensor, slot: Tensor, count: Tensor) -> Tensor:
     if wants_reference(x):
         return merge_tokens_ref(x, slot, count)
     return torch.ops.mamba_ssm.merge_tokens(x, slot, count)
+
+
+class Merging(NamedTuple):
+    """The same merging for all images, of a sequence and, by the same pairs, of its residual: what `match_tokens_fn` is
+    told beside the tokens, class tokens standing at `cls`, rising, and going to `moved`, which has no -1."""
+
+    fused: int
+    cls: tuple[int, ...]
+    moved: tuple[int, ...]
+    odd_first: bool = False
+    raster: bool = False
+    sort: bool = True
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x, residual (batch, tokens, channels) -> (batch, tokens - fused, channels); x says which are similar."""
+        self.check(x)
+        fused, cls, moved, odd_first, raster, sort = self.given(x.device)
+        slot, _, count, _ = match_tokens_fn(x, fused, cls, moved, odd_first=odd_first, raster=raster, sort=sort)
+        return merge_tokens_fn(x, slot, count), None if residual is None else merge_tokens_fn(residual, slot, count)
+
+    def given(self, device: torch.device) -> tuple[int, Tensor, tuple[int, ...], bool, bool, bool]:
+        """What `match_tokens` is given beside the tokens, which are there."""
+        return self.fused, index_tensor(self.cls, device), *self[2:]
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError or TypeError unless all of this fits x."""
+        _check_numbers(x, self.fused, self.moved)
+        for name, index, length in (("cls", self.cls, x.shape[1]), ("moved", self.moved, x.shape[1] - self.fused)):
+            if len(index) != len(self.moved) or not _rise(index, length):
+                raise ValueError(
+                    f"{name} is {list(index)}; wanted {len(self.moved)} rising indices from 0 to {length - 1}"
+                )
+
+
+def index_tensor(index: Sequence[int], device: torch.device) -> Tensor:
+    """Rising indices as a tensor (1, K), made on the device: a copy from the host would wait for all that it does."""
+    runs: list[range] = []
+    for at in index:
+        last = runs[-1] if runs else range(0)
+        step = at - last[-1] if last else 1
+        if last and (len(last) == 1 or step == last.step):
+            runs[-1] = range(last.start, at + 1, step)
+        else:
+            runs.append(range(at, at + 1))
+    parts = [torch.arange(run.start, run.stop, run.step, device=device) for run in runs]
+    return (torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=device)).unsqueeze(0)
 
 
 def sum_tokens(x: Tensor, slot: Tensor, groups: int) -> Tensor:
