@@ -370,13 +370,13 @@ struct Machine {
 template <int K> struct Vectors {
     Vector of[K];
 };
-template <int K> VEC Vectors<K> load_some(const float *from, int some) {
+template <int K, class T> VEC Vectors<K> load_some(const T *from, int some) {
     Vectors<K> x;
 #pragma GCC unroll 16
     for (int k = 0; k < K; ++k) x.of[k] = load_some(from + k * LANES, some);
     return x;
 }
-template <int K> VEC void store_some(float *to, const Vectors<K> &x, int some) {
+template <class T, int K> VEC void store_some(T *to, const Vectors<K> &x, int some) {
 #pragma GCC unroll 16
     for (int k = 0; k < K; ++k) store_some(to + k * LANES, x.of[k], some);
 }
@@ -401,3 +401,10 @@ template <int K> struct MachineOf {
     static VEC V fma(V a, V b, V c) { ISA_EACH(ISA_NAME::fma(a.of[k], b.of[k], c.of[k])); }
 };
 #undef ISA_EACH
+
+// body(how many vectors together, where they begin, how many lanes of each) for a row of `dim` numbers.
+template <class Body> VEC void each_vector(int64_t dim, Body body) {
+    int64_t c = 0;
+    for (; c + 4 * LANES <= dim; c += 4 * LANES) body(std::integral_constant<int, 4>(), c, LANES);
+    for (; c < dim; c += LANES) body(std::integral_constant<int, 1>(), c, int(dim - c < LANES ? dim - c : LANES));
+}

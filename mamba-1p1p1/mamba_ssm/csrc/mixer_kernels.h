@@ -2,13 +2,6 @@
 // projections. Included inside an instruction set's namespace (see each_isa.h).
 #include "directions_kernels.h"
 
-// body(how many vectors together, where they begin, how many lanes of each) for a row of `dim` numbers.
-template <class Body> VEC void each_vector(int64_t dim, Body body) {
-    int64_t c = 0;
-    for (; c + 4 * LANES <= dim; c += 4 * LANES) body(std::integral_constant<int, 4>(), c, LANES);
-    for (; c < dim; c += LANES) body(std::integral_constant<int, 1>(), c, int(std::min<int64_t>(LANES, dim - c)));
-}
-
 // One image's y (seqlen, dim) times silu(z), contiguous.
 inline void gate(int64_t seqlen, int64_t dim, const float *y, const float *z, int64_t z_stride, float *gated) {
     for (int64_t t = 0; t < seqlen; ++t, y += dim, z += z_stride, gated += dim)

@@ -303,24 +303,35 @@ struct Moments {
     float mean, scale;
 };
 
+// The sum of a row's numbers, in chains of additions that do not wait for each other.
+struct RowSum {
+    V of[4] = {};
+
+    template <int K> VEC void add(const Vectors<K> &x) {
+#pragma GCC unroll 4
+        for (int k = 0; k < K; ++k) of[k] = of[k] + x.of[k];
+    }
+    VEC float total() const { return sum((of[0] + of[1]) + (of[2] + of[3])); }
+};
+
 // total, a scratch row of whole vectors, becomes share * (skip + group), zero behind dim. Returns what the norm subtracts and
 // multiplies by.
 template <class T> VEC Moments gate_moments(const GateSettings &s, const T *skip, const T *group, float *total) {
-    V sums = set(0.f);
-    for (int64_t c = 0; c < s.dim; c += LANES) {
-        const int channels = int(s.dim - c < LANES ? s.dim - c : LANES);
-        V x = (load_some(skip + c, channels) + load_some(group + c, channels)) * set(s.share);
-        store(total + c, x);
-        sums = sums + x;
-    }
+    RowSum sums;
+    each_vector(s.dim, [&](auto count, int64_t c, int some) __attribute__((always_inline)) {
+        constexpr int K = decltype(count)::value;
+        const Vectors<K> x = (load_some<K>(skip + c, some) + load_some<K>(group + c, some)) * MachineOf<K>::set(s.share);
+        store_some(total + c, x, LANES), sums.add(x);
+    });
     if (!s.norm) return {0.f, 1.f};
-    const float mean = sum(sums) / float(s.dim);
-    V squares = set(0.f);
-    for (int64_t c = 0; c + LANES <= s.dim; c += LANES) {
-        V x = load(total + c) - set(mean);
-        squares = fma(x, x, squares);
-    }
-    float square = sum(squares);
+    const float mean = sums.total() / float(s.dim);
+    RowSum squares;
+    each_vector(s.dim / LANES * LANES, [&](auto count, int64_t c, int) __attribute__((always_inline)) {
+        constexpr int K = decltype(count)::value;
+        const Vectors<K> x = load_some<K>(total + c, LANES) - MachineOf<K>::set(mean);
+        squares.add(x * x);
+    });
+    float square = squares.total();
     for (int64_t c = s.dim / LANES * LANES; c < s.dim; ++c) square += (total[c] - mean) * (total[c] - mean);
     return {mean, 1.f / std::sqrt(square / float(s.dim) + s.eps)};
 }
@@ -329,12 +340,13 @@ template <class T>
 VEC void gate_row(const GateSettings &s, const T *skip, const T *group, const T *z, const float *weight, const float *bias,
                   float *total, T *out) {
     const Moments moments = gate_moments(s, skip, group, total);
-    const V center = set(moments.mean), scale = set(moments.scale);
-    for (int64_t c = 0; c < s.dim; c += LANES) {
-        const int channels = int(s.dim - c < LANES ? s.dim - c : LANES);
-        V x = fma((load(total + c) - center) * scale, load(weight + c), load(bias + c));
-        store_some(out + c, x * shared_math::silu<Machine>(load_some(z + c, channels)), channels);
-    }
+    each_vector(s.dim, [&](auto count, int64_t c, int some) __attribute__((always_inline)) {
+        constexpr int K = decltype(count)::value;
+        typedef MachineOf<K> M;
+        const Vectors<K> x = (load_some<K>(total + c, LANES) - M::set(moments.mean)) * M::set(moments.scale);
+        const Vectors<K> y = M::fma(x, load_some<K>(weight + c, LANES), load_some<K>(bias + c, LANES));
+        store_some(out + c, y * shared_math::silu<M>(load_some<K>(z + c, some)), some);
+    });
 }
 
 template <class T>

@@ -245,29 +245,32 @@ VEC void differentiate_gate(const VisibleGateBackwardArgs &s, const GateSettings
     T *dz = row_of<T>(s.dz, batch, token), *dskip = row_of<T>(s.dskip, row, dim);
     T *const gated = s.gated ? row_of<T>(s.gated, row, dim) : nullptr;
     const Moments moments = gate_moments(settings, row_of<T>(s.skip, row, dim), group, normal);
-    const V center = set(moments.mean), scale = set(moments.scale);
-    V along = set(0.f), whole = set(0.f);
-    for (int64_t c = 0; c < dim; c += LANES) {
-        const int channels = int(dim - c < LANES ? dim - c : LANES);
-        const V x = (load(normal + c) - center) * scale, gate = load_some(z + c, channels);
-        const V opening = shared_math::sigmoid<Machine>(gate);
-        const V grad = load_some(dout + c, channels), open = gate * opening, passed = grad * open;
-        const V slope_of_z = shared_math::silu_grad<Machine>(gate, opening), y = fma(x, load(weight + c), load(bias + c));
-        store_some(dz + c, grad * y * slope_of_z, channels);
-        if (gated) store_some(gated + c, y * open, channels);
-        store(dweight + c, fma(passed, x, load(dweight + c)));
-        store(dbias + c, load(dbias + c) + passed);
-        const V g = passed * load(weight + c);
-        store(normal + c, x), store(slope + c, g);
-        along = fma(g, x, along), whole = whole + g;
-    }
-    const V share = set(settings.norm ? sum(along) / float(dim) : 0.f);
-    const V shift = set(settings.norm ? sum(whole) / float(dim) : 0.f);
-    for (int64_t c = 0; c < dim; c += LANES) {
-        const V g = (load(slope + c) - load(normal + c) * share - shift) * scale * set(settings.share);
-        store_some(dskip + c, g, int(dim - c < LANES ? dim - c : LANES));
-        store(dgroup + c, load(dgroup + c) + g);
-    }
+    RowSum along, whole;
+    each_vector(dim, [&](auto count, int64_t c, int some) __attribute__((always_inline)) {
+        constexpr int K = decltype(count)::value;
+        typedef MachineOf<K> M;
+        const auto load_own = [&](const float *row) { return load_some<K>(row + c, LANES); };
+        const Vectors<K> gate = load_some<K>(z + c, some), opening = shared_math::sigmoid<M>(gate), open = gate * opening;
+        const Vectors<K> grad = load_some<K>(dout + c, some), passed = grad * open, g = passed * load_own(weight);
+        const Vectors<K> x = (load_own(normal) - M::set(moments.mean)) * M::set(moments.scale);
+        const Vectors<K> y = M::fma(x, load_own(weight), load_own(bias));
+        store_some(dz + c, grad * y * shared_math::silu_grad<M>(gate, opening), some);
+        if (gated) store_some(gated + c, y * open, some);
+        store_some(dweight + c, M::fma(passed, x, load_own(dweight)), LANES);
+        store_some(dbias + c, load_own(dbias) + passed, LANES);
+        store_some(normal + c, x, LANES), store_some(slope + c, g, LANES);
+        along.add(g * x), whole.add(g);
+    });
+    const float share = settings.norm ? along.total() / float(dim) : 0.f;
+    const float shift = settings.norm ? whole.total() / float(dim) : 0.f;
+    each_vector(dim, [&](auto count, int64_t c, int some) __attribute__((always_inline)) {
+        constexpr int K = decltype(count)::value;
+        typedef MachineOf<K> M;
+        const Vectors<K> off = load_some<K>(normal + c, LANES) * M::set(share) + M::set(shift);
+        const Vectors<K> g = (load_some<K>(slope + c, LANES) - off) * M::set(moments.scale * settings.share);
+        store_some(dskip + c, g, some);
+        store_some(dgroup + c, load_some<K>(dgroup + c, LANES) + g, LANES);
+    });
 }
 
 template <class T> int visible_gate_backward_of(const VisibleGateBackwardArgs &s) {
