@@ -3,9 +3,10 @@
     python -m benchmarks.aarch64                  # wants g++-aarch64-linux-gnu and qemu-user-static of Debian
     python -m benchmarks.aarch64 --loops          # and every innermost loop that calculates, with its instructions
 
-Scan, convolution, product, norm and the mixer's one call are linked with `aarch64_check.cpp`, which holds them to loops
-in double precision. Then the machine code is read: a loop that calculates in single numbers, and in no vectors, is
-told. Nothing is installed, and an emulator's time says nothing. Exit code 1 if a check failed.
+Scan, convolution, product, norm, the mixer's one call, the gate behind pooled lines and merging are linked with
+`aarch64_check.cpp`, which holds them to loops in double precision. Then the machine code is read: a loop that
+calculates in single numbers, and in no vectors, is told. Nothing is installed, and an emulator's time says nothing.
+Exit code 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from utils import RunError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCAN, CONV = ROOT / "mamba-1p1p1/mamba_ssm/csrc", ROOT / "causal_conv1d/causal_conv1d/csrc"
-SOURCES = (*(SCAN / f"{name}.cpp" for name in ("scan", "gemm", "norm", "mixers")), CONV / "conv1d.cpp")
+SOURCES = (
+    *(SCAN / f"{name}.cpp" for name in ("scan", "gemm", "norm", "mixers", "visible", "merging")),
+    CONV / "conv1d.cpp",
+)
 COMPILER, EMULATOR, DISASSEMBLER = "aarch64-linux-gnu-g++", "qemu-aarch64-static", "aarch64-linux-gnu-objdump"
 PACKAGES = "gcc-aarch64-linux-gnu g++-aarch64-linux-gnu qemu-user-static"
 # as setup.py of both packages has them

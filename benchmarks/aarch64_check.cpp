@@ -1,6 +1,7 @@
 // The kernels of both packages, through their C interfaces, against loops in double precision. Linked with the packages' own
 // sources by benchmarks/aarch64.py, for processors on which no torch is at hand. One line a check; the exit code is the
 // number of those that failed.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -10,8 +11,10 @@
 #include "conv1d_abi.h"
 #include "directions_abi.h"
 #include "gemm_abi.h"
+#include "merging_abi.h"
 #include "norm_abi.h"
 #include "scan_abi.h"
+#include "visible_abi.h"
 
 extern "C" {
 int mamba_scan_forward(const ScanArgs *);
@@ -20,6 +23,11 @@ int mamba_directions(const DirectionsArgs *);
 int mamba_directions_backward(const DirectionsBackwardArgs *);
 int mamba_gemm(const GemmArgs *);
 int mamba_norm(const NormArgs *);
+int mamba_match_tokens(const MatchArgs *);
+int mamba_merge_tokens(const MergeArgs *);
+int mamba_merge_tokens_backward(const MergeBackwardArgs *);
+int mamba_visible_gate(const VisibleGateArgs *);
+int mamba_visible_gate_backward(const VisibleGateBackwardArgs *);
 int causal_conv1d(const ConvArgs *);
 }
 
@@ -39,7 +47,12 @@ Floats numbers(size_t count, float low, float high) {
     }
     return found;
 }
-int64_t address(const Floats &x) { return reinterpret_cast<int64_t>(x.data()); }
+template <class T> int64_t address(const std::vector<T> &x) { return reinterpret_cast<int64_t>(x.data()); }
+int64_t bits(double x) {
+    int64_t found;
+    std::memcpy(&found, &x, sizeof found);
+    return found;
+}
 
 // Differences are counted in units of the largest number that was wanted; NaN fails.
 void compare(const char *what, const Floats &found, const Doubles &wanted, double bound) {
@@ -372,12 +385,127 @@ void check_norm(bool rms) {
             wanted[r * size + i] = (x[r * size + i] - middle) / std::sqrt(square + eps) * weight[i] + bias[i];
     }
     NormArgs args{};
-    args.rows = rows, args.size = size, args.rms = rms, args.threads = 1;
-    std::memcpy(&args.eps, &eps, sizeof eps);
+    args.rows = rows, args.size = size, args.rms = rms, args.threads = 1, args.eps = bits(eps);
     args.x = {address(x), 0, size}, args.out = {address(out), 0, size}, args.total = {address(total), 0, size};
     args.weight = address(weight), args.bias = address(bias), args.mean = address(mean), args.scale = address(scale);
     failures += mamba_norm(&args);
     compare(rms ? "RMS norm" : "layer norm", out, wanted, 1e-6);
+}
+
+// ---- norm and gate behind pooled lines ----
+
+void check_gate() {
+    const int64_t tokens = 6, lines = 2, dim = 37;
+    const std::vector<int64_t> order{3, 0, 5, 1, 4, 2}, starts{0, 2, 6};
+    const Floats skip = numbers(tokens * dim, -1, 1), groups = numbers(lines * dim, -1, 1), z = numbers(tokens * dim, -4, 4);
+    const Floats weight = numbers(dim, -1, 1), bias = numbers(dim, -1, 1), dout = numbers(tokens * dim, -1, 1);
+    const double share = 0.5, eps = 1e-5;
+    Doubles out(tokens * dim), dskip(tokens * dim), dgroups(lines * dim), dz(tokens * dim), dweight(dim), dbias(dim);
+    for (int64_t place = 0; place < tokens; ++place) {
+        const int64_t row = order[place] * dim, group = (place >= starts[1]) * dim;
+        Doubles x(dim), g(dim);
+        double mean = 0, square = 0, along = 0, whole = 0;
+        for (int64_t c = 0; c < dim; ++c) x[c] = share * (double(skip[row + c]) + groups[group + c]), mean += x[c] / dim;
+        for (int64_t c = 0; c < dim; ++c) square += std::pow(x[c] - mean, 2) / dim;
+        const double scale = 1 / std::sqrt(square + eps);
+        for (int64_t c = 0; c < dim; ++c) {
+            const double s = sigmoid(z[row + c]), grad = dout[row + c] * z[row + c] * s;
+            x[c] = (x[c] - mean) * scale, g[c] = grad * weight[c];
+            const double y = x[c] * weight[c] + bias[c];
+            out[row + c] = y * z[row + c] * s, dz[row + c] = dout[row + c] * y * s * (1 + z[row + c] * (1 - s));
+            dweight[c] += grad * x[c], dbias[c] += grad, along += g[c] * x[c] / dim, whole += g[c] / dim;
+        }
+        for (int64_t c = 0; c < dim; ++c) {
+            dskip[row + c] = (g[c] - x[c] * along - whole) * scale * share;
+            dgroups[group + c] += dskip[row + c];
+        }
+    }
+    Floats found(out.size()), of_skip(out.size()), of_groups(dgroups.size()), of_z(out.size()), of_weight(dim), of_bias(dim);
+    const VisibleLines of{lines, tokens, address(order), address(starts)};
+    VisibleGateArgs args{};
+    args.batch = 1, args.dim = dim, args.share = bits(share), args.eps = bits(eps), args.threads = 1, args.lines = of;
+    args.z = {address(z), 0, dim}, args.weight = address(weight), args.bias = address(bias);
+    args.skip = address(skip), args.groups = address(groups), args.out = address(found);
+    failures += mamba_visible_gate(&args);
+    compare("norm and gate", found, out, 2e-6);
+    VisibleGateBackwardArgs back{};
+    back.batch = 1, back.dim = dim, back.share = args.share, back.eps = args.eps, back.threads = 1, back.lines = of;
+    back.z = args.z, back.weight = args.weight, back.bias = args.bias, back.skip = args.skip, back.groups = args.groups;
+    back.dout = address(dout), back.dskip = address(of_skip), back.dgroups = address(of_groups);
+    back.dz = {address(of_z), 0, dim}, back.dweight = address(of_weight), back.dbias = address(of_bias);
+    back.gated = address(found);
+    std::fill(found.begin(), found.end(), 0.f);
+    failures += mamba_visible_gate_backward(&back);
+    compare("norm and gate: written anew", found, out, 2e-6);
+    compare("norm and gate: dskip", of_skip, dskip, 3e-6), compare("norm and gate: dgroups", of_groups, dgroups, 3e-6);
+    compare("norm and gate: dz", of_z, dz, 3e-6);
+    compare("norm and gate: dweight", of_weight, dweight, 3e-6), compare("norm and gate: dbias", of_bias, dbias, 3e-6);
+}
+
+// ---- merging ----
+
+Floats as_floats(const std::vector<int64_t> &x) { return Floats(x.begin(), x.end()); }
+
+void check_merging() {
+    const int64_t batch = 2, tokens = 23, channels = 19, fused = 4, left = tokens - fused, at = 11, moves_to = 9;
+    const Floats x = numbers(batch * tokens * channels, -1, 1), dout = numbers(batch * left * channels, -1, 1);
+    Doubles slots(batch * tokens), counts(batch * left), means(batch * left * channels), dx(batch * tokens * channels);
+    for (int64_t image = 0; image < batch; ++image) {
+        const auto number = [&](int64_t token, int64_t c) { return double(x[(image * tokens + token) * channels + c]); };
+        const auto similarity = [&](int64_t a, int64_t b) {
+            double both = 0, of_a = 0, of_b = 0;
+            for (int64_t c = 0; c < channels; ++c)
+                both += number(a, c) * number(b, c), of_a += std::pow(number(a, c), 2), of_b += std::pow(number(b, c), 2);
+            return both / std::sqrt(of_a * of_b);
+        };
+        std::vector<int64_t> set_a, set_b, partner(tokens, -1);
+        Doubles best(tokens, -2);
+        for (int64_t token = 0, patch = 0; token < tokens; ++token)
+            if (token != at) (patch++ % 2 ? set_b : set_a).push_back(token);
+        for (int64_t a : set_a)
+            for (int64_t b : set_b)
+                if (similarity(a, b) > best[a]) best[a] = similarity(a, b), partner[a] = b;
+        std::vector<int64_t> ranking = set_a, order;
+        std::sort(ranking.begin(), ranking.end(), [&](int64_t a, int64_t b) { return best[a] > best[b]; });
+        const auto is_fused = [&](int64_t a) { return std::find(ranking.begin(), ranking.end(), a) - ranking.begin() < fused; };
+        for (int64_t a : set_a)
+            if (!is_fused(a)) order.push_back(a);
+        order.insert(order.end(), set_b.begin(), set_b.end());
+        order.insert(order.begin() + moves_to, at);
+        for (int64_t token = 0; token < tokens; ++token) {
+            const bool fuses = partner[token] >= 0 && is_fused(token);
+            const int64_t slot = std::find(order.begin(), order.end(), fuses ? partner[token] : token) - order.begin();
+            slots[image * tokens + token] = slot, ++counts[image * left + slot];
+        }
+        for (int64_t token = 0; token < tokens; ++token) {
+            const int64_t row = image * left + int64_t(slots[image * tokens + token]);
+            for (int64_t c = 0; c < channels; ++c) {
+                means[row * channels + c] += number(token, c) / counts[row];
+                dx[(image * tokens + token) * channels + c] = dout[row * channels + c] / counts[row];
+            }
+        }
+    }
+    std::vector<int64_t> cls{at}, moved{moves_to}, slot(batch * tokens), count(batch * left), places(batch);
+    std::vector<uint8_t> kept(batch * tokens);
+    MatchArgs match{};
+    match.batch = batch, match.tokens = tokens, match.channels = channels, match.threads = 1, match.fused = fused;
+    match.classes = 1, match.sorted = 1, match.x = {address(x), tokens * channels, channels};
+    match.cls = address(cls), match.moved = address(moved), match.slot = address(slot), match.kept = address(kept);
+    match.count = address(count), match.places = address(places);
+    failures += mamba_match_tokens(&match);
+    compare("merging: slots", as_floats(slot), slots, 0), compare("merging: sizes", as_floats(count), counts, 0);
+    Floats out(means.size()), of_x(dx.size());
+    MergeArgs merge{};
+    merge.batch = batch, merge.tokens = tokens, merge.left = left, merge.channels = channels, merge.threads = 1;
+    merge.x = match.x, merge.slot = match.slot, merge.count = match.count, merge.out = address(out);
+    failures += mamba_merge_tokens(&merge);
+    compare("merging: means", out, means, 1e-6);
+    MergeBackwardArgs back{};
+    back.batch = batch, back.tokens = tokens, back.left = left, back.channels = channels, back.threads = 1;
+    back.dout = {address(dout), left * channels, channels}, back.slot = match.slot, back.count = match.count;
+    back.dx = address(of_x);
+    failures += mamba_merge_tokens_backward(&back);
+    compare("merging: gradient", of_x, dx, 1e-6);
 }
 
 }  // namespace
@@ -391,6 +519,8 @@ int main() {
     check_halves(true), check_halves(false);
     check_product(false), check_product(true);
     check_norm(false), check_norm(true);
+    check_gate();
+    check_merging();
     std::printf("%d failed\n", failures);
     return failures;
 }

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from mamba_ssm.ops.exporting import stable_argsort
 from torch import Tensor, nn
 
-from fusion.method import Meter, SiteMethod
+from fusion.method import Meter, SiteMethod, SitePlan
 from fusion.pruning_loss import PruningLoss, PruningOutput
 from fusion.pruning_settings import PruningSettings, PruningTraining
 from fusion.token_state import (
@@ -336,6 +336,13 @@ class DynamicPruning(SiteMethod):
         if "observe" in mixer_args:
             chosen = chosen._replace(observed=self._mean_observed(layer, state, seen))
         return state.with_entry(self.name, chosen)
+
+    def plan(self, index: int, state: TokenState) -> SitePlan | None:
+        layer = index * self.layers_per_site
+        if self.direction_policy is not None or state.token_mask is not None:
+            return None
+        acts = self.token_policy is not None and (layer in self.settings.pruning_loc or self._is_observed(layer))
+        return None if acts else SitePlan()
 
     def output(self, output: Any, state: TokenState, tokens: Tensor) -> PruningOutput:
         """In training the model returns its decisions too."""

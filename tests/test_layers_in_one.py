@@ -19,7 +19,7 @@ from fusion.method import SiteMethod
 
 pytestmark = pytest.mark.skipif(backends.available("cpu") != "cpp", reason="the C++ kernels are not built")
 
-VIM, FASTVIM = "vim_nano_patch4_32", "fastvim_nano_patch4_32"
+VIM, FASTVIM, DYVM = "vim_nano_patch4_32", "fastvim_nano_patch4_32", "dyvm_nano_patch4_32"
 LAST_TWO = {"fusion_strategy": "upper", "fusion_layer": 5, "fusion_token": 4}
 
 
@@ -47,10 +47,11 @@ def logits_and_gradients(model: nn.Module) -> list[Tensor]:
     torch.manual_seed(2)
     model.train().zero_grad()
     out = model(images())
-    F.cross_entropy(out[0] if isinstance(out, tuple) else out, torch.tensor([1, 2, 3])).backward()
+    out = out if isinstance(out, Tensor) else out.logits
+    F.cross_entropy(out, torch.tensor([1, 2, 3])).backward()
     with torch.no_grad():
         after = model.eval()(images())
-    return [out, *(parameter.grad for parameter in model.parameters()), after]
+    return [out, *(each.grad for each in model.parameters() if each.grad is not None), after]
 
 
 def one_by_one(model: nn.Module) -> list[Tensor]:
@@ -60,6 +61,7 @@ def one_by_one(model: nn.Module) -> list[Tensor]:
 
 
 def assert_equal(found: list[Tensor], wanted: list[Tensor]) -> None:
+    assert len(found) == len(wanted)
     assert all(map(torch.equal, found, wanted))
 
 
@@ -79,6 +81,10 @@ def assert_equal(found: list[Tensor], wanted: list[Tensor]) -> None:
         (VIM, LAST_TWO | {"fusion_order": "raster"}, [6, 1, 1], [6, 1, 1]),
         (VIM, LAST_TWO | {"fusion_matching": "kth"}, [6, 1, 1], [6, 1, 1]),
         (VIM, LAST_TWO | {"fusion_weighted": True}, [6, 1, 1], [6, 1, 1]),
+        # between the stages, 2, 4 and 6, before which tokens are dropped; in training they are masked from then on
+        (DYVM, {"pruning": "token"}, [2], [2, *[1] * 6]),
+        (DYVM, {"pruning": "token", "predictor_input": "delta"}, [1], [1, *[1] * 4]),
+        (DYVM, {"pruning": "block"}, [], []),
         # none of these is what the operator does
         (VIM, {"fused_add_norm": False}, [], []),
         (VIM, {"init_layer_scale": 0.1}, [], []),
