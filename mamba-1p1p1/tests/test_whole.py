@@ -9,11 +9,21 @@ from causal_conv1d import backend
 from mamba_ssm.kernels import products
 from mamba_ssm.kernels.arguments import Ends, Lines
 from mamba_ssm.kernels.registry import backends
+from mamba_ssm.modules import mamba_simple
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops import whole
 from mamba_ssm.ops.directions import directions_fn
 from mamba_ssm.ops.pooled import pooled_conv_fn, pooled_scan_fn
-from mamba_ssm.ops.whole import mixer_fn, mixer_ref, pooled_mixer_fn, pooled_mixer_ref
+from mamba_ssm.ops.whole import (
+    WholeMixer,
+    has_skipping,
+    mixer_fn,
+    mixer_ref,
+    pooled_mixer_fn,
+    pooled_mixer_ref,
+    skipping_mixer_fn,
+    skipping_mixer_ref,
+)
 from torch.utils.flop_counter import FlopCounterMode
 from whole_parts import Parts, assert_same, double, gradients
 
@@ -45,6 +55,29 @@ def test_mixer(sizes, optional, ways, isa):
     parts = Parts(**sizes, optional=optional)
     for batch, seqlen in ((3, 21), (1, 100), (2, 1)):
         assert_formulas(mixer_fn, mixer_ref, (parts.tokens(batch, seqlen), parts.ends, parts.directions[:ways], 0.5))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("optional", [True, False])
+def test_directions_that_images_do_without(optional, threads, isa):
+    parts = Parts(optional=optional)
+    mixer, before = WholeMixer(parts.ends, parts.directions, 0.5), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for kinds in ([3, 1, 0, 2], [2], [0], [1, 1, 3, 0, 0, 2, 3]):
+            runs = torch.tensor([[kind & 1, kind >> 1] for kind in kinds]).bool().view(-1, 2)
+            x = parts.tokens(len(kinds), 21)
+            found = skipping_mixer_fn(x, mixer, runs)
+            assert_same(found, skipping_mixer_ref(double(x), double(mixer), runs))
+            assert not found[~runs.any(1)].any()
+            one = WholeMixer(parts.ends, parts.directions[1:])
+            assert_same(skipping_mixer_fn(x, one, runs[:, 1:]), skipping_mixer_ref(double(x), double(one), runs[:, 1:]))
+    finally:
+        torch.set_num_threads(before)
+    assert skipping_mixer_fn(x[:0], mixer, runs[:0]).shape == (0, 21, 20)
+    for wrong, said in ((runs[:, :1], "runs has shape"), (runs.float(), "runs has dtype")):
+        with pytest.raises((ValueError, TypeError), match=said):
+            skipping_mixer_fn(x, mixer, wrong)
 
 
 GRIDS = [
@@ -386,13 +419,29 @@ def test_as_many_flops_as_its_steps():
 
 
 @needs_cpp
-def test_skipped_directions(calls):
-    """Images that run one direction alone, as DyVM's do in inference."""
-    mixer = Mamba(24, bimamba_type="v2").eval()
+def test_skipped_directions(calls, monkeypatch):
+    """Images that run one direction alone, as DyVM's do in inference: kind by kind, or in one call."""
+    name, call = "skipping_mixer_fn", skipping_mixer_fn
+    monkeypatch.setattr(mamba_simple, name, lambda *given: calls.append(name) or call(*given))
+    mixer = Mamba(24, bimamba_type="v2", if_divide_out=True).eval()
     x, gates = torch.randn(4, 30, 24), torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
-    with torch.no_grad():
-        found = mixer(x, direction_gate=lambda hidden: gates)
+    run = partial(mixer, x, direction_gate=lambda hidden: gates)
+    found = run().detach()
     assert calls == ["mixer_fn"] * 3
-    # with gradients each image runs both, and the gates are factors
-    wanted = mixer.train()(x, direction_gate=lambda hidden: gates)
-    torch.testing.assert_close(found, wanted.detach(), rtol=0, atol=1e-5 * wanted.abs().max().item())
+    with torch.no_grad():
+        calls.clear()
+        assert_same(run(), found.double())
+        assert calls == [name]
+        assert has_skipping(x)
+        calls.clear()
+        # what is looked at, or masked, is done step by step
+        run(token_mask=torch.ones(4, 30)), run(observe=lambda *_, **images: None)
+        with FlopCounterMode(display=False):
+            assert not has_skipping(x)
+            run()
+        mixer.in_proj.register_forward_hook(lambda *_: None)
+        assert_same(run(), found.double())
+        assert name not in calls
+    assert not has_skipping(x)
+    # in training each image runs both, and the gates are factors
+    assert_same(found, mixer.train()(x, direction_gate=lambda hidden: gates).detach().double())

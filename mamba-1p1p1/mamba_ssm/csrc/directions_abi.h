@@ -40,6 +40,9 @@ struct MixerArgs {
     // Written for the gradients, or 0, as x_dbl and states are then: contiguous (batch, seqlen, 2 * dim), and (batch, seqlen,
     // dim), before it is gated.
     int64_t xz, y;
+    // Without gradients: contiguous (batch, directions) of bytes, 0 for the directions that an image does without; or 0. What
+    // does without all has zeros.
+    int64_t runs;
 };
 
 // Gradients of one direction's weights, contiguous float32, like them; 0 where the weight is.

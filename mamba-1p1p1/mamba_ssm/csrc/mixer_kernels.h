@@ -47,19 +47,29 @@ inline int mixer_forward(const MixerArgs &s) {
         DirectionsArgs one = all;
         if (!kept) one.first.x_dbl = one.second.x_dbl = at(free + 3 * size);
         for (int64_t image = begin; image < end; ++image) {
+            float *const out = floats(s.out) + image * tokens * s.width;
+            int64_t first = 0, last = one.directions - 1;  // that run: of two, what is between them does, too
+            const uint8_t *const runs = s.runs ? reinterpret_cast<uint8_t *>(s.runs) + image * one.directions : nullptr;
+            while (runs && first <= last && !runs[first]) ++first;
+            while (runs && first <= last && !runs[last]) --last;
+            if (first > last) {
+                std::memset(out, 0, size_t(bytes(tokens * s.width)));
+                continue;
+            }
             const float *const x = floats(s.x.data) + image * s.x.batch_stride;
             float *const xz = kept ? floats(s.xz) + image * 2 * size : free;
             float *const y = kept ? floats(s.y) + image * size : free + 2 * size;
             in_proj.multiply(tokens, threads, x, s.x.token_stride, xz, 2 * all.dim);
             one.first.x = one.second.x = {at(xz), 0, 2 * all.dim};
             if (!kept) one.z = {at(xz + all.dim), 0, 2 * all.dim};
-            for (int64_t number = 0; number < one.directions; ++number) {
-                const DirectionOfImage here(one, number, kept ? image : 0, threads, rates.A);
+            for (int64_t number = first; number <= last; ++number) {
+                DirectionOfImage here(one, number, kept ? image : 0, threads, rates.A);
+                here.first = number == first, here.last = number == last;
                 if (direction_forward(here, packed[number], memory, y)) return 1;
             }
             if (kept) gate(tokens, all.dim, y, xz + all.dim, 2 * all.dim, memory);
             const float *const gated = kept ? memory : y;
-            out_proj.multiply(tokens, threads, gated, all.dim, floats(s.out) + image * tokens * s.width, s.width);
+            out_proj.multiply(tokens, threads, gated, all.dim, out, s.width);
         }
         return 0;
     });

@@ -19,10 +19,11 @@ dtype of `dout`), residual (in `residual_dtype`), weight and bias; (0,)-shaped w
 A set may have more, of which `has` tells: `scan_forward_both`, `scan_backward_both`, `directions_forward`,
 `directions_backward`, `pooled_conv`, `pooled_scan`, `pooled_scan_saving` with `pooled_scan_backward`, `pooled_gate`,
 `visible_conv`, `visible_conv_backward`, `visible_gate`, `visible_gate_backward`, `match_tokens`, `merge_tokens`,
-`merge_tokens_backward`, `linear`, `mixer` with `mixer_backward`, `pooled_mixer` with `pooled_mixer_backward`, `layers`
-with `layers_backward`, and `can_mask` where `directions_forward` takes a mask. What it lacks is put together from the
-others (`composed`), or not asked of it. One that compiles its kernels is told of what comes (`Backends.foretell`):
-`foretell_mixer`, `foretell_pooled`, `foretell_norm`, `foretell_merging`, `foretell_sums`, with a device's index first.
+`merge_tokens_backward`, `linear`, `mixer` with `mixer_backward` and `skipping_mixer`, `pooled_mixer` with
+`pooled_mixer_backward`, `layers` with `layers_backward`, and `can_mask` where `directions_forward` takes a mask. What
+it lacks is put together from the others (`composed`), or not asked of it. One that compiles its kernels is told of what
+comes (`Backends.foretell`): `foretell_mixer`, `foretell_pooled`, `foretell_norm`, `foretell_merging`, `foretell_sums`,
+with a device's index first.
 """
 
 from importlib import import_module

@@ -23,7 +23,7 @@ from mamba_ssm.modules.parts import is_plain
 from mamba_ssm.ops.linear import linear
 from mamba_ssm.ops.mixer import ScanObserver, TokenPooling, mix, mix_pooled, whole_mixer
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-from mamba_ssm.ops.whole import WholeMixer, WholePooledMixer
+from mamba_ssm.ops.whole import WholeMixer, WholePooledMixer, has_skipping, skipping_mixer_fn
 from torch import Tensor, nn
 
 DirectionGate = Callable[[Tensor], Tensor | tuple[bool, ...]]
@@ -310,6 +310,10 @@ class Mamba(nn.Module):
                 return torch.zeros_like(hidden_states)
             return self._mixed(hidden_states, branches, token_mask, None, observe)
         if gates is not None and not self.training:
+            if token_mask is None and observe is None and has_skipping(hidden_states):
+                whole = self.whole(hidden_states)
+                if whole is not None:
+                    return skipping_mixer_fn(hidden_states, whole, gates.bool())
             order, counts = _by_directions(gates)
             if counts[1] < len(order):
                 return self._skipping(hidden_states, token_mask, order, counts, observe)

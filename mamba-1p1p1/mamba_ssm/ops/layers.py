@@ -18,9 +18,8 @@ from causal_conv1d.derivatives import gradients_by_reference
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.merging import Merging
 from mamba_ssm.ops.norm import layer_norm_fn
-from mamba_ssm.ops.whole import WholeMixer, WholePooledMixer, has_whole
+from mamba_ssm.ops.whole import WholeMixer, WholePooledMixer, has_whole, is_watched
 from torch import Tensor
-from torch.autograd import forward_ad
 
 __all__ = ["Layer", "has_layers", "layers_fn", "layers_ref"]
 
@@ -53,9 +52,7 @@ class Layer(NamedTuple):
 def has_layers(x: Tensor, residual: Tensor | None) -> bool:
     """Whether `layers_fn` is there for x and a residual, and nothing looks on that would miss operators: no subclass of
     tensors, no mode of dispatch, no tangents."""
-    if x.numel() == 0 or not has_whole(x, "layers"):
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or forward_ad._current_level >= 0:
+    if x.numel() == 0 or not has_whole(x, "layers") or is_watched():
         return False
     return all(each is None or (type(each) in _PLAIN and each.dtype == torch.float32) for each in (x, residual))
 

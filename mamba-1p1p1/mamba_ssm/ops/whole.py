@@ -39,17 +39,22 @@ from mamba_ssm.ops.pooled import (
     pooled_scan_ref,
 )
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = [
     "Ends",
     "WholeMixer",
     "WholePooledMixer",
     "alike",
+    "has_skipping",
     "has_whole",
+    "is_watched",
     "mixer_fn",
     "mixer_ref",
     "pooled_mixer_fn",
     "pooled_mixer_ref",
+    "skipping_mixer_fn",
+    "skipping_mixer_ref",
 ]
 
 _DTYPES = (torch.float32,)
@@ -68,6 +73,17 @@ def has_whole(x: Tensor, name: str) -> bool:
     own = products.PREFER_OWN or products.PREFER_OWN_NARROW
     # not every device that tensors can be on has autocast
     return own and backends.has(x, name) and not torch.is_autocast_enabled(x.device.type)
+
+
+def is_watched() -> bool:
+    """Whether something looks on that would miss what is no operator: a mode of dispatch, or tangents."""
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    return bool(modes) or forward_ad._current_level >= 0
+
+
+def has_skipping(x: Tensor) -> bool:
+    """Whether `skipping_mixer_fn` is there for x, and is the fastest way."""
+    return not torch.is_grad_enabled() and has_whole(x, "skipping_mixer") and not is_watched()
 
 
 def alike(given: Sequence[Direction | Taps | Projections]) -> bool:
@@ -183,6 +199,42 @@ def mixer_ref(x: Tensor, ends: Ends, directions: Sequence[Direction], share: flo
     """What `mixer_fn` computes."""
     y = directions_ref(F.linear(x, ends.in_proj, ends.in_bias), directions, share, log_decay=True)
     return F.linear(y, ends.out_proj, ends.out_bias)
+
+
+def skipping_mixer_fn(x: Tensor, mixer: WholeMixer, runs: Tensor) -> Tensor:
+    """`mixer(x)` where each image does without the directions for which its `runs` is False, as DyVM's do (Wu et al.
+    2025): no work is done for these. Not differentiable.
+
+    Args:
+        x: (batch, seqlen, width), float32.
+        mixer: what is done.
+        runs: (batch, directions), bool.
+
+    Returns:
+        (batch, seqlen, width), zeros for an image without directions.
+
+    Raises:
+        ValueError: a shape or device that does not fit. TypeError: not a tensor, or another dtype.
+    """
+    mixer.check(x)
+    given = ("runs", runs, (len(x), len(mixer.directions)), "(batch, directions)")
+    check_all(x, "x", [given], (torch.bool,))
+    kernels = backends.pick(x)
+    if x.numel() and hasattr(kernels, "skipping_mixer"):
+        with torch.no_grad():
+            return kernels.skipping_mixer(x, *mixer, runs)
+    return skipping_mixer_ref(x, mixer, runs)
+
+
+@torch.no_grad()
+def skipping_mixer_ref(x: Tensor, mixer: WholeMixer, runs: Tensor) -> Tensor:
+    """What `skipping_mixer_fn` computes, one image at a time."""
+    out = torch.zeros_like(x)
+    for image, own in enumerate(runs.tolist()):
+        directions = [each for each, is_run in zip(mixer.directions, own) if is_run]
+        if directions:
+            out[image] = mixer_ref(x[image : image + 1], mixer.ends, directions, mixer.share)[0]
+    return out
 
 
 def pooled_mixer_fn(

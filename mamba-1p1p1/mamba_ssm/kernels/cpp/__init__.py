@@ -13,7 +13,7 @@ from mamba_ssm.kernels.cpp.visible import (
     visible_gate,
     visible_gate_backward,
 )
-from mamba_ssm.kernels.cpp.whole import mixer, mixer_backward, pooled_mixer, pooled_mixer_backward
+from mamba_ssm.kernels.cpp.whole import mixer, mixer_backward, pooled_mixer, pooled_mixer_backward, skipping_mixer
 
 __all__ = [
     "can_mask",
@@ -40,6 +40,7 @@ __all__ = [
     "pooled_scan_saving",
     "scan_backward",
     "scan_forward",
+    "skipping_mixer",
     "states_shape",
     "visible_conv",
     "visible_conv_backward",

@@ -59,11 +59,12 @@ def mixer_call(
     share: float,
     save: bool,
     out: Tensor | None = None,
+    runs: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Call]:
     """x (batch, seqlen, width) -> the same, in new memory or in that of `out`, and what its gradient is computed from
     if that is to be saved: xz (batch, seqlen, 2*dim), y (batch, seqlen, dim) before its gate, x_dbl of each
     direction, saved states of each direction; and the call that fills these. `A` of the directions, which are
-    of equal sizes, is log(-A)."""
+    of equal sizes, is log(-A). `runs` (batch, directions), bool, with nothing to be saved: see `skipping_mixer`."""
     out = x.new_empty(x.shape) if out is None else out
     x, ends = channel_last(x), Ends(*all_float32(ends))
     batch, seqlen, _ = x.shape
@@ -75,10 +76,14 @@ def mixer_call(
         xz, y, x_dbls, states = None, None, nothing, nothing
     between, alive = told_of_directions(sizes, directions, x_dbls, states, share, True)
     arguments = LIBRARY.structs.MixerArgs(
-        between=LIBRARY.structs.DirectionsArgs(**between), **_ends_fields(x, ends, out), xz=address(xz), y=address(y)
+        between=LIBRARY.structs.DirectionsArgs(**between),
+        **_ends_fields(x, ends, out),
+        xz=address(xz),
+        y=address(y),
+        runs=address(runs),
     )
     kept = [xz, y, *x_dbls, *states] if save else []
-    return out, kept, Call(LIBRARY, "mamba_mixer", arguments, (x, ends, alive, out, kept))
+    return out, kept, Call(LIBRARY, "mamba_mixer", arguments, (x, ends, alive, out, kept, runs))
 
 
 def mixer(*given) -> tuple[Tensor, list[Tensor]]:
@@ -86,6 +91,14 @@ def mixer(*given) -> tuple[Tensor, list[Tensor]]:
     out, kept, call = mixer_call(*given)
     call()
     return out, kept
+
+
+def skipping_mixer(x: Tensor, ends: Ends, directions: Sequence[Direction], share: float, runs: Tensor) -> Tensor:
+    """The first of what `mixer` returns, where each image does without the directions for which its `runs` (batch,
+    directions), bool, is False; zeros for one without any."""
+    out, _, call = mixer_call(x, ends, directions, share, False, runs=runs.contiguous())
+    call()
+    return out
 
 
 def mixer_backward_call(
