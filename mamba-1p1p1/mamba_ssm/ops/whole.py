@@ -220,8 +220,10 @@ def skipping_mixer_fn(x: Tensor, mixer: WholeMixer, runs: Tensor) -> Tensor:
     given = ("runs", runs, (len(x), len(mixer.directions)), "(batch, directions)")
     check_all(x, "x", [given], (torch.bool,))
     kernels = backends.pick(x)
-    if x.numel() and hasattr(kernels, "skipping_mixer"):
-        with torch.no_grad():
+    with torch.no_grad():
+        if x.numel() == 0:
+            return x.new_empty(x.shape)
+        if hasattr(kernels, "skipping_mixer"):
             return kernels.skipping_mixer(x, *mixer, runs)
     return skipping_mixer_ref(x, mixer, runs)
 
