@@ -183,6 +183,17 @@ def test_a_method_that_says_nothing_is_called() -> None:
     assert watching.seen == tuple(range(8))
 
 
+def test_two_methods_that_merge_behind_one_site_are_called(runs: list[int]) -> None:
+    """A plan has one merging."""
+    model = build(VIM, **LAST_TWO)
+    (merging,) = model.site_methods
+    model.site_methods = [merging, merging]
+    found = logits_and_gradients(model)
+    assert runs == [6, 1, 1] * 2
+    assert_equal(found, one_by_one(model))
+    assert model.encode(model.embed(images())).num_tokens == 65 - 4 * LAST_TWO["fusion_token"]
+
+
 def test_under_autocast_layers_are_called(runs: list[int]) -> None:
     model = build(VIM)
     with torch.autocast("cpu", dtype=torch.bfloat16):
