@@ -100,11 +100,12 @@ def layers_backward(
                 dresidual, call = merge_tokens_backward_call(dresidual, slot, count, next(sums).like(normed))
                 calls.append(call)
         backward = _BACKWARD[layer.mixer.kernel]
-        given_mixer = dx, normed, *layer.mixer, of_mixer, [True, *wants[2:6]]
-        (_, *of_parameters), call = backward(*given_mixer, dnormed.like(normed))
+        (dnorm, *of_parameters), call = backward(
+            dx, normed, *layer.mixer, of_mixer, [True, *wants[2:6]], dnormed.like(normed)
+        )
         calls.append(call)
         of_norm = total, mean, scale, layer.weight, layer.bias, layer.is_rms_norm, None, next(sums).like(normed)
-        (dresidual, _, dweight, dbias), call = norm_backward_call(dnormed.like(normed), dresidual, *of_norm)
+        (dresidual, _, dweight, dbias), call = norm_backward_call(dnorm, dresidual, *of_norm)
         calls.append(call)
         dx = dresidual if layer.factor is None else _multiplied(dresidual, layer.factor, scaled, calls)
         grads.insert(0, [dweight, dbias, *of_parameters])
