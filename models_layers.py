@@ -81,7 +81,7 @@ def _as_operator(
             return None
         if not isinstance(drop_path, nn.Identity) and not is_bare(drop_path, DropPath):
             return None
-        whole = mixer.whole(hidden, **mixer_args) if mixer_args.keys() <= {"pooling"} else None
+        whole = mixer.whole(hidden, **mixer_args) if mixer_args.keys() <= {"pooling", "token_mask"} else None
         if whole is None or norm.weight is None:
             return None
         found.append(Layer(norm.weight, norm.bias, norm.eps, isinstance(norm, RMSNorm), whole, merging=merging))

@@ -339,10 +339,12 @@ class DynamicPruning(SiteMethod):
 
     def plan(self, index: int, state: TokenState) -> SitePlan | None:
         layer = index * self.layers_per_site
-        if self.direction_policy is not None or state.token_mask is not None:
+        if self.direction_policy is not None:
             return None
         acts = self.token_policy is not None and (layer in self.settings.pruning_loc or self._is_observed(layer))
-        return None if acts else SitePlan()
+        if acts:
+            return None
+        return SitePlan() if state.token_mask is None else SitePlan({"token_mask": state.token_mask})
 
     def output(self, output: Any, state: TokenState, tokens: Tensor) -> PruningOutput:
         """In training the model returns its decisions too."""

@@ -82,8 +82,8 @@ def assert_equal(found: list[Tensor], wanted: list[Tensor]) -> None:
         (VIM, LAST_TWO | {"fusion_matching": "kth"}, [6, 1, 1], [6, 1, 1]),
         (VIM, LAST_TWO | {"fusion_weighted": True}, [6, 1, 1], [6, 1, 1]),
         # between the stages, 2, 4 and 6, before which tokens are dropped; in training they are masked from then on
-        (DYVM, {"pruning": "token"}, [2], [2, *[1] * 6]),
-        (DYVM, {"pruning": "token", "predictor_input": "delta"}, [1], [1, *[1] * 4]),
+        (DYVM, {"pruning": "token"}, [2, *[1] * 6], [2, *[1] * 6]),
+        (DYVM, {"pruning": "token", "predictor_input": "delta"}, [1] * 5, [1] * 5),
         (DYVM, {"pruning": "block"}, [], []),
         # none of these is what the operator does
         (VIM, {"fused_add_norm": False}, [], []),

@@ -29,16 +29,18 @@ def preferred(monkeypatch):
     monkeypatch.setattr(products, "PREFER_OWN_NARROW", True)
 
 
-def layers_of(count=3, rms=False, optional=True, factors=False, merging=False):
+def layers_of(count=3, rms=False, optional=True, factors=False, merging=False, masked=False):
     """Layers of all kinds, in turns: both directions, one, pooled lines; pooled lines first, which take whole grids,
     where tokens merge behind each."""
+    mask = (torch.arange(BATCH * TOKENS).view(BATCH, TOKENS) % 4 > 0).float() if masked else None
+    gates = torch.tensor([[1.0, 0.5], [0.0, 2.0], [0.0, 0.0]]) if masked else None
     generator, found = torch.Generator().manual_seed(count), []
     for number in range(count):
         # other sizes of what a layer has for itself
         parts = Parts(taps=2 + number % 3, dstate=5 + number, optional=optional)
         kinds = (
-            WholeMixer(parts.ends, parts.directions, 0.5),
-            WholeMixer(parts.ends, parts.directions[:1]),
+            WholeMixer(parts.ends, parts.directions, 0.5, mask, gates),
+            WholeMixer(parts.ends, parts.directions[:1], 1.0, mask),
             WholePooledMixer(
                 parts.ends,
                 parts.taps,
@@ -113,7 +115,7 @@ def assert_all_same(found, wanted, within=4e-5):
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"rms": True}, {"optional": False}, {"factors": True}, {"merging": True, "factors": True}],
+    [{}, {"rms": True}, {"optional": False}, {"factors": True}, {"merging": True, "factors": True}, {"masked": True}],
     ids=str,
 )
 def test_values_and_gradients(options, with_residual, isa):
@@ -132,7 +134,7 @@ def test_values_and_gradients(options, with_residual, isa):
         assert_all_same(found, wanted)
 
 
-@pytest.mark.parametrize("options", [{"count": 5}, {"merging": True}], ids=str)
+@pytest.mark.parametrize("options", [{"count": 5}, {"merging": True}, {"masked": True}], ids=str)
 @pytest.mark.parametrize("factors", [False, True])
 def test_bit_by_bit_the_operators_one_by_one(options, factors):
     layers, x, residual = layers_of(**options, factors=factors), tokens(1), tokens(2)
@@ -149,10 +151,11 @@ def test_what_is_frozen_has_no_gradient_and_keeps_nothing():
     count = 2 + sum(len(layer.tensors) for layer in layers[:2])
     frozen = {*range(count), count + 2, count + 3}
     found = gradients_of(layers_fn, x, residual, layers, douts, frozen=frozen)
-    assert {number for number, each in enumerate(found) if each is None} == frozen
-    assert_all_same(
-        [each for each in found if each is not None], [every[n] for n in range(len(every)) if n not in frozen]
-    )
+    # masks and gates are not there
+    absent = {number for number, each in enumerate(every) if each is None}
+    assert {number for number, each in enumerate(found) if each is None} == frozen | absent
+    there = [number for number in range(len(every)) if number not in frozen | absent]
+    assert_all_same([found[number] for number in there], [every[number] for number in there])
     tensors, learned = leaves_of(x, residual, layers, frozen=frozen)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):

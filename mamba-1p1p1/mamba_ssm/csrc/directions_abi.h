@@ -38,10 +38,11 @@ struct MixerArgs {
     Linear in_proj, out_proj;
     int64_t out;  // contiguous (batch, seqlen, width)
     // Written for the gradients, or 0, as x_dbl and states are then: contiguous (batch, seqlen, 2 * dim), and (batch, seqlen,
-    // dim), before it is gated.
+    // dim), before it is gated; with gates (batch, directions, seqlen, dim).
     int64_t xz, y;
-    // Without gradients: contiguous (batch, directions) of bytes, 0 for the directions that an image does without; or 0. What
-    // does without all has zeros.
+    int64_t gates;  // contiguous (batch, directions), which what each direction gives is multiplied with; or 0
+    // Without gradients and gates: contiguous (batch, directions) of bytes, 0 for the directions that an image does without;
+    // or 0. What does without all has zeros.
     int64_t runs;
 };
 
@@ -56,6 +57,7 @@ struct DirectionsBackwardArgs {
     DirectionsArgs forward;
     Tokens dout, dz;
     int64_t dmask;  // added to: contiguous (batch, seqlen); there where the mask is
+    int64_t gates;  // as MixerArgs has them, or 0
     DirectionGradients first, second;
 };
 
@@ -73,4 +75,5 @@ struct MixerBackwardArgs {
     DirectionsBackwardArgs between;
     EndsBackward ends;
     int64_t xz, y;
+    int64_t dgates;  // contiguous (batch, directions); there where the gates are
 };

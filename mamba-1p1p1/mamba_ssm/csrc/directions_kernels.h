@@ -45,6 +45,7 @@ struct DirectionOfImage {
     int64_t image, threads, narrow;
     float *x_dbl;
     const float *A;
+    double gate = 1;  // what the share is multiplied with, besides
 
     // `A` holds the rates of all directions where the weights hold their logarithms.
     DirectionOfImage(const DirectionsArgs &s, int64_t number, int64_t image, int64_t threads, const float *A)
@@ -72,7 +73,11 @@ struct DirectionOfImage {
         ScanArgs args{};
         args.batch = 1, args.dim = s.dim, args.seqlen = s.seqlen, args.dstate = s.dstate, args.groups = 1;
         args.softplus = 1, args.reverse = own.reverse, args.threads = threads, args.interval = s.interval;
-        args.accumulate = !first, args.share = s.share;
+        args.accumulate = !first;
+        double share;
+        std::memcpy(&share, &s.share, sizeof share);
+        share *= gate;
+        std::memcpy(&args.share, &share, sizeof share);
         args.u = rows<Signal>(u), args.delta = rows<Signal>(delta), args.z = rows<Signal>(s.z);
         args.B = columns(x_dbl, s.rank), args.C = columns(x_dbl, s.rank + s.dstate);
         args.A = at(A), args.D = own.D, args.delta_bias = own.dt_bias;
@@ -334,7 +339,8 @@ template <class Outside> int backward_of_images(const DirectionsBackwardArgs &ar
         for (int64_t image = begin; image < end; ++image, of_this.fresh = false) {
             if (outside.begin(image, threads, memory, of_this, one)) return 1;
             for (int64_t number = 0; number < s.directions; ++number) {
-                const DirectionOfImage here(one.forward, number, image, threads, rates.A);
+                DirectionOfImage here(one.forward, number, image, threads, rates.A);
+                if (args.gates) here.gate = floats(args.gates)[image * s.directions + number];
                 const DirectionGradients &to = number ? one.second : one.first;
                 if (direction_backward(one, here, packed[number], to, rows, GradientSums(s, own + number * sums), found))
                     return 1;

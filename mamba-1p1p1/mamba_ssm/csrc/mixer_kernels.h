@@ -2,31 +2,65 @@
 // projections. Included inside an instruction set's namespace (see each_isa.h).
 #include "directions_kernels.h"
 
+// One image's y (seqlen, dim) before silu(z): as it is, or where each direction has a gate, the sum of `directions` parts
+// times these.
+struct Ungated {
+    const float *y, *gates;
+    int64_t directions, size;
+
+    Ungated(const DirectionsArgs &s, int64_t gates, const float *y, int64_t image)
+        : y(y), gates(gates ? floats(gates) + image * s.directions : nullptr), directions(s.directions),
+          size(s.seqlen * s.dim) {}
+    const float *part(int64_t number) const { return y + (gates ? number * size : 0); }
+    template <int K> VEC Vectors<K> get(int64_t at, int some) const {
+        Vectors<K> sum = load_some<K>(y + at, some);
+        if (!gates) return sum;
+        sum = sum * MachineOf<K>::set(gates[0]);
+        for (int64_t number = 1; number < directions; ++number)
+            sum = MachineOf<K>::fma(MachineOf<K>::set(gates[number]), load_some<K>(part(number) + at, some), sum);
+        return sum;
+    }
+};
+// How many y of an image are kept.
+inline int64_t parts_of_image(const DirectionsArgs &s, int64_t gates) { return gates ? s.directions : 1; }
+
 // One image's y (seqlen, dim) times silu(z), contiguous.
-inline void gate(int64_t seqlen, int64_t dim, const float *y, const float *z, int64_t z_stride, float *gated) {
-    for (int64_t t = 0; t < seqlen; ++t, y += dim, z += z_stride, gated += dim)
+inline void gate(int64_t seqlen, int64_t dim, const Ungated &y, const float *z, int64_t z_stride, float *gated) {
+    for (int64_t t = 0, row = 0; t < seqlen; ++t, row += dim, z += z_stride)
         each_vector(dim, [&](auto count, int64_t c, int some) __attribute__((always_inline)) {
             constexpr int K = decltype(count)::value;
             const Vectors<K> open = shared_math::silu<MachineOf<K>>(load_some<K>(z + c, some));
-            store_some(gated + c, load_some<K>(y + c, some) * open, some);
+            store_some(gated + row + c, y.template get<K>(row + c, some) * open, some);
         });
 }
 
 // And backwards: `grad`, of the gated, becomes that of y. Beside dz, the gated is written anew.
-inline void gate_backward(int64_t seqlen, int64_t dim, const float *y, const float *z, int64_t z_stride, float *grad, float *dz,
-                          int64_t dz_stride, float *gated) {
-    for (int64_t t = 0; t < seqlen; ++t, y += dim, z += z_stride, grad += dim, dz += dz_stride, gated += dim)
+inline void gate_backward(int64_t seqlen, int64_t dim, const Ungated &y, const float *z, int64_t z_stride, float *grad,
+                          float *dz, int64_t dz_stride, float *gated) {
+    for (int64_t t = 0, row = 0; t < seqlen; ++t, row += dim, z += z_stride, grad += dim, dz += dz_stride, gated += dim)
         each_vector(dim, [&](auto count, int64_t c, int some) __attribute__((always_inline)) {
             constexpr int K = decltype(count)::value;
             // both were kept since the forward, in main memory, which wants to be asked early
             for (int64_t i = c; i < c + K * LANES; i += 16)
-                __builtin_prefetch(y + 8 * dim + i), __builtin_prefetch(z + 8 * z_stride + i);
-            const Vectors<K> of_z = load_some<K>(z + c, some), of_y = load_some<K>(y + c, some);
+                __builtin_prefetch(y.y + row + 8 * dim + i), __builtin_prefetch(z + 8 * z_stride + i);
+            const Vectors<K> of_z = load_some<K>(z + c, some), of_y = y.template get<K>(row + c, some);
             const Vectors<K> of_grad = load_some<K>(grad + c, some), opening = shared_math::sigmoid<MachineOf<K>>(of_z);
             const Vectors<K> open = of_z * opening;
             store_some(gated + c, of_y * open, some), store_some(grad + c, of_grad * open, some);
             store_some(dz + c, of_grad * of_y * shared_math::silu_grad<MachineOf<K>>(of_z, opening), some);
         });
+}
+
+// The sum of a * b over `count` numbers.
+inline float dot(const float *a, const float *b, int64_t count) {
+    V sums[4] = {set(0.f), set(0.f), set(0.f), set(0.f)};
+    each_vector(count, [&](auto parts, int64_t i, int some) __attribute__((always_inline)) {
+        constexpr int K = decltype(parts)::value;
+        const Vectors<K> of_a = load_some<K>(a + i, some), of_b = load_some<K>(b + i, some);
+#pragma GCC unroll 16
+        for (int k = 0; k < K; ++k) sums[k] = fma(of_a.of[k], of_b.of[k], sums[k]);
+    });
+    return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 // The whole mixer, one image after the other, likewise. y is kept as it is before its gate: with it the gate's gradients are
@@ -40,12 +74,13 @@ inline int mixer_forward(const MixerArgs &s) {
     if (!rates.A || !in_proj.ok() || !out_proj.ok() || !packed[0].ok() || !packed[1].ok()) return 1;
     const int64_t tokens = all.seqlen, size = tokens * all.dim;
     return images::each(all.batch, all.threads, shares_of_images(all), [&](int64_t begin, int64_t end, int64_t threads, int) {
-        const bool kept = s.xz != 0;
-        const memory::Buffer buffer(bytes(kept ? 2 * size : 5 * size + tokens * (all.rank + 2 * all.dstate)));
+        const bool kept = s.xz != 0, outside = kept || s.gates;  // where silu(z) is multiplied with
+        const int64_t parts = parts_of_image(all, s.gates), narrow = all.rank + 2 * all.dstate;
+        const memory::Buffer buffer(bytes(kept ? 2 * size : (4 + parts) * size + tokens * narrow));
         if (!buffer.data()) return 1;
         float *const memory = static_cast<float *>(buffer.data()), *const free = memory + 2 * size;
         DirectionsArgs one = all;
-        if (!kept) one.first.x_dbl = one.second.x_dbl = at(free + 3 * size);
+        if (!kept) one.first.x_dbl = one.second.x_dbl = at(free + (2 + parts) * size);
         for (int64_t image = begin; image < end; ++image) {
             float *const out = floats(s.out) + image * tokens * s.width;
             int64_t first = 0, last = one.directions - 1;  // that run: of two, what is between them does, too
@@ -58,17 +93,20 @@ inline int mixer_forward(const MixerArgs &s) {
             }
             const float *const x = floats(s.x.data) + image * s.x.batch_stride;
             float *const xz = kept ? floats(s.xz) + image * 2 * size : free;
-            float *const y = kept ? floats(s.y) + image * size : free + 2 * size;
+            float *const y = kept ? floats(s.y) + image * parts * size : free + 2 * size;
+            const Ungated ungated(all, s.gates, y, image);
             in_proj.multiply(tokens, threads, x, s.x.token_stride, xz, 2 * all.dim);
             one.first.x = one.second.x = {at(xz), 0, 2 * all.dim};
-            if (!kept) one.z = {at(xz + all.dim), 0, 2 * all.dim};
+            if (!outside) one.z = {at(xz + all.dim), 0, 2 * all.dim};
+            if (!kept && all.mask) one.mask = all.mask + bytes(image * tokens);
             for (int64_t number = first; number <= last; ++number) {
                 DirectionOfImage here(one, number, kept ? image : 0, threads, rates.A);
-                here.first = number == first, here.last = number == last;
-                if (direction_forward(here, packed[number], memory, y)) return 1;
+                here.first = s.gates || number == first, here.last = s.gates || number == last;
+                float *const to = y + (s.gates ? number * size : 0);
+                if (direction_forward(here, packed[number], memory, to)) return 1;
             }
-            if (kept) gate(tokens, all.dim, y, xz + all.dim, 2 * all.dim, memory);
-            const float *const gated = kept ? memory : y;
+            if (outside) gate(tokens, all.dim, ungated, xz + all.dim, 2 * all.dim, memory);
+            const float *const gated = outside ? memory : y;
             out_proj.multiply(tokens, threads, gated, all.dim, out, s.width);
         }
         return 0;
@@ -156,11 +194,14 @@ struct GatedOutside {
 
     // Backwards through out_proj and the gate, and where `one` finds and writes its tokens: in `memory`.
     int begin(int64_t image, int64_t threads, float *memory, Share &share, DirectionsBackwardArgs &one) const {
-        const int64_t dim = ends.dim;
-        const float *const y = floats(m.y) + image * size, *const xz = floats(m.xz) + image * 2 * size;
+        const int64_t dim = ends.dim, parts = parts_of_image(m.between.forward, m.between.gates);
+        const float *const xz = floats(m.xz) + image * 2 * size;
+        const Ungated y(m.between.forward, m.between.gates, floats(m.y) + image * parts * size, image);
         float *const dxz = memory, *const dy = dxz + 2 * size, *const gated = dy + size;
         ends.find_dy(image, threads, dy);
         gate_backward(ends.tokens, dim, y, xz + dim, 2 * dim, dy, dxz + dim, 2 * dim, gated);
+        for (int64_t number = 0; y.gates && number < parts; ++number)
+            floats(m.dgates)[image * parts + number] = dot(dy, y.part(number), size);
         one.forward.first.x = one.forward.second.x = {at(xz), 0, 2 * dim};
         one.first.x = one.second.x = {at(dxz), 0, 2 * dim}, one.dout = {at(dy), 0, dim};
         return ends.add_out_proj(image, threads, gated, share);

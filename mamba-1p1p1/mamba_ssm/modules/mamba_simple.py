@@ -310,8 +310,8 @@ class Mamba(nn.Module):
                 return torch.zeros_like(hidden_states)
             return self._mixed(hidden_states, branches, token_mask, None, observe)
         if gates is not None and not self.training:
-            if token_mask is None and observe is None and has_skipping(hidden_states):
-                whole = self.whole(hidden_states)
+            if observe is None and has_skipping(hidden_states):
+                whole = self.whole(hidden_states, token_mask=token_mask)
                 if whole is not None:
                     return skipping_mixer_fn(hidden_states, whole, gates.bool())
             order, counts = _by_directions(gates)
@@ -404,11 +404,14 @@ class Mamba(nn.Module):
         y = torch.einsum("bdn,bn->bd", kept, _wide(C)) + branch.D * x
         return self._scaled(self.out_proj(y.to(x.dtype) * F.silu(z))).unsqueeze(1), conv_state, ssm_state
 
-    def whole(self, x: Tensor, pooling: TokenPooling | None = None) -> WholeMixer | WholePooledMixer | None:
-        """The one operator that does all of `forward(x, pooling=pooling)`; None where there is none that does."""
+    def whole(
+        self, x: Tensor, pooling: TokenPooling | None = None, token_mask: Tensor | None = None
+    ) -> WholeMixer | WholePooledMixer | None:
+        """The one operator that does all of `forward` with these; None where there is none that does."""
         if self.init_layer_scale is not None:
             return None
-        options = {"shared": self.bimamba_type == "v1", "norm": self.layernorm, "pooling": pooling}
+        options = {"shared": self.bimamba_type == "v1", "norm": self.layernorm}
+        options |= {"pooling": pooling, "token_mask": token_mask}
         return whole_mixer(x, self.directions, self._outside, self._share, **options)
 
     @property

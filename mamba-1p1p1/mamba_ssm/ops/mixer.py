@@ -105,6 +105,8 @@ def whole_mixer(
     shared: bool = False,
     norm: nn.LayerNorm | None = None,
     pooling: TokenPooling | None = None,
+    token_mask: Tensor | None = None,
+    gates: Tensor | None = None,
 ) -> WholeMixer | WholePooledMixer | None:
     """The one operator that does what `mix`, or with `pooling` `mix_pooled`, does for x (B, L, d_model); None where it
     takes several, as where a module has to be called."""
@@ -114,7 +116,10 @@ def whole_mixer(
         if norm is not None or not has_whole(x, "mixer"):
             return None
         directions = [branch.direction() for branch in branches]
-        return WholeMixer(outside.ends(), directions, share) if alike(directions) else None
+        factors = (None if each is None else each.to(x.dtype) for each in (token_mask, gates))
+        return WholeMixer(outside.ends(), directions, share, *factors) if alike(directions) else None
+    if token_mask is not None:
+        return None
     # while a graph is exported there are no kernels, and its sizes are not to be looked at
     if len(branches) != 2 or not has_whole(x, "pooled_mixer") or not isinstance(pooling.lines, Lines):
         return None
@@ -154,8 +159,9 @@ def mix(
         (B, L, d_model).
     """
     bare = token_mask is None and gates is None
-    if bare and observe is None:
-        found = whole_mixer(hidden_states, branches, outside, share, shared=shared, norm=norm)
+    if observe is None:
+        factors = {"token_mask": token_mask, "gates": gates}
+        found = whole_mixer(hidden_states, branches, outside, share, shared=shared, norm=norm, **factors)
         if found is not None:
             return found(hidden_states)
     whole = norm is None and not shared and observe is None and all(branch.plain for branch in branches)
@@ -217,10 +223,10 @@ def mix_pooled(
     D * u needs no scan, so it stays with the tokens; the scans meet it once, as the sum of both over the groups. `norm`
     stands before the gate silu(z). Tokens are put in order where they are narrow, outside the projections.
     """
-    if token_mask is None:
-        found = whole_mixer(hidden_states, branches, outside, share, shared=shared, norm=norm, pooling=pooling)
-        if found is not None:
-            return found(hidden_states)
+    options = {"shared": shared, "norm": norm, "pooling": pooling, "token_mask": token_mask}
+    found = whole_mixer(hidden_states, branches, outside, share, **options)
+    if found is not None:
+        return found(hidden_states)
     pair = len(branches) == 2 and not shared and all(branch.plain for branch in branches)
     # while a graph is exported there are no kernels, and its sizes are not to be looked at
     may_have = pair and token_mask is None and backends.has(hidden_states, Lines.kernel)

@@ -18,3 +18,5 @@ TAPS, PROJECTIONS, _TENSORS = (
 DIRECTIONS = f"{_TENSORS}, bool[] reverse, float share"
 LINES = "int[3] sizes, int[3] strides, bool[3] pooled"
 ENDS = "Tensor in_proj, Tensor? in_bias, Tensor out_proj, Tensor? out_bias"
+# what a mixer over all tokens is given beside them
+FACTORS = "Tensor? mask, Tensor? gates"

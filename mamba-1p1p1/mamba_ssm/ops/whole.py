@@ -29,7 +29,7 @@ from mamba_ssm.kernels.arguments import (
 )
 from mamba_ssm.kernels.registry import backends
 from mamba_ssm.ops.directions import directions_flops, directions_ref
-from mamba_ssm.ops.operators import DIRECTIONS, ENDS, LINES, OPERATORS, PROJECTIONS, TAPS
+from mamba_ssm.ops.operators import DIRECTIONS, ENDS, FACTORS, LINES, OPERATORS, PROJECTIONS, TAPS
 from mamba_ssm.ops.pooled import (
     check_lines,
     pooled_conv_flops,
@@ -98,6 +98,8 @@ class WholeMixer(NamedTuple):
     ends: Ends
     directions: Sequence[Direction]
     share: float = 1.0
+    mask: Tensor | None = None
+    gates: Tensor | None = None
 
     kernel = "mixer"
 
@@ -107,12 +109,13 @@ class WholeMixer(NamedTuple):
     @property
     def tensors(self) -> list[Tensor | None]:
         """In the order in which kernels give their gradients, behind that of x."""
-        return [*self.ends, *(tensor for each in self.directions for tensor in each[:DIRECTION_TENSORS])]
+        of_directions = (tensor for each in self.directions for tensor in each[:DIRECTION_TENSORS])
+        return [*self.ends, self.mask, self.gates, *of_directions]
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> WholeMixer:
         """The same with other `tensors`."""
-        ways = [each.reverse for each in self.directions]
-        return self._replace(ends=Ends(*tensors[:4]), directions=split_directions(tensors[4:], ways))
+        directions = split_directions(tensors[6:], [each.reverse for each in self.directions])
+        return WholeMixer(Ends(*tensors[:4]), directions, self.share, *tensors[4:6])
 
     def check(self, x: Tensor) -> None:
         """Raise what `mixer_fn` does unless all of this fits x and itself."""
@@ -122,6 +125,9 @@ class WholeMixer(NamedTuple):
         width, rank, dstate = _columns(self.directions[0], "conv_weight", "dt_proj_weight", "A")
         if width not in WIDTHS:
             raise ValueError(f"conv_weight has {width} columns, wanted 2, 3 or 4")
+        gates = ("gates", self.gates, (len(x), len(self.directions)), "(batch, directions)")
+        factors = ("mask", self.mask, x.shape[:2], "(batch, seqlen)"), gates
+        check_all(x, "x", factors, _DTYPES, ("mask", "gates"))
         shapes = (dim, width), (dim,), (rank + 2 * dstate, dim), (dim, rank), (dim,), (dim, dstate), (dim,)
         for each in self.directions:
             given = zip(Direction._fields, each, shapes, _DIRECTION_LAYOUTS)
@@ -171,14 +177,24 @@ class WholePooledMixer(NamedTuple):
         check_all(x, "x", given, _DTYPES, ("weight", "bias"))
 
 
-def mixer_fn(x: Tensor, ends: Ends, directions: Sequence[Direction], share: float = 1.0) -> Tensor:
-    """`out_proj(directions_fn(in_proj(x), directions, share, log_decay=True))`, differentiable in every tensor.
+def mixer_fn(
+    x: Tensor,
+    ends: Ends,
+    directions: Sequence[Direction],
+    share: float = 1.0,
+    mask: Tensor | None = None,
+    gates: Tensor | None = None,
+) -> Tensor:
+    """`out_proj(directions_fn(in_proj(x), directions, share, log_decay=True, mask=mask))`, differentiable in every
+    tensor; with gates, each direction's part of that times its own (Wu et al. 2025, DyVM).
 
     Args:
         x: (batch, seqlen, width), float32, as all parameters. Copied only if its last stride is not 1.
         ends: in_proj and out_proj.
         directions: one or two, of equal sizes, each with log(-A) in the place of A.
         share: what the sum of both is multiplied with.
+        mask: (batch, seqlen), float32, which every token is multiplied with before and after the convolutions.
+        gates: (batch, directions), float32.
 
     Returns:
         (batch, seqlen, width), contiguous.
@@ -186,18 +202,28 @@ def mixer_fn(x: Tensor, ends: Ends, directions: Sequence[Direction], share: floa
     Raises:
         ValueError: a shape or device that does not fit. TypeError: not a tensor, or another dtype.
     """
-    whole = WholeMixer(ends, directions, share)
+    whole = WholeMixer(ends, directions, share, mask, gates)
     whole.check(x)
     if wants_reference(x, *whole.tensors):
-        return mixer_ref(x, ends, directions, share)
+        return mixer_ref(x, *whole)
     save, tensors = _wants_gradients(x, *whole.tensors), whole.tensors
-    tensors += [None] * (4 + 2 * DIRECTION_TENSORS - len(tensors))
+    tensors += [None] * (6 + 2 * DIRECTION_TENSORS - len(tensors))
     return torch.ops.mamba_ssm.mixer(x, *tensors, [each.reverse for each in directions], share, save)[0]
 
 
-def mixer_ref(x: Tensor, ends: Ends, directions: Sequence[Direction], share: float = 1.0) -> Tensor:
+def mixer_ref(
+    x: Tensor,
+    ends: Ends,
+    directions: Sequence[Direction],
+    share: float = 1.0,
+    mask: Tensor | None = None,
+    gates: Tensor | None = None,
+) -> Tensor:
     """What `mixer_fn` computes."""
-    y = directions_ref(F.linear(x, ends.in_proj, ends.in_bias), directions, share, log_decay=True)
+    xz = F.linear(x, ends.in_proj, ends.in_bias)
+    parts = (directions_ref(xz, [each], share, log_decay=True, mask=mask) for each in directions)
+    factors = [1.0] * len(directions) if gates is None else gates[..., None, None].unbind(1)
+    y = sum(part * factor for part, factor in zip(parts, factors))
     return F.linear(y, ends.out_proj, ends.out_bias)
 
 
@@ -207,7 +233,7 @@ def skipping_mixer_fn(x: Tensor, mixer: WholeMixer, runs: Tensor) -> Tensor:
 
     Args:
         x: (batch, seqlen, width), float32.
-        mixer: what is done.
+        mixer: what is done, without gates of its own.
         runs: (batch, directions), bool.
 
     Returns:
@@ -217,6 +243,8 @@ def skipping_mixer_fn(x: Tensor, mixer: WholeMixer, runs: Tensor) -> Tensor:
         ValueError: a shape or device that does not fit. TypeError: not a tensor, or another dtype.
     """
     mixer.check(x)
+    if mixer.gates is not None:
+        raise ValueError("the mixer has gates; wanted none where directions are left out")
     given = ("runs", runs, (len(x), len(mixer.directions)), "(batch, directions)")
     check_all(x, "x", [given], (torch.bool,))
     kernels = backends.pick(x)
@@ -224,7 +252,7 @@ def skipping_mixer_fn(x: Tensor, mixer: WholeMixer, runs: Tensor) -> Tensor:
         if x.numel() == 0:
             return x.new_empty(x.shape)
         if hasattr(kernels, "skipping_mixer"):
-            return kernels.skipping_mixer(x, *mixer, runs)
+            return kernels.skipping_mixer(x, *mixer[:-1], runs)
     return skipping_mixer_ref(x, mixer, runs)
 
 
@@ -234,8 +262,9 @@ def skipping_mixer_ref(x: Tensor, mixer: WholeMixer, runs: Tensor) -> Tensor:
     out = torch.zeros_like(x)
     for image, own in enumerate(runs.tolist()):
         directions = [each for each, is_run in zip(mixer.directions, own) if is_run]
+        mask = None if mixer.mask is None else mixer.mask[image : image + 1]
         if directions:
-            out[image] = mixer_ref(x[image : image + 1], mixer.ends, directions, mixer.share)[0]
+            out[image] = mixer_ref(x[image : image + 1], mixer.ends, directions, mixer.share, mask)[0]
     return out
 
 
@@ -321,15 +350,20 @@ def _columns(given: Ends | Direction | Taps | Projections, *names: str) -> list[
 _KEPT = 6  # xz, y, and x_dbl and states of two directions
 
 
+def _mixer_parts(tensors: Sequence[Tensor | None], reverse: Sequence[bool], share: float) -> WholeMixer:
+    """What operators are given, beside x."""
+    return WholeMixer(Ends(*tensors[:4]), split_directions(tensors[6:], reverse), share, *tensors[4:6])
+
+
 def _mixer(x, *arguments):
-    ends, (*parameters, reverse, share, save) = Ends(*arguments[:4]), arguments[4:]
-    directions, kernels = split_directions(parameters, reverse), backends.pick(x)
+    *tensors, reverse, share, save = arguments
+    whole, kernels = _mixer_parts(tensors, reverse, share), backends.pick(x)
     out, kept = x.new_empty(x.shape), ()
     if x.numel() and hasattr(kernels, "mixer"):
-        out, kept = kernels.mixer(x, ends, directions, share, save)
+        out, kept = kernels.mixer(x, *whole, save)
     elif x.numel():
         # a result of its own memory, as operators' must be
-        out = mixer_ref(x, ends, directions, share).contiguous()
+        out = mixer_ref(x, *whole).contiguous()
     return out, *_kept(x, kept)
 
 
@@ -341,12 +375,13 @@ def _kept(x: Tensor, kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _fake_mixer(x, *arguments):
-    ends, (*parameters, reverse, _, save) = Ends(*arguments[:4]), arguments[4:]
-    kernels, directions = backends.pick(x), split_directions(parameters, reverse)
+    *tensors, reverse, share, save = arguments
+    (ends, directions, _, _, gates), kernels = _mixer_parts(tensors, reverse, share), backends.pick(x)
     if not save or x.numel() == 0 or not hasattr(kernels, "mixer"):
         return x.new_empty(x.shape), *_kept(x, ())
     (batch, seqlen, _), dim = x.shape, ends.out_proj.shape[1]
-    shapes = [(batch, seqlen, 2 * dim), (batch, seqlen, dim)]
+    parts = () if gates is None else (len(directions),)
+    shapes = [(batch, seqlen, 2 * dim), (batch, *parts, seqlen, dim)]
     shapes += [(batch, seqlen, each.x_proj_weight.shape[0]) for each in directions]
     shapes += [kernels.states_shape(batch, dim, seqlen, each.A.shape[1]) for each in directions]
     return x.new_empty(x.shape), *_kept(x, [x.new_empty(shape) for shape in shapes])
@@ -369,15 +404,15 @@ def _differentiate_mixer(ctx, dout: Tensor | None, *_: Any) -> tuple:
         grads = gradients_by_reference(_reference, (*tensors, ctx.reverse, ctx.share), (dout,))[:-2]
     else:
         options = ctx.reverse, ctx.share, list(ctx.needs_input_grad[:5])
-        grads = torch.ops.mamba_ssm.mixer_backward(dout, *tensors[:5], *kept, *tensors[5:], *options)
+        grads = torch.ops.mamba_ssm.mixer_backward(dout, *tensors[:7], *kept, *tensors[7:], *options)
         given = zip(grads, tensors, ctx.needs_input_grad)
         grads = [grad if want and tensor is not None else None for grad, tensor, want in given]
     return *grads, None, None, None
 
 
 def _reference(x: Tensor, *arguments: Any) -> Tensor:
-    ends, (*parameters, reverse, share) = Ends(*arguments[:4]), arguments[4:]
-    return mixer_ref(x, ends, split_directions(parameters, reverse), share)
+    *tensors, reverse, share = arguments
+    return mixer_ref(x, *_mixer_parts(tensors, reverse, share))
 
 
 def _nothing(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -391,11 +426,11 @@ def _is_kept(kept: Sequence[Tensor], x: Tensor, name: str) -> bool:
 
 
 def _mixer_backward(dout, x, *arguments):
-    ends, kept, (*parameters, reverse, share, wanted) = Ends(*arguments[:4]), arguments[4 : 4 + _KEPT], arguments[10:]
-    directions = split_directions(parameters, reverse)
-    saved = [each for number, each in enumerate(kept) if len(directions) == 2 or number not in (3, 5)]
-    grads = backends.pick(x).mixer_backward(dout, x, ends, directions, share, saved, _there(wanted, x, ends))
-    grads += [None] * (5 + 2 * DIRECTION_TENSORS - len(grads))
+    kept, (*parameters, reverse, share, wanted) = arguments[6 : 6 + _KEPT], arguments[6 + _KEPT :]
+    whole = _mixer_parts((*arguments[:6], *parameters), reverse, share)
+    saved = [each for number, each in enumerate(kept) if len(reverse) == 2 or number not in (3, 5)]
+    grads = backends.pick(x).mixer_backward(dout, x, *whole, saved, _there(wanted, x, whole.ends))
+    grads += [None] * (7 + 2 * DIRECTION_TENSORS - len(grads))
     return tuple(x.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
@@ -405,8 +440,8 @@ def _there(wanted: Sequence[bool], x: Tensor, ends: Ends) -> list[bool]:
 
 
 def _fake_mixer_backward(dout, x, *arguments):
-    *parameters, _, _, wanted = arguments[10:]
-    likes = zip((x, *arguments[:4], *parameters), (*wanted, *[True] * len(parameters)))
+    *parameters, _, _, wanted = arguments[6 + _KEPT :]
+    likes = zip((x, *arguments[:6], *parameters), (*wanted, *[True] * (2 + len(parameters))))
     return tuple(x.new_empty(like.shape if want and like is not None else 0) for like, want in likes)
 
 
@@ -492,7 +527,7 @@ def _ends_flops(x: Sequence[int], in_proj: Sequence[int], out_proj: Sequence[int
     return 2 * prod(x[:2]) * (prod(in_proj) + prod(out_proj))
 
 
-def _mixer_flops(x, in_proj, _, out_proj, __, *arguments) -> int:
+def _mixer_flops(x, in_proj, _, out_proj, __, mask, gates, *arguments) -> int:
     *parameters, reverse, share, _ = arguments
     between = directions_flops((*x[:2], in_proj[0]), None, *parameters, reverse, share, False, True)
     return between + _ends_flops(x, in_proj, out_proj)
@@ -508,9 +543,9 @@ def _pooled_mixer_flops(x, in_proj, _, out_proj, __, weight, *arguments) -> int:
 
 
 _SAVED = "Tensor xz, Tensor y, Tensor x_dbl, Tensor x_dbl_b, Tensor states, Tensor states_b"
-_GRADIENTS = ", ".join(["Tensor"] * (5 + 2 * DIRECTION_TENSORS))
+_GRADIENTS = ", ".join(["Tensor"] * (7 + 2 * DIRECTION_TENSORS))
 OPERATORS.register(
-    f"mixer(Tensor x, {ENDS}, {DIRECTIONS}, bool save) -> (Tensor, {', '.join(['Tensor'] * _KEPT)})",
+    f"mixer(Tensor x, {ENDS}, {FACTORS}, {DIRECTIONS}, bool save) -> (Tensor, {', '.join(['Tensor'] * _KEPT)})",
     _mixer,
     _fake_mixer,
     save=_save_mixer,
@@ -518,7 +553,8 @@ OPERATORS.register(
     flops=_mixer_flops,
 )
 OPERATORS.register(
-    f"mixer_backward(Tensor dout, Tensor x, {ENDS}, {_SAVED}, {DIRECTIONS}, bool[] wanted) -> ({_GRADIENTS})",
+    f"mixer_backward(Tensor dout, Tensor x, {ENDS}, {FACTORS}, {_SAVED}, {DIRECTIONS}, bool[] wanted)"
+    f" -> ({_GRADIENTS})",
     _mixer_backward,
     _fake_mixer_backward,
 )

@@ -8,7 +8,7 @@ from ctypes import Structure
 from functools import lru_cache
 
 import torch
-from causal_conv1d.layout import address, addresses, all_float32, channel_last
+from causal_conv1d.layout import address, addresses, all_float32, channel_last, float32
 from causal_conv1d.native import Call, bits, tokens_of
 from mamba_ssm.kernels.arguments import Direction, Ends, Lines, Projections, Taps, VisibleLines
 from mamba_ssm.kernels.cpp.directions import NO_TOKENS, gradients_of_directions, kept_of_directions, told_of_directions
@@ -57,33 +57,39 @@ def mixer_call(
     ends: Ends,
     directions: Sequence[Direction],
     share: float,
+    mask: Tensor | None,
+    gates: Tensor | None,
     save: bool,
     out: Tensor | None = None,
     runs: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Call]:
     """x (batch, seqlen, width) -> the same, in new memory or in that of `out`, and what its gradient is computed from
-    if that is to be saved: xz (batch, seqlen, 2*dim), y (batch, seqlen, dim) before its gate, x_dbl of each
-    direction, saved states of each direction; and the call that fills these. `A` of the directions, which are
-    of equal sizes, is log(-A). `runs` (batch, directions), bool, with nothing to be saved: see `skipping_mixer`."""
+    if that is to be saved: xz (batch, seqlen, 2*dim), y (batch, seqlen, dim) before silu(z), or with gates
+    (batch, directions) each direction's part of it (batch, directions, seqlen, dim), x_dbl of each direction, saved
+    states of each direction; and the call that fills these. `A` of the directions, which are of equal sizes, is
+    log(-A). `runs` (batch, directions), bool, without gates and with nothing to be saved: see `skipping_mixer`."""
     out = x.new_empty(x.shape) if out is None else out
     x, ends = channel_last(x), Ends(*all_float32(ends))
     batch, seqlen, _ = x.shape
     sizes, nothing = (batch, seqlen, ends.out_proj.shape[1]), [None] * len(directions)
     if save:
-        xz, y = x.new_empty(batch, seqlen, 2 * sizes[2]), x.new_empty(sizes)
+        parts = () if gates is None else (len(directions),)
+        xz, y = x.new_empty(batch, seqlen, 2 * sizes[2]), x.new_empty(batch, *parts, *sizes[1:])
         x_dbls, states = kept_of_directions(x, sizes, directions, True)
     else:
         xz, y, x_dbls, states = None, None, nothing, nothing
-    between, alive = told_of_directions(sizes, directions, x_dbls, states, share, True)
+    between, alive = told_of_directions(sizes, directions, x_dbls, states, share, True, mask=mask)
+    gates = float32(gates)
     arguments = LIBRARY.structs.MixerArgs(
         between=LIBRARY.structs.DirectionsArgs(**between),
         **_ends_fields(x, ends, out),
         xz=address(xz),
         y=address(y),
+        gates=address(gates),
         runs=address(runs),
     )
     kept = [xz, y, *x_dbls, *states] if save else []
-    return out, kept, Call(LIBRARY, "mamba_mixer", arguments, (x, ends, alive, out, kept, runs))
+    return out, kept, Call(LIBRARY, "mamba_mixer", arguments, (x, ends, alive, out, kept, gates, runs))
 
 
 def mixer(*given) -> tuple[Tensor, list[Tensor]]:
@@ -93,10 +99,12 @@ def mixer(*given) -> tuple[Tensor, list[Tensor]]:
     return out, kept
 
 
-def skipping_mixer(x: Tensor, ends: Ends, directions: Sequence[Direction], share: float, runs: Tensor) -> Tensor:
+def skipping_mixer(
+    x: Tensor, ends: Ends, directions: Sequence[Direction], share: float, mask: Tensor | None, runs: Tensor
+) -> Tensor:
     """The first of what `mixer` returns, where each image does without the directions for which its `runs` (batch,
     directions), bool, is False; zeros for one without any."""
-    out, _, call = mixer_call(x, ends, directions, share, False, runs=runs.contiguous())
+    out, _, call = mixer_call(x, ends, directions, share, mask, None, False, runs=runs.contiguous())
     call()
     return out
 
@@ -107,26 +115,39 @@ def mixer_backward_call(
     ends: Ends,
     directions: Sequence[Direction],
     share: float,
+    mask: Tensor | None,
+    gates: Tensor | None,
     saved: Sequence[Tensor],
     wanted: Sequence[bool],
     dx: Tensor | None = None,
 ) -> tuple[list[Tensor | None], Call]:
-    """Gradients of x, in new memory or in that of `dx`, of the ends and of each direction's tensors; of the former
-    five, None where `wanted` is not; and the call that fills these."""
+    """Gradients of x, in new memory or in that of `dx`, of the ends, the mask, the gates and each direction's tensors;
+    of the former five, None where `wanted` is not; and the call that fills these."""
     (xz, y, *of_directions), structs = saved, LIBRARY.structs
     x_dbls, states = of_directions[: len(directions)], of_directions[len(directions) :]
-    told, alive = told_of_directions(y.shape, directions, x_dbls, states, share, True)
+    sizes = len(y), *y.shape[-2:]
+    told, alive = told_of_directions(sizes, directions, x_dbls, states, share, True, mask=mask)
+    gates = float32(gates)
+    # the mask's gradient is added to
+    dmask = None if mask is None else y.new_zeros(mask.shape)
+    dgates = None if gates is None else torch.empty_like(gates)
     grads, written = gradients_of_directions(directions, [NO_TOKENS] * len(directions))
     outer, told_of_ends, outer_alive = _told_of_ends_backward(dout, x, ends, wanted, dx)
     arguments = structs.MixerBackwardArgs(
         between=structs.DirectionsBackwardArgs(
-            forward=structs.DirectionsArgs(**told), first=written[0], second=written[-1]
+            forward=structs.DirectionsArgs(**told),
+            dmask=address(dmask),
+            gates=address(gates),
+            first=written[0],
+            second=written[-1],
         ),
         ends=told_of_ends,
         xz=address(xz),
         y=address(y),
+        dgates=address(dgates),
     )
-    return [*outer, *grads], Call(LIBRARY, "mamba_mixer_backward", arguments, (alive, outer_alive, saved, grads))
+    grads = [*outer, dmask, dgates, *grads]
+    return grads, Call(LIBRARY, "mamba_mixer_backward", arguments, (alive, outer_alive, saved, gates, grads))
 
 
 def mixer_backward(*given) -> list[Tensor | None]:
