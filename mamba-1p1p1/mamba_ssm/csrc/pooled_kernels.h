@@ -231,8 +231,8 @@ template <class T> void scan_channels(const PooledScanArgs &s, int64_t batch, in
         const T *groups = pointer<T>(backward ? s.groups_backward : s.groups_forward) + batch * lines * s.dim + first;
         const float *own = rows + (backward * s.batch + batch) * lines * outputs;
         const int64_t step = backward ? -1 : 1, start = backward ? lines - 1 : 0;
-        load_tile(pointer<float>(p.A_log) + first * s.dstate, s.dstate, 1, channels, s.dstate, A_log2, LANES);
-        load_tile(pointer<float>(p.dt_proj) + first * s.rank, s.rank, 1, channels, s.rank, weight, LANES);
+        load_tile(pointer<float>(p.A_log) + first * s.dstate, s.dstate, 1, channels, s.dstate, A_log2, LANES, 0);
+        load_tile(pointer<float>(p.dt_proj) + first * s.rank, s.rank, 1, channels, s.rank, weight, LANES, 0);
         V steepest = set(0.f), largest = set(0.f);
         for (int64_t i = 0; i < s.dstate * LANES; i += LANES) {
             const V rate = set(-shared_math::LOG2_E) * shared_math::exp<Machine>(load(A_log2 + i));

@@ -145,7 +145,7 @@ struct BackwardBand : Band {
         return Band::floats(scan, steps) + BackwardTiles::floats(steps, most) + Walk::floats(steps);
     }
     BackwardBand(const Scan &scan, Scratch &scratch, int64_t steps, int most)
-        : Band(scan, scratch, steps, most), tiles(scratch, steps, most), walk(scratch, steps) {}
+        : Band(scan, scratch, steps, most, -steps), tiles(scratch, steps, most), walk(scratch, steps) {}
 };
 
 // A chunk of steps of a team, the blocks of a band from `first` on, its states N at a time: of one kind for all blocks of

@@ -233,12 +233,13 @@ struct Band {
     Channels channels[BAND];
     float *B, *C;
     int most, count;
+    int64_t ahead;  // steps from a tile to the next one: less than zero where they are walked backwards
 
     static int64_t floats(const Scan &scan, int64_t steps) {
         return BAND * Channels::floats(scan) + 2 * (steps * scan.pitch + 16);
     }
     // At most `most` blocks at a time.
-    Band(const Scan &scan, Scratch &scratch, int64_t steps, int most) : most(most), count(0) {
+    Band(const Scan &scan, Scratch &scratch, int64_t steps, int most, int64_t ahead) : most(most), count(0), ahead(ahead) {
         for (int i = 0; i < most; ++i) channels[i].take(scan, scratch);
         B = scratch.take(steps * scan.pitch), C = scratch.take(steps * scan.pitch);
     }
@@ -260,12 +261,14 @@ struct Band {
     Rows read(const Scan &scan, const Signal &signal, int64_t start, int64_t steps, float *tile) const {
         const Rows rows = this->rows(scan, signal, start, steps, tile);
         for (int i = 0; rows.first == tile && i < count; ++i)
-            load_tile(scan.plane(signal, channels[i].b).at(0, start), channels[i].b.channels, steps, rows.at(i, 0));
+            load_tile(scan.plane(signal, channels[i].b).at(0, start), channels[i].b.channels, steps, rows.at(i, 0), LANES,
+                      ahead);
         return rows;
     }
     void write(const Scan &scan, const Signal &signal, int64_t start, int64_t steps, const Rows &rows, float *tile) const {
         for (int i = 0; rows.first == tile && i < count; ++i)
-            store_tile(scan.plane(signal, channels[i].b).at(0, start), channels[i].b.channels, steps, rows.at(i, 0));
+            store_tile(scan.plane(signal, channels[i].b).at(0, start), channels[i].b.channels, steps, rows.at(i, 0), LANES,
+                       ahead);
     }
 };
 
@@ -368,7 +371,7 @@ inline int scan_forward(const ScanArgs &s) {
     parallel::run(shares, [&](int share) {
         Scratch scratch(Band::floats(scan, tile_steps) + ForwardTiles::floats(tile_steps, most));
         if (!scratch.ok()) return void(++failures);
-        Band band(scan, scratch, tile_steps, most);
+        Band band(scan, scratch, tile_steps, most, tile_steps);
         const ForwardTiles tiles(scratch, tile_steps, most);
         const parallel::Range range = parallel::share_of(tasks, shares, share);
         for (int64_t task = range.begin; task < range.end; task += band.count) {
