@@ -47,12 +47,12 @@ methods=${METHODS:-none upper fastvim dyvm cells}
 for method in $methods; do
     case $method in
     none) train 100 none --model vim_nano_patch4_32 --fusion-strategy no ;;
-    upper) train 95 upper --model vim_nano_patch4_32 --fusion-strategy upper --fusion-layer 2 --fusion-token 8 ;;
-    fastvim) train 80 fastvim --model fastvim_nano_patch4_32 ;;
-    dyvm) train 185 dyvm --model dyvm_nano_patch4_32 --model-path "$output/none/checkpoint.pth" --token-keep-ratio 0.7 \
+    upper) train 85 upper --model vim_nano_patch4_32 --fusion-strategy upper --fusion-layer 2 --fusion-token 8 ;;
+    fastvim) train 65 fastvim --model fastvim_nano_patch4_32 ;;
+    dyvm) train 190 dyvm --model dyvm_nano_patch4_32 --model-path "$output/none/checkpoint.pth" --token-keep-ratio 0.7 \
         --token-pruning-weight 10 --block-pruning-weight 10 --warmup-lr 1e-6 \
         --block-keep-ratio 0.8 --gate-noise-end 0 ;;
-    cells) train_cells 190 cells --model fastchannelvim_nano_patch4_32 ;;
+    cells) train_cells 155 cells --model fastchannelvim_nano_patch4_32 ;;
     *) echo "METHODS names $method; wanted none, upper, fastvim, dyvm or cells." >&2 && exit 2 ;;
     esac
 done

@@ -14,10 +14,9 @@ struct Plane {
 };
 
 // Asks the second cache for what the tile `ahead` elements further has, where steps are neighbours: each channel is a line of
-// its own there, more of them than processors follow by themselves. With AVX-512, whose rows are whole lines, it costs more
-// than it gives.
+// its own there, more of them than processors follow by themselves. With AVX-512, whose rows are whole lines, it gave nothing.
 template <class T> VEC void expect_channels(const T *at, int64_t channel_stride, int64_t ahead, int channels) {
-    if (LANES > 8 || ahead == 0) return;
+    if (LANES != 8 || ahead == 0) return;
     for (int c = 0; c < channels && c < LANES; ++c) __builtin_prefetch(at + c * channel_stride + ahead, 0, 2);
 }
 
