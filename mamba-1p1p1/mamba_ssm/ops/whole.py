@@ -114,8 +114,7 @@ class WholeMixer(NamedTuple):
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> WholeMixer:
         """The same with other `tensors`."""
-        directions = split_directions(tensors[6:], [each.reverse for each in self.directions])
-        return WholeMixer(Ends(*tensors[:4]), directions, self.share, *tensors[4:6])
+        return _mixer_parts(tensors, [each.reverse for each in self.directions], self.share)
 
     def check(self, x: Tensor) -> None:
         """Raise what `mixer_fn` does unless all of this fits x and itself."""
@@ -351,7 +350,7 @@ _KEPT = 6  # xz, y, and x_dbl and states of two directions
 
 
 def _mixer_parts(tensors: Sequence[Tensor | None], reverse: Sequence[bool], share: float) -> WholeMixer:
-    """What operators are given, beside x."""
+    """What operators are given, beside x, in the order of `WholeMixer.tensors`."""
     return WholeMixer(Ends(*tensors[:4]), split_directions(tensors[6:], reverse), share, *tensors[4:6])
 
 
